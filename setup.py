@@ -1,0 +1,17 @@
+"""Package list only: maps the top-level folders into the `unitok` namespace (metadata is in pyproject.toml)."""
+
+from setuptools import find_packages, setup
+
+FOLDERS = ("tokenizer", "mllm", "data", "eval", "configs", "scripts")
+
+packages = ["unitok", *(f"unitok.{name}" for name in find_packages("unitok"))]
+package_dir = {"unitok": "unitok"}
+for folder in FOLDERS:
+    packages += [f"unitok.{folder}", *(f"unitok.{folder}.{name}" for name in find_packages(folder))]
+    package_dir[f"unitok.{folder}"] = folder
+
+setup(
+    packages=packages,
+    package_dir=package_dir,
+    package_data={"unitok.configs": ["**/*.yaml"], "unitok": ["**/*.html", "**/*.j2"], "unitok.eval": ["*.j2"]},
+)
