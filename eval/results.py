@@ -1,0 +1,185 @@
+"""`results.json` of a run, its protocol block, and plain tables for the terminal."""
+
+import json
+import math
+import os
+import platform
+import resource
+import sys
+from collections.abc import Mapping, Sequence
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+from unitok import __version__
+from unitok.core.errors import DataError
+
+_LEFT_OUT = frozenset(
+    {"pairs", "records", "rows", "images"}
+)  # large parts of an evaluation, kept in files of their own
+_VERSIONS_OF = ("torch", "transformers", "deepspeed", "numpy")
+
+
+def protocol(what: str, seed: int, counts: Mapping[str, int], **details: Any) -> dict[str, Any]:
+    """What somebody needs to repeat a measurement: description, seed, numbers of items, settings, versions."""
+    versions = {"unitok": __version__, "python": platform.python_version()}
+    for name in _VERSIONS_OF:
+        try:
+            versions[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    machine = {"cpus": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()}
+    block = {"what": what, "seed": seed, "counts": dict(counts), **details, "versions": versions}
+    return block | {"machine": machine}
+
+
+def demo_results(
+    *,
+    tokenizer: Mapping[str, Any],
+    vqa: Mapping[str, Any],
+    geneval: Mapping[str, Any],
+    random_codes: Mapping[str, Any] | float,
+    reconstruction_ceiling: Mapping[str, Any] | float,
+    wall_seconds: float,
+    protocol_block: Mapping[str, Any],
+    retrieval: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The demo's figures in the form of `results.json`, from what the evaluators returned.
+
+    `random_codes` and `reconstruction_ceiling` are those helpers' results (their overall score is stored, and their
+    scores by tag under `random_codes_by_tag` and `reconstruction_ceiling_by_tag`) or plain numbers.
+    """
+    generation = _figures(geneval)
+    for name, value in (("random_codes", random_codes), ("reconstruction_ceiling", reconstruction_ceiling)):
+        if isinstance(value, Mapping):
+            generation |= {name: value["overall"], f"{name}_by_tag": dict(value["by_tag"])}
+        else:
+            generation[name] = float(value)
+    results = {"tokenizer": _figures(tokenizer), "vqa": _figures(vqa), "geneval": generation}
+    if retrieval is not None:
+        results["tokenizer"]["retrieval"] = _figures(retrieval)
+    return results | {
+        "wall_seconds": wall_seconds,
+        "peak_memory_mb": peak_memory_mb(),
+        "protocol": dict(protocol_block),
+    }
+
+
+def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key not in _LEFT_OUT}
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process or of any child it has waited for, in MB."""
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    return round(max(resource.getrusage(kind).ru_maxrss for kind in who) * unit / 1e6, 1)
+
+
+def write_results(path: Path | str, results: Mapping[str, Any]) -> Path:
+    """Writes `results` as JSON, all at once; a value that is not finite is refused with its name.
+
+    Raises:
+        DataError: a number is NaN or infinite.
+    """
+    path = Path(path)
+    bad = _not_finite(results)
+    if bad:
+        raise DataError(f"{path} not written: {bad} is not a finite number; check the evaluation that gave it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    temporary.replace(path)
+    return path
+
+
+def _not_finite(value: Any, name: str = "") -> str | None:
+    if isinstance(value, float):
+        return None if math.isfinite(value) else name
+    if isinstance(value, Mapping):
+        entries = [(f"{name}.{key}" if name else str(key), entry) for key, entry in value.items()]
+    elif isinstance(value, list | tuple):
+        entries = [(f"{name}[{index}]", entry) for index, entry in enumerate(value)]
+    else:
+        return None
+    return next((bad for key, entry in entries if (bad := _not_finite(entry, key))), None)
+
+
+def read_results(path: Path | str) -> dict[str, Any]:
+    """Reads a `results.json`.
+
+    Raises:
+        DataError: the file is missing or not JSON.
+    """
+    try:
+        results = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise DataError(f"cannot read {path} ({type(error).__name__}); expected a results.json of a run") from None
+    if not isinstance(results, dict):
+        raise DataError(f"{path} holds a {type(results).__name__}; expected the JSON object of a results.json")
+    return results
+
+
+def demo_table(results: Mapping[str, Any]) -> list[list[str]]:
+    """Rows [measure, value, baseline, ceiling] of a demo's results, for `print_table`; missing parts are left out."""
+    tokenizer, vqa, geneval = (results.get(part) or {} for part in ("tokenizer", "vqa", "geneval"))
+    retrieval = tokenizer.get("retrieval") or {}
+    measures = [
+        ("reconstruction PSNR (dB)", tokenizer.get("psnr_db"), None, None, ".2f"),
+        ("reconstruction SSIM", tokenizer.get("ssim"), None, None, ".3f"),
+        (
+            "scene found again by the detector",
+            tokenizer.get("detector_agreement"),
+            None,
+            tokenizer.get("detector_agreement_originals"),
+            ".3f",
+        ),
+        ("codebook usage", tokenizer.get("usage"), None, 1.0, ".3f"),
+        ("caption retrieval, top 1", retrieval.get("top1"), retrieval.get("chance"), None, ".3f"),
+        ("VQA accuracy", vqa.get("accuracy"), vqa.get("majority"), None, ".3f"),
+        (
+            "GenEval-style score",
+            geneval.get("overall"),
+            geneval.get("random_codes"),
+            geneval.get("reconstruction_ceiling"),
+            ".3f",
+        ),
+    ]
+    rows = []
+    for name, value, baseline, ceiling, form in measures:
+        if value is not None:
+            rows.append([name, *("" if entry is None else format(entry, form) for entry in (value, baseline, ceiling))])
+    return rows
+
+
+DEMO_HEADERS = ("measure", "this run", "baseline", "ceiling")
+
+
+def format_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> str:
+    """A plain text table; a column whose entries are all numbers (or empty) is set flush right."""
+    cells = [[str(cell) for cell in row] for row in rows]
+    columns = list(zip(headers, *cells, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    right = [all(_is_number(cell) for cell in column[1:]) for column in columns]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [
+            cell.rjust(width) if flush else cell.ljust(width)
+            for cell, width, flush in zip(row, widths, right, strict=True)
+        ]
+        return "  ".join(padded).rstrip()
+
+    return "\n".join([line(headers), "  ".join("-" * width for width in widths), *map(line, cells)])
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell or "0")
+    except ValueError:
+        return False
+    return True
+
+
+def print_table(rows: Sequence[Sequence[object]], headers: Sequence[str]) -> None:
+    """Prints `format_table` to stdout."""
+    print(format_table(rows, headers), flush=True)
