@@ -1,8 +1,8 @@
 """GenEval's rule: does an image, given as detected objects, show what its prompt asks for?
 
-Behaviour of the official scorer (djghosh13/geneval): per class the detections above a score threshold, best first; every
-`include` clause needs its count, colour and relation to an earlier clause; no `exclude` clause may be reached. The
-overall score is the mean of the task means, so a task with few prompts weighs as much as one with many.
+Behaviour of the official scorer (djghosh13/geneval): per class the detections above a score threshold, best first;
+every `include` clause needs its count, colour and relation to an earlier clause; no `exclude` clause may be reached.
+The overall score is the mean of the task means, so a task with few prompts weighs as much as one with many.
 """
 
 import math
@@ -130,8 +130,8 @@ def _position_failures(
 def summarise(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Scores of result rows (`tag`, `prompt`, `correct`).
 
-    Returns {"overall": mean of the task means, "by_tag": {tag: share correct}, "image_accuracy", "prompt_accuracy": share
-    of prompts with at least one correct image, "num_images", "num_prompts"}.
+    Returns {"overall": mean of the task means, "by_tag": {tag: share correct}, "image_accuracy", "prompt_accuracy":
+    share of prompts with at least one correct image, "num_images", "num_prompts"}.
     """
     by_tag: dict[str, list[bool]] = {}
     by_prompt: dict[str, bool] = {}
