@@ -74,7 +74,7 @@ def save_generations(
     _write_json(folder / "index.json", index)
 
 
-def save_geneval_examples(run_dir: Path | str, scores: Mapping[str, Any], per_tag: int = 6) -> None:
+def save_geneval_examples(run_dir: Path | str, scores: Mapping[str, Any], per_tag: int = 8) -> None:
     """Stores the first `per_tag` images of every task from what `evaluate_geneval` returned: first, not best."""
     count: dict[str, int] = {}
     chosen = []
