@@ -1,5 +1,6 @@
 """Reconstruction: how much of an image survives the codes."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from PIL import Image
 
 from unitok.core.errors import DataError
 from unitok.data.detector import agrees, detect
+from unitok.data.shapes import scene_from_dict
 from unitok.data.transforms import to_pil
 from unitok.eval.codes import CodeCounter, evaluation_mode, images_to_pixels
 from unitok.eval.progress import batches, progress
@@ -86,6 +88,8 @@ def _scene_kept(sample: Any, original: Image.Image, reconstruction: Image.Image)
     scene = (sample.meta or {}).get("scene")
     if scene is None:
         return None
+    if isinstance(scene, Mapping):  # as stored in shards and folders
+        scene = scene_from_dict(scene)
     return agrees(scene, detect(original)), agrees(scene, detect(reconstruction))
 
 

@@ -104,6 +104,9 @@ def test_code_statistics_by_hand():
     counter.add(torch.tensor([[[0, 0, 1, 1], [2, 2, 2, 2]]]))
     counter.add(torch.tensor([[[0, 1], [2, 2]]]))
     summary = counter.summary()
+    once = CodeCounter(1, 4)
+    once.add(torch.tensor([[[3]]]))
+    assert once.summary()["dead_codes"] == 3, "used once is used"
     assert summary["usage_by_codebook"] == [0.5, 0.25] and summary["dead_codes_by_codebook"] == [2, 3]
     assert summary["perplexity_by_codebook"] == pytest.approx([2.0, 1.0])
     assert (summary["usage"], summary["dead_codes"]) == (0.375, 5)

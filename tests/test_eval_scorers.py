@@ -6,9 +6,11 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from unitok.core.errors import DataError
+from unitok.data.shapes import relations
 from unitok.eval.geneval import load_prompts
 from unitok.eval.geneval_score import GenEvalRule, relative_position, score_detections, summarise
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
@@ -111,6 +113,14 @@ def test_offset_below_a_tenth_of_the_sizes_says_nothing():
     # 9 of offset leave (9 - 4) / 9 > 0.5; 7 leave 3 / 7 < 0.5
     assert relative_position((49, 40, 69, 60), target) == {"right of"}
     assert relative_position((47, 40, 67, 60), target) == set()
+
+
+def test_the_shapes_world_states_positions_by_the_same_rule():
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        x, y = rng.uniform(0, 40, (2, 2))
+        a, b = ((*low, *(low + rng.uniform(5, 25, 2))) for low in (x, y))
+        assert relative_position(a, b) == relations(a, b)
 
 
 def test_position_needs_its_target():
