@@ -147,8 +147,9 @@ def _present_and_absent(scene: Scene) -> list[tuple[str, str]]:
         misses = [(c, kind) for c in COLORS] + [(color, k) for k in SHAPES]
         misses = [pair for pair in misses if pair not in used]
         swaps = [(c, k) for c, k in misses if any(c == d for d, _ in present) and any(k == m for _, m in present)]
-        of_kind = [pair for pair in misses if (pair[0] == color) == (rng.random() < 0.5)] or misses
-        pool = swaps if swaps and rng.random() < 0.5 else of_kind
+        keep_color = bool(rng.random() < 0.5)
+        others = [pair for pair in misses if (pair[0] == color) == keep_color] or misses
+        pool = swaps if swaps and rng.random() < 0.5 else others
         miss = pool[rng.integers(len(pool))]
         used.add(miss)
         out += [(color, kind), miss]

@@ -1,0 +1,180 @@
+"""Finds the objects of shapes-world images: the judge of reconstructions and generated images.
+
+No learning: each pixel is explained as a mixture of the ground and one palette colour, connected pixels that are more
+object than ground form a component, components that hold several colours are split, and each part is compared with the
+ideal circle, square and triangle of its area and centre of mass. The score of a detection is that overlap.
+
+The world's rules are assumed: a bright grey ground, the palette, upright shapes.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+from PIL import Image
+
+from unitok.data.shapes import AREA, BASE_SIZE, COLORS, PALETTE, SHAPES, Scene, Shape, coverage
+
+MIN_AREA = 40.0  # pixels at 64 x 64; the smallest shape of the world has 64
+MIN_CORE = 16.0  # pixels of one colour, thin seams removed, that make it a part of its own
+CENTER_TOLERANCE = 4.0  # pixels at 64 x 64
+_PALETTE = np.asarray([PALETTE[name] for name in COLORS], dtype=np.float32)
+_CROSS = np.asarray([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One found object; `bbox` is x0, y0, x1, y1 in pixels, `score` the overlap (soft IoU) with the ideal shape."""
+
+    kind: str
+    color: str
+    bbox: tuple[float, float, float, float]
+    score: float
+
+
+def detect(image: Image.Image) -> list[Detection]:
+    """The objects of an RGB image, largest first."""
+    pixels = np.asarray(image.convert("RGB"), dtype=np.float32)
+    scale = min(pixels.shape[:2]) / BASE_SIZE
+    ground = estimate_ground(pixels)
+    labels, share = _explain(pixels, ground, _PALETTE)
+    found = []
+    for component in _components(share > 0.5, MIN_AREA * scale**2):
+        for mask, soft, color in _split(pixels, ground, component, labels, scale):
+            found.append((float(soft.sum()), _describe(mask, soft, color)))
+    return [detection for _, detection in sorted(found, key=lambda pair: -pair[0])]
+
+
+def estimate_ground(pixels: np.ndarray) -> np.ndarray:
+    """The ground's colour [3]: the median of the bright grey pixels, of all pixels where hardly any is bright grey.
+
+    The plain median fails where objects cover half of the image, as four large ones do.
+    """
+    bright = (pixels.min(-1) > 200) & (np.ptp(pixels, axis=-1) < 30)
+    chosen = pixels[bright] if bright.mean() > 0.1 else pixels.reshape(-1, 3)
+    return np.median(chosen, axis=0)
+
+
+def _explain(pixels: np.ndarray, ground: np.ndarray, palette: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pixel as a mixture of `ground` and one colour: which colour explains it best, and that colour's share.
+
+    So the blurred edge of a red object is "half red", not pink.
+    """
+    offset = (pixels - ground).reshape(-1, 3)
+    axes = palette - ground
+    lengths = np.maximum((axes**2).sum(1), 1.0)
+    shares = np.clip(offset @ axes.T / lengths, 0.0, 1.0)
+    # |offset - share * axis|^2 without the term that all colours have in common
+    errors = shares**2 * lengths - 2 * shares * (offset @ axes.T)
+    best = errors.argmin(1)
+    chosen = shares[np.arange(len(best)), best]
+    return best.reshape(pixels.shape[:2]), chosen.reshape(pixels.shape[:2])
+
+
+def _components(mask: np.ndarray, min_area: float) -> list[np.ndarray]:
+    from scipy import ndimage
+
+    numbered, count = ndimage.label(mask)
+    areas = np.bincount(numbered.ravel(), minlength=count + 1)
+    return [numbered == number for number in range(1, count + 1) if areas[number] >= min_area]
+
+
+def _split(
+    pixels: np.ndarray,
+    ground: np.ndarray,
+    component: np.ndarray,
+    labels: np.ndarray,
+    scale: float,
+) -> list[tuple[np.ndarray, np.ndarray, str]]:
+    """The parts of a component: (mask, coverage in [0, 1] with the soft edge, colour name) of each."""
+    from scipy import ndimage
+
+    colors = _measured_colors(pixels, component, labels, scale)
+    nearest, share = _explain(pixels, ground, colors)
+    reach = ndimage.binary_dilation(component, _CROSS)
+    parts = []
+    for index, measured in enumerate(colors):
+        own = nearest == index
+        for mask in _components(component & own & (share > 0.5), MIN_AREA * scale**2):
+            mask = ndimage.binary_fill_holes(mask)
+            soft = np.where(mask, np.maximum(share, 0.5), 0.0)
+            edge = ndimage.binary_dilation(mask, _CROSS) & ~mask & reach & own
+            soft = np.where(edge, share, soft)
+            core = ndimage.binary_erosion(mask, _CROSS)
+            color = np.median(pixels[core], axis=0) if core.sum() >= MIN_CORE / 2 else measured
+            parts.append((mask, soft, COLORS[((_PALETTE - color) ** 2).sum(1).argmin()]))
+    return parts
+
+
+def _measured_colors(pixels: np.ndarray, component: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
+    """The colours a component really holds, [number, 3], as they look in it.
+
+    A colour counts where a piece of it survives the removal of everything thinner than three pixels: the seam between
+    two touching objects mixes into other colours of the palette, but stays thin.
+    """
+    from scipy import ndimage
+
+    measured = []
+    for index in np.unique(labels[component]):
+        cores = _components(ndimage.binary_opening(component & (labels == index), _CROSS), MIN_CORE * scale**2)
+        if cores:
+            core = np.logical_or.reduce(cores)
+            inner = ndimage.binary_erosion(core, _CROSS)
+            measured.append(np.median(pixels[inner if inner.any() else core], axis=0))
+    return np.asarray(measured if measured else [np.median(pixels[component], axis=0)], dtype=np.float32)
+
+
+def _describe(mask: np.ndarray, soft: np.ndarray, color: str) -> Detection:
+    """Compares a part with the ideal shapes of its area and centre of mass."""
+    rows, columns = np.nonzero(soft > 0)
+    top, bottom, left, right = rows.min() - 2, rows.max() + 3, columns.min() - 2, columns.max() + 3
+    window = np.zeros((bottom - top, right - left))
+    window[2:-2, 2:-2] = soft[top + 2 : bottom - 2, left + 2 : right - 2]
+    x = np.arange(left, right)[None, :] + 0.5
+    y = np.arange(top, bottom)[:, None] + 0.5
+    area = window.sum()
+    center = float((window * x).sum() / area), float((window * y).sum() / area)
+    overlaps = {}
+    for kind in SHAPES:
+        ideal = coverage(kind, center, math.sqrt(area / AREA[kind]), x, y)
+        overlaps[kind] = float(np.minimum(ideal, window).sum() / np.maximum(ideal, window).sum())
+    kind = max(SHAPES, key=overlaps.__getitem__)
+    return Detection(kind, color, _bounds(window, float(left), float(top)), overlaps[kind])
+
+
+def _bounds(window: np.ndarray, left: float, top: float) -> tuple[float, float, float, float]:
+    """Box of the pixels that are more object than ground."""
+    rows, columns = np.nonzero(window > 0.5)
+    return (
+        left + float(columns.min()),
+        top + float(rows.min()),
+        left + float(columns.max()) + 1,
+        top + float(rows.max()) + 1,
+    )
+
+
+def agrees(scene: Scene, detections: Sequence[Detection]) -> bool:
+    """Whether the detections are the scene: as many, same shapes and colours, boxes' centres within tolerance."""
+    wanted, found = defaultdict(list), defaultdict(list)
+    for item in scene.objects:
+        wanted[item.kind, item.color].append(item)
+    for item in detections:
+        found[item.kind, item.color].append(item)
+    if {name: len(items) for name, items in wanted.items()} != {name: len(items) for name, items in found.items()}:
+        return False
+    tolerance = CENTER_TOLERANCE * scene.size / BASE_SIZE
+    return all(_matches(items, found[name], tolerance) for name, items in wanted.items())
+
+
+def _matches(wanted: list[Shape], found: list[Detection], tolerance: float) -> bool:
+    return any(
+        all(math.dist(_center(a.bbox), _center(b.bbox)) <= tolerance for a, b in zip(wanted, order, strict=True))
+        for order in permutations(found)
+    )
+
+
+def _center(box: tuple[float, float, float, float]) -> tuple[float, float]:
+    return (box[0] + box[2]) / 2, (box[1] + box[3]) / 2
