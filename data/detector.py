@@ -20,6 +20,7 @@ from unitok.data.shapes import AREA, BASE_SIZE, COLORS, PALETTE, SHAPES, Scene, 
 
 MIN_AREA = 40.0  # pixels at 64 x 64; the smallest shape of the world has 64
 MIN_CORE = 16.0  # pixels of one colour, thin seams removed, that make it a part of its own
+EDGE_SHARPENING = 3.0  # a blurred edge is made steeper before shapes are compared; ideal shapes have sharp ones
 CENTER_TOLERANCE = 4.0  # pixels at 64 x 64
 _PALETTE = np.asarray([PALETTE[name] for name in COLORS], dtype=np.float32)
 _CROSS = np.asarray([[0, 1, 0], [1, 1, 1], [0, 1, 0]], dtype=bool)
@@ -96,17 +97,27 @@ def _split(
     nearest, share = _explain(pixels, ground, colors)
     reach = ndimage.binary_dilation(component, _CROSS)
     parts = []
-    for index, measured in enumerate(colors):
+    for index in range(len(colors)):
         own = nearest == index
         for mask in _components(component & own & (share > 0.5), MIN_AREA * scale**2):
             mask = ndimage.binary_fill_holes(mask)
-            soft = np.where(mask, np.maximum(share, 0.5), 0.0)
             edge = ndimage.binary_dilation(mask, _CROSS) & ~mask & reach & own
-            soft = np.where(edge, share, soft)
-            core = ndimage.binary_erosion(mask, _CROSS)
-            color = np.median(pixels[core], axis=0) if core.sum() >= MIN_CORE / 2 else measured
+            soft = np.where(mask, np.maximum(share, 0.5), np.where(edge, share, 0.0))
+            soft = np.clip((soft - 0.5) * EDGE_SHARPENING + 0.5, 0.0, 1.0)
+            color = np.median(pixels[_core(mask)], axis=0)
             parts.append((mask, soft, COLORS[((_PALETTE - color) ** 2).sum(1).argmin()]))
     return parts
+
+
+def _core(mask: np.ndarray) -> np.ndarray:
+    """What is left of a part after taking off its outermost pixels, two layers if that leaves enough."""
+    from scipy import ndimage
+
+    for layers in (2, 1):
+        core = ndimage.binary_erosion(mask, _CROSS, iterations=layers)
+        if core.sum() >= MIN_CORE / 2:
+            return core
+    return mask
 
 
 def _measured_colors(pixels: np.ndarray, component: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
@@ -122,8 +133,7 @@ def _measured_colors(pixels: np.ndarray, component: np.ndarray, labels: np.ndarr
         cores = _components(ndimage.binary_opening(component & (labels == index), _CROSS), MIN_CORE * scale**2)
         if cores:
             core = np.logical_or.reduce(cores)
-            inner = ndimage.binary_erosion(core, _CROSS)
-            measured.append(np.median(pixels[inner if inner.any() else core], axis=0))
+            measured.append(np.median(pixels[_core(core)], axis=0))
     return np.asarray(measured if measured else [np.median(pixels[component], axis=0)], dtype=np.float32)
 
 
