@@ -13,6 +13,9 @@ from PIL import Image
 from torch import nn
 
 from unitok.core.errors import DataError
+from unitok.core.rng import numpy_rng
+from unitok.data.captions import caption
+from unitok.data.detector import detect
 from unitok.data.shapes import render, sample_scene
 from unitok.eval.codes import CodeCounter, random_code_images
 from unitok.eval.geneval import (
@@ -22,6 +25,7 @@ from unitok.eval.geneval import (
     score_folder,
     score_images,
 )
+from unitok.eval.geneval_score import OFFICIAL_RULE, SHAPES_RULE
 from unitok.eval.reconstruction import evaluate_reconstruction
 from unitok.eval.retrieval import evaluate_retrieval
 from unitok.eval.vqa import choose_questions, evaluate_vqa, summarise_records
@@ -294,6 +298,17 @@ def test_ceiling_scores_reconstructions_and_random_codes_are_reproducible():
     other = random_code_images(Painter(), 6, seed=4)
     assert [np.asarray(image).tobytes() for image in first] != [np.asarray(image).tobytes() for image in other]
     assert random_codes_score(Painter(), PROMPTS, detect=lambda image: [])["overall"] == 0.0
+
+
+def test_scenes_of_the_shapes_world_meet_their_own_captions():
+    """Rendered scenes, found by the real detector, are right for their own prompt and wrong for one more object."""
+    scenes = [sample_scene(1, "val", index) for index in range(40)]
+    prompts = [caption(scene, numpy_rng("test", index))[2] for index, scene in enumerate(scenes)]
+    images = [render(scene) for scene in scenes]
+    for rule in (SHAPES_RULE, OFFICIAL_RULE):
+        assert score_images(images, prompts, detect, rule)["overall"] >= 0.95
+    more = [prompt | {"include": [entry | {"count": 9} for entry in prompt["include"]]} for prompt in prompts]
+    assert score_images(images, more, detect, SHAPES_RULE)["overall"] == 0.0
 
 
 def test_images_and_prompts_must_be_as_many():
