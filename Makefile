@@ -1,0 +1,49 @@
+# Every target makes its own environment: a machine needs only Python >= 3.11 with pip and venv.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/
+UV := $(VENV)-uv/bin/uv
+STAMP := $(VENV)/.synced
+# An interpreter that is already here is used; nothing but packages is downloaded.
+export UV_PYTHON_DOWNLOADS := never
+export UV_COMPILE_BYTECODE := 1
+export UV_PROJECT_ENVIRONMENT := $(VENV)
+
+.PHONY: setup demo digits test test-slow soak lint bench clean
+
+setup: $(STAMP)
+
+$(UV):
+	$(PYTHON) -m venv $(VENV)-uv
+	$(VENV)-uv/bin/python -m pip install --quiet uv
+
+$(STAMP): pyproject.toml uv.lock setup.py | $(UV)
+	$(UV) sync --frozen --python "$$($(PYTHON) -c 'import sys; print(sys.executable)')"
+	@touch $(STAMP)
+
+demo: $(STAMP)
+	$(RUN)unitok demo
+
+digits: $(STAMP)
+	$(RUN)python scripts/run_digits.py
+
+test: $(STAMP)
+	$(RUN)python -m pytest -m "not slow"
+
+test-slow: $(STAMP)
+	$(RUN)python -m pytest -m slow
+
+# Random kills and load come with the work on scale; until then the slow tests hold the kills there are.
+soak: $(STAMP)
+	$(RUN)python -m pytest -m slow -k "kill or resume or signal"
+
+lint: $(STAMP)
+	$(RUN)ruff check .
+	$(RUN)ruff format --check .
+
+bench: $(STAMP)
+	$(RUN)python scripts/benchmark.py
+
+clean:
+	rm -rf $(VENV) $(VENV)-uv build *.egg-info

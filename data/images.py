@@ -1,0 +1,61 @@
+"""Batches of images with captions for stage one, over any source."""
+
+from typing import Any, Literal
+
+import torch
+
+from unitok.core.config import Config
+from unitok.core.rng import numpy_rng
+from unitok.data.source import Source, open_source
+from unitok.data.transforms import eval_transform, train_transform
+
+
+class ImageDataConfig(Config):
+    """Where images come from and how they are cut to size.
+
+    `augment: crop` takes a random resized crop with flip (natural images); `none` a centre crop, which keeps "left of"
+    true. `cache` holds decoded images in memory (only with `none`).
+    """
+
+    source: str = "shapes:train?num=16000&seed=0"
+    augment: Literal["none", "crop"] = "none"
+    cache: bool = False
+    max_bad_fraction: float = 0.01
+
+
+class ImageBatches:
+    """`load(indices, epoch)` is a pure function of the source, the seed and its arguments."""
+
+    def __init__(self, config: ImageDataConfig, image_size: int, seed: int) -> None:
+        self.config, self.image_size, self.seed = config, image_size, seed
+        self.source: Source = open_source(config.source, max_bad_fraction=config.max_bad_fraction)
+        self._cache: dict[int, torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def all_captions(self) -> list[str]:
+        """Every caption of the source, to train a text tokenizer on."""
+        return [text for index in range(len(self.source)) for text in self.source.texts(index)]
+
+    def load(self, indices: list[int], epoch: int) -> dict[str, Any]:
+        """`pixels` float32 `[B, 3, H, W]` in [-1, 1] and one caption per image."""
+        pixels, captions = zip(*(self._one(index, epoch) for index in indices), strict=True)
+        return {"pixels": torch.stack(pixels), "captions": list(captions)}
+
+    def _one(self, index: int, epoch: int) -> tuple[torch.Tensor, str]:
+        if index in self._cache:
+            cached = self._cache[index]
+            captions, key = self.source.texts(index), str(index)
+            pixels = cached.float() / 127.5 - 1
+        else:
+            sample = self.source[index]
+            captions, key = sample.captions, sample.key
+            if self.config.augment == "crop":
+                pixels = train_transform(sample.image, self.image_size, numpy_rng("augment", self.seed, epoch, key))
+            else:
+                pixels = eval_transform(sample.image, self.image_size)
+                if self.config.cache:
+                    self._cache[index] = ((pixels + 1) * 127.5).round().to(torch.uint8)
+        chosen = int(numpy_rng("caption", self.seed, epoch, index).integers(len(captions)))
+        return pixels, captions[chosen]

@@ -1,0 +1,105 @@
+"""Making a unified model: backbone (new or pretrained), text tokenizer, and the visual tokenizer's codebooks."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from unitok.core.config import Config
+from unitok.core.distributed import barrier, is_main
+from unitok.core.errors import ConfigError
+from unitok.core.signature import config_from_signature
+from unitok.data.sentencepieces import train_sentencepiece
+from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.processor import BEGIN_IMAGE, END_IMAGE, UniTokTextTokenizer, special_ids
+from unitok.mllm.sequence import IMAGE_MARK
+from unitok.tokenizer import UniTok
+
+# What the visual tokenizer, the backbone and the text tokenizer determine is not set by hand.
+DERIVED = ("text_config", "num_codebooks", "codebook_size", "code_dim", "num_image_positions")
+DERIVED_IDS = ("begin_image_id", "end_image_id", "image_token_id")
+UniTokMLLMSettings = config_from_signature(UniTokMLLMConfig, "UniTokMLLMSettings", skip=(*DERIVED, *DERIVED_IDS))
+
+
+class BackboneConfig(Config):
+    """Either `path`, a decoder-only transformers model with its tokenizer, or `config`, the sizes of a new one.
+
+    A new backbone gets a sentencepiece tokenizer trained on the data, of at most `text_vocab_size` pieces.
+    """
+
+    path: str | None = None
+    config: dict[str, Any] = {}
+    text_vocab_size: int = 512
+
+
+def build_text_tokenizer(settings: BackboneConfig, texts: Iterable[str], symbols: list[str], folder: Path):
+    """The backbone's own tokenizer with the image marks added, or a sentencepiece model trained on `texts`."""
+    if settings.path is not None:
+        tokenizer = AutoTokenizer.from_pretrained(settings.path)
+        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK, BEGIN_IMAGE, END_IMAGE]})
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    path = folder / "tokenizer.model"
+    if is_main() and not path.is_file():
+        marks = [IMAGE_MARK, BEGIN_IMAGE, END_IMAGE]
+        train_sentencepiece(texts, path, settings.text_vocab_size, [*marks, *symbols])
+    barrier()
+    return UniTokTextTokenizer(vocab_file=str(path))
+
+
+def build_model(
+    settings: UniTokMLLMSettings, backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBase, visual: UniTok
+) -> UniTokMLLM:
+    """A model whose code sizes are the visual tokenizer's and whose special ids are the text tokenizer's."""
+    text_config = _text_config(backbone, text_tokenizer)
+    sizes = visual.config
+    config = UniTokMLLMConfig(
+        text_config=text_config,
+        num_codebooks=sizes.num_codebooks,
+        codebook_size=sizes.codebook_size,
+        code_dim=sizes.code_dim,
+        num_image_positions=sizes.num_positions,
+        **special_ids(text_tokenizer),
+        **settings.model_dump(),
+    )
+    model = UniTokMLLM(config)
+    if backbone.path is not None:
+        _load_backbone(model, backbone.path)
+    model.attach_tokenizer(visual)
+    return model
+
+
+def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBase) -> Any:
+    if backbone.path is not None:
+        config = AutoConfig.from_pretrained(backbone.path)
+        config.vocab_size = max(config.vocab_size, len(text_tokenizer))
+        return config
+    given = {"model_type": "llama", "max_position_embeddings": 4096} | backbone.config
+    derived = {
+        "vocab_size": len(text_tokenizer),
+        "bos_token_id": text_tokenizer.bos_token_id,
+        "eos_token_id": text_tokenizer.eos_token_id,
+        "pad_token_id": text_tokenizer.pad_token_id,
+    }
+    clash = sorted(derived.keys() & given.keys())
+    if clash:
+        raise ConfigError(f"backbone.config.{clash[0]}: comes from the text tokenizer; remove it from the configuration")
+    model_type = given.pop("model_type")
+    known = AutoConfig.for_model(model_type)
+    unknown = [name for name in given if not hasattr(known, name)]
+    if unknown:
+        raise ConfigError(f"backbone.config.{unknown[0]}: {model_type} has no such setting")
+    return AutoConfig.for_model(model_type, **given, **derived)
+
+
+def _load_backbone(model: UniTokMLLM, path: str) -> None:
+    """Copy a pretrained causal language model into backbone and text head; new rows of its vocabulary stay random."""
+    source = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
+    source.resize_token_embeddings(model.config.text_config.vocab_size)
+    base = getattr(source, source.base_model_prefix)
+    model.backbone.load_state_dict(base.state_dict())
+    model.lm_head.load_state_dict(source.get_output_embeddings().state_dict())

@@ -1,0 +1,104 @@
+"""Configuration of the unified model: a text backbone, the code embedder, the depth transformer and the layouts."""
+
+from typing import Any, Literal
+
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from unitok.core.errors import ConfigError
+
+EmbedderCache = Literal["consistent", "released"]
+
+
+class UniTokMLLMConfig(PretrainedConfig):
+    """Sizes and sequence layout of the unified model.
+
+    Code sizes (`num_codebooks`, `codebook_size`, `code_dim`, `num_image_positions`) are those of the tokenizer whose
+    codes the model was trained on. `visual_*` describe the causal projection of code vectors, `depth_*` the transformer
+    over the K sub-codes (None: as the backbone). `image_token_id` is the placeholder that image vectors replace.
+
+    Layouts: text to image is `bos text suffix boi <img> eoi eos`; captions are `bos boi <img> eoi text eos`; in a chat
+    the image stands where the turn names it, between the two marks only if `chat_image_marks`.
+    `embedder_cache`: during generation the newest position's projection sees the whole prefix as in training
+    ("consistent") or itself alone, as the released sampler does ("released").
+    """
+
+    model_type = "unitok_mllm"
+    sub_configs = {"text_config": AutoConfig}
+
+    def __init__(
+        self,
+        text_config: dict[str, Any] | PretrainedConfig | None = None,
+        num_codebooks: int = 8,
+        codebook_size: int = 4096,
+        code_dim: int = 8,
+        num_image_positions: int = 256,
+        visual_width: int = 1024,
+        visual_num_heads: int = 16,
+        visual_mlp_ratio: float = 2.0,
+        depth_num_layers: int = 3,
+        depth_width: int | None = None,
+        depth_num_heads: int | None = None,
+        depth_intermediate_size: int | None = None,
+        depth_shared_head: bool = True,
+        image_position_embedding: bool = False,
+        begin_image_id: int | None = None,
+        end_image_id: int | None = None,
+        image_token_id: int | None = None,
+        instruction_suffix: str = " Generate an image based on this description.",
+        unconditional_text: str = "<unconditional>",
+        system_prompt: str = "",
+        user_prefix: str = "USER: ",
+        assistant_prefix: str = " ASSISTANT:",
+        chat_image_marks: bool = False,
+        embedder_cache: EmbedderCache = "consistent",
+        **kwargs: Any,
+    ) -> None:
+        if isinstance(text_config, dict):
+            text_config = CONFIG_MAPPING[text_config.get("model_type", "llama")](**text_config)
+        self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
+        self.num_codebooks = num_codebooks
+        self.codebook_size = codebook_size
+        self.code_dim = code_dim
+        self.num_image_positions = num_image_positions
+        self.visual_width = visual_width
+        self.visual_num_heads = visual_num_heads
+        self.visual_mlp_ratio = visual_mlp_ratio
+        self.depth_num_layers = depth_num_layers
+        self.depth_width = depth_width
+        self.depth_num_heads = depth_num_heads
+        self.depth_intermediate_size = depth_intermediate_size
+        self.depth_shared_head = depth_shared_head
+        self.image_position_embedding = image_position_embedding
+        self.begin_image_id = begin_image_id
+        self.end_image_id = end_image_id
+        self.image_token_id = image_token_id
+        self.instruction_suffix = instruction_suffix
+        self.unconditional_text = unconditional_text
+        self.system_prompt = system_prompt
+        self.user_prefix = user_prefix
+        self.assistant_prefix = assistant_prefix
+        self.chat_image_marks = chat_image_marks
+        self.embedder_cache = embedder_cache
+        super().__init__(**kwargs)
+        self._check()
+
+    def _check(self) -> None:
+        for name in ("num_codebooks", "codebook_size", "code_dim", "num_image_positions", "depth_num_layers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        if self.visual_width % self.visual_num_heads:
+            raise ConfigError(
+                f"visual_width={self.visual_width} does not divide into visual_num_heads={self.visual_num_heads} heads"
+            )
+        if self.embedder_cache not in ("consistent", "released"):
+            raise ConfigError(f"embedder_cache={self.embedder_cache!r}: expected 'consistent' or 'released'")
+
+    @property
+    def hidden_size(self) -> int:
+        return self.text_config.hidden_size
+
+    @property
+    def code_width(self) -> int:
+        """Channels of one code vector (K chunks together)."""
+        return self.num_codebooks * self.code_dim

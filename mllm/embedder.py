@@ -1,0 +1,61 @@
+"""Codes to input vectors: codebook vectors -> causal attention projection -> MLP (Liquid-style projector).
+
+B batch, K codebooks, L positions, V entries, C code channels, D model width.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from unitok.core.errors import DataError
+from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
+
+
+class CodeEmbedder(nn.Module):
+    """K codes of one position -> *one* input vector of the backbone.
+
+    The codebooks are a buffer: they are the tokenizer's and stay as they are, so that the same codes keep their meaning.
+    The projection has the shape of the tokenizer's projection out of the code space and is initialised from it, but
+    attends causally, because positions are generated one after the other.
+    """
+
+    def __init__(self, config: UniTokMLLMConfig) -> None:
+        super().__init__()
+        self.num_codebooks = config.num_codebooks
+        self.codebook_size = config.codebook_size
+        shape = (config.num_codebooks, config.codebook_size, config.code_dim)
+        self.register_buffer("codebooks", torch.empty(shape))
+        self.projection = AttentionProjection(
+            config.code_width, config.visual_width, config.visual_num_heads, config.visual_mlp_ratio, causal=True
+        )
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(config.visual_width, eps=1e-6),
+            nn.Linear(config.visual_width, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, config.hidden_size),
+        )
+        self.positions = (
+            nn.Parameter(torch.zeros(config.num_image_positions, config.hidden_size))
+            if config.image_position_embedding
+            else None
+        )
+
+    def code_vectors(self, codes_BKL: Tensor) -> Tensor:
+        """Normalised codebook vectors `[B, L, C]`; DataError when K does not fit."""
+        if codes_BKL.dim() != 3 or codes_BKL.shape[1] != self.num_codebooks:
+            raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={self.num_codebooks}, L]")
+        offsets_K1 = torch.arange(self.num_codebooks, device=codes_BKL.device).unsqueeze(-1) * self.codebook_size
+        rows_BLK = (codes_BKL + offsets_K1).transpose(1, 2)
+        table = F.normalize(self.codebooks.float(), dim=-1).flatten(0, 1)
+        return F.embedding(rows_BLK, table).flatten(2).to(self.mlp[1].weight.dtype)
+
+    def forward(self, codes_BKL: Tensor, cache: ProjectionCache | None = None, start: int = 0) -> Tensor:
+        """Codes `[B, K, L]` -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of that code."""
+        vectors_BLD = self.mlp(self.projection(self.code_vectors(codes_BKL), cache))
+        if self.positions is not None:
+            end = start + codes_BKL.shape[2]
+            if end > self.positions.shape[0]:
+                raise DataError(f"{end} image positions: this model has embeddings for {self.positions.shape[0]}")
+            vectors_BLD = vectors_BLD + self.positions[start:end]
+        return vectors_BLD

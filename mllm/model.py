@@ -1,0 +1,227 @@
+"""The unified model: a text backbone that reads code vectors and predicts text ids and, through the depth head, codes.
+
+B batch, T sequence (text ids with one placeholder id per image position), I images of a batch in order of appearance,
+K codebooks, L image positions, V entries, D model width, N predicted image positions.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from unitok.core.errors import DataError
+from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.mllm.depth import DepthTransformer
+from unitok.mllm.embedder import CodeEmbedder
+from unitok.mllm.generation import CodeGenerationMixin
+from unitok.tokenizer import UniTok
+from unitok.tokenizer.projection import ProjectionAttention
+
+IGNORE = -100  # label of a text position that is not learnt
+
+
+@dataclass
+class LossSums:
+    """Sums over tokens and their counts; dividing by *global* counts is the caller's part."""
+
+    text: Tensor
+    image: Tensor
+    num_text: Tensor
+    num_image: Tensor
+    text_correct: Tensor
+    image_correct: Tensor  # [K]
+
+
+class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
+    """Backbone (any decoder-only transformers model), code embedder, text head and depth transformer.
+
+    The visual tokenizer is not part of this model: it takes and gives codes.
+    """
+
+    config_class = UniTokMLLMConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _supports_cache_class = True
+    _no_split_modules = ["LlamaDecoderLayer", "DepthLayer"]
+
+    def __init__(self, config: UniTokMLLMConfig) -> None:
+        super().__init__(config)
+        self.backbone = AutoModel.from_config(config.text_config)
+        self.embedder = CodeEmbedder(config)
+        self.depth = DepthTransformer(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        std = getattr(self.config.text_config, "initializer_range", 0.02)
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, ProjectionAttention):
+            nn.init.zeros_(module.q_bias)
+            nn.init.zeros_(module.v_bias)
+        elif isinstance(module, CodeEmbedder):
+            nn.init.normal_(module.codebooks, std=module.codebooks.shape[-1] ** -0.5)
+            if module.positions is not None:
+                nn.init.normal_(module.positions, std=std)
+        elif isinstance(module, DepthTransformer):
+            nn.init.normal_(module.head_weight, std=std)
+            nn.init.zeros_(module.head_bias)
+        else:
+            super()._init_weights(module)  # norms and rotary buffers of the backbone
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters that weight decay would only distort."""
+        names = {"depth.head_bias", "embedder.positions"}
+        return names | {name for name, _ in self.named_parameters() if "embed_tokens" in name or "embeddings" in name}
+
+    def attach_tokenizer(self, tokenizer: UniTok) -> None:
+        """Take codebooks and, where the shapes agree, the projection out of the code space from a visual tokenizer."""
+        with torch.no_grad():
+            codebooks = tokenizer.quantizer.codebooks
+            if codebooks.shape != self.embedder.codebooks.shape:
+                raise DataError(
+                    f"the tokenizer's codebooks are {list(codebooks.shape)}, the model expects "
+                    f"{list(self.embedder.codebooks.shape)} ([num_codebooks, codebook_size, code_dim])"
+                )
+            self.embedder.codebooks.copy_(tokenizer.quantizer.normalised_codebooks())
+            source, target = tokenizer.post_quant_proj.state_dict(), self.embedder.projection.state_dict()
+            same = source.keys() == target.keys() and all(source[name].shape == target[name].shape for name in source)
+            if same:
+                self.embedder.projection.load_state_dict(source)
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """Input vectors `[I, L, D]` of codes `[I, K, L]`."""
+        return self.embedder(codes)
+
+    def embed(self, input_ids: Tensor, codes: Tensor | None) -> Tensor:
+        """Input vectors `[B, T, D]`: text embeddings, with every placeholder replaced by its image vector.
+
+        Raises DataError unless the placeholders are exactly as many as the image positions: going on would shift images.
+        """
+        is_image_BT = input_ids == self.config.image_token_id
+        given = 0 if codes is None else codes.shape[0] * codes.shape[2]
+        expected = int(is_image_BT.sum())
+        if expected != given:
+            shape = None if codes is None else list(codes.shape)
+            raise DataError(
+                f"{expected} image placeholders in input_ids, but codes of shape {shape} fill {given}: each image needs "
+                f"as many placeholders (id {self.config.image_token_id}) as it has positions"
+            )
+        # A placeholder id may lie outside the vocabulary (released models); its text embedding is never used.
+        inputs_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
+        if codes is None:
+            return inputs_BTD
+        vectors = self.embed_codes(codes).flatten(0, 1).to(inputs_BTD.dtype)
+        return inputs_BTD.masked_scatter(is_image_BT.unsqueeze(-1), vectors)
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        codes: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Text logits `[B, T, vocab]` (the last `logits_to_keep` positions, 0 = all)."""
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids, codes)
+        outputs = self.backbone(
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+        )
+        hidden_BTD = outputs.last_hidden_state
+        return CausalLMOutputWithPast(
+            logits=self.lm_head(hidden_BTD[:, -logits_to_keep:]), past_key_values=outputs.past_key_values
+        )
+
+    def prepare_inputs_for_generation(self, input_ids: Tensor, codes: Tensor | None = None, **kwargs: Any) -> dict:
+        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+        if inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == input_ids.shape[1]:
+            inputs["codes"] = codes  # the first pass holds the whole prompt; later ones only new text
+        return inputs
+
+    def losses(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, codes: Tensor | None, learn_image: Tensor
+    ) -> LossSums:
+        """Summed cross-entropies of one right-padded batch.
+
+        Args:
+            input_ids, attention_mask, labels: `[B, T]`; labels are not shifted, IGNORE where nothing is learnt.
+            codes: `[I, K, L]` of all images in order of appearance. learn_image: bool `[I]`, which of them to predict.
+        """
+        hidden_BTD = self.backbone(
+            inputs_embeds=self.embed(input_ids, codes), attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        targets_BT = labels[:, 1:]
+        keep_BT = targets_BT != IGNORE
+        # Only learnt positions go through the head. An empty selection still runs it, so that under ZeRO-3 every rank
+        # gathers the same parameters whatever its batch holds.
+        text_targets = targets_BT[keep_BT]
+        text_logits = self.lm_head(hidden_BTD[:, :-1][keep_BT]).float()
+        text = F.cross_entropy(text_logits, text_targets, reduction="sum")
+        hidden_ND, codes_NK = self._image_targets(input_ids, hidden_BTD, codes, learn_image)
+        num_positions = codes_NK.shape[0]
+        if num_positions == 0:
+            hidden_ND, codes_NK = hidden_BTD[:1, 0] * 0, codes_NK.new_zeros(1, self.config.num_codebooks)
+        logits_NKV = self.depth(hidden_ND, codes_NK).float()
+        image = F.cross_entropy(logits_NKV.flatten(0, 1), codes_NK.flatten(), reduction="sum")
+        correct_K = (logits_NKV.argmax(-1) == codes_NK).float().sum(0)
+        factor = float(num_positions > 0)
+        return LossSums(
+            text=text,
+            image=image * factor,
+            num_text=keep_BT.sum(),
+            num_image=torch.tensor(num_positions * self.config.num_codebooks, device=text.device),
+            text_correct=(text_logits.argmax(-1) == text_targets).float().sum(),
+            image_correct=correct_K * factor,
+        )
+
+    def _image_targets(
+        self, input_ids: Tensor, hidden_BTD: Tensor, codes: Tensor | None, learn_image: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Hidden states `[N, D]` that predict image positions (each one place before its position) and codes `[N, K]`."""
+        if codes is None:
+            empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
+            return hidden_BTD[:1, :0].flatten(0, 1), empty
+        is_image_BT = input_ids == self.config.image_token_id
+        if bool(is_image_BT[:, 0].any()):
+            raise DataError("a sequence begins with an image position: nothing stands before it to predict it from")
+        learnt = learn_image.repeat_interleave(codes.shape[2])  # one flag per placeholder, in order of appearance
+        wanted_BT = torch.zeros_like(is_image_BT).masked_scatter(is_image_BT, learnt)
+        return hidden_BTD[:, :-1][wanted_BT[:, 1:]], codes[learn_image].transpose(1, 2).flatten(0, 1)
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)

@@ -1,0 +1,133 @@
+"""Text tokenizer and processor of the unified model: texts and images in, ids with expanded image placeholders out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
+
+from unitok.core.errors import DataError, UserError
+from unitok.data.conversations import Turn
+from unitok.data.transforms import eval_transform
+from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.mllm.sequence import IMAGE_MARK, SequenceBuilder, chat_template, pad_left
+
+BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
+PROCESSOR_FILE = "processor_config.json"
+
+
+class UniTokTextTokenizer(SentencePieceBackend):
+    """A transformers tokenizer straight on a sentencepiece file (`tokenizer.model`): own small models, Llama-2's."""
+
+    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    model_input_names = ["input_ids", "attention_mask"]
+
+    def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        defaults = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
+        super().__init__(vocab_file=vocab_file, **(defaults | kwargs))
+
+
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Ids of the image marks, for the model's configuration; UserError when the tokenizer lacks one of them."""
+    names = {"begin_image_id": BEGIN_IMAGE, "end_image_id": END_IMAGE, "image_token_id": IMAGE_MARK}
+    ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in names.items()}
+    missing = [names[name] for name, index in ids.items() if index is None or index == tokenizer.unk_token_id]
+    if missing:
+        raise UserError(f"the text tokenizer has no tokens {', '.join(missing)}: add them before making the model")
+    return ids
+
+
+def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an export folder or of a backbone's folder."""
+    config_file = folder / "tokenizer_config.json"
+    settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    if settings.get("tokenizer_class") == UniTokTextTokenizer.__name__:
+        return UniTokTextTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+class UniTokProcessor:
+    """Chat template, layouts and image preprocessing of one model.
+
+    `processor(text, images)` expands every `<image>` of the text to the model's image positions and returns
+    `input_ids`, `attention_mask` (left-padded) and `pixels` `[I, 3, H, W]`.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: UniTokMLLMConfig, image_size: int) -> None:
+        self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
+        self.builder = SequenceBuilder(config, tokenizer)
+        self.chat_template = chat_template(config)
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """The conversation as text with `<image>` marks; `content` is a string or a list of typed parts."""
+        return self.tokenizer.apply_chat_template(
+            messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
+        )
+
+    def __call__(self, text: str | list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
+        texts = [text] if isinstance(text, str) else text
+        marks = sum(one.count(IMAGE_MARK) for one in texts)
+        if marks != len(images or []):
+            raise DataError(f"{marks} {IMAGE_MARK} marks in the text, but {len(images or [])} images given")
+        rows = [self._expand(one) for one in texts]
+        input_ids, mask = pad_left(rows, self.tokenizer.pad_token_id)
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        return batch | ({"pixels": self.pixels(images)} if images else {})
+
+    def _expand(self, text: str) -> list[int]:
+        placeholders = [self.config.image_token_id] * self.config.num_image_positions
+        ids: list[int] = []
+        for position, piece in enumerate(text.split(IMAGE_MARK)):
+            ids += placeholders if position else []
+            ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
+        return ids
+
+    def pixels(self, images: list[Image.Image]) -> torch.Tensor:
+        """`[I, 3, H, W]` in [-1, 1] at the tokenizer's image size."""
+        return torch.stack([eval_transform(image, self.image_size) for image in images])
+
+    def chat_prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[Image.Image]]:
+        """Ids of a conversation that ends with a user turn, and its images in order of appearance."""
+        turns, images = split_messages(messages)
+        return self.builder.chat(turns, prompt=True).ids, images
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        folder = Path(folder)
+        self.tokenizer.chat_template = self.chat_template
+        self.tokenizer.save_pretrained(folder)
+        settings = {"processor_class": type(self).__name__, "image_size": self.image_size}
+        (folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "UniTokProcessor":
+        """From an export folder; UserError when it is none."""
+        folder = Path(folder)
+        if not (folder / PROCESSOR_FILE).is_file() or not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)")
+        settings = json.loads((folder / PROCESSOR_FILE).read_text())
+        config = UniTokMLLMConfig.from_pretrained(folder)
+        return cls(load_text_tokenizer(folder), config, settings["image_size"])
+
+
+def split_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], list[Image.Image]]:
+    """Chat messages (string content, or parts of type "image" and "text") -> turns with `<image>` marks, and images."""
+    turns, images = [], []
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            turns.append(Turn(message["role"], content))
+            continue
+        text = ""
+        for part in content:
+            if part["type"] == "image":
+                images.append(part["image"])
+                text += IMAGE_MARK + "\n"
+            elif part["type"] == "text":
+                text += part["text"]
+            else:
+                raise UserError(f"message part of type {part['type']!r}: expected 'image' or 'text'")
+        turns.append(Turn(message["role"], text))
+    return turns, images

@@ -1,0 +1,179 @@
+"""The one place where sequences are laid out, for training and for prompting alike.
+
+    text to image   bos  text suffix  boi  <img> * L  eoi eos          learnt: boi, the image's codes, eoi, eos
+    caption         bos  boi  <img> * L  eoi  text  eos                learnt: text, eos
+    chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answers and their eos
+
+A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
+whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
+special id or a learnt part begins, so that prompt and training agree id for id.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from unitok.core.errors import DataError, UserError
+from unitok.data.conversations import Turn
+from unitok.mllm.configuration import UniTokMLLMConfig
+
+IGNORE = -100
+IMAGE_MARK = "<image>"
+
+
+class TextTokenizer(Protocol):
+    """What a layout needs of a transformers tokenizer."""
+
+    bos_token_id: int | None
+    eos_token_id: int
+    pad_token_id: int
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]: ...
+
+
+@dataclass
+class Sequence:
+    """Ids and labels of equal length (IGNORE where nothing is learnt); one flag per image: are its codes learnt?"""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    learn_image: list[bool] = field(default_factory=list)
+
+    def add(self, ids: SequenceOf[int], learn: bool = False) -> "Sequence":
+        self.ids += ids
+        self.labels += ids if learn else [IGNORE] * len(ids)
+        return self
+
+
+class SequenceBuilder:
+    """Builds sequences for one model configuration and its text tokenizer.
+
+    Raises UserError when the configuration lacks the special ids.
+    """
+
+    def __init__(self, config: UniTokMLLMConfig, tokenizer: TextTokenizer) -> None:
+        for name in ("begin_image_id", "end_image_id", "image_token_id"):
+            if getattr(config, name) is None:
+                raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
+        self.config, self.tokenizer = config, tokenizer
+        self._cache: dict[str, list[int]] = {}
+
+    def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
+        """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
+        boi, eoi, eos = self.config.begin_image_id, self.config.end_image_id, self.tokenizer.eos_token_id
+        sequence = self._start().add(self._text(self._instruction(caption, unconditional)))
+        return self._image(sequence.add([boi], learn=True), learn=True).add([eoi, eos], learn=True)
+
+    def text_to_image_prompt(self, caption: str, unconditional: bool = False) -> list[int]:
+        """Ids up to and with the begin-of-image id."""
+        if not unconditional and not caption.strip():
+            raise UserError("empty prompt: say what the image should show")
+        return self._start().add(self._text(self._instruction(caption, unconditional))).ids + [
+            self.config.begin_image_id
+        ]
+
+    def caption(self, caption: str) -> Sequence:
+        """Image to text, as in pre-training."""
+        sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
+        sequence.add([self.config.end_image_id])
+        return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+
+    def chat(self, turns: SequenceOf[Turn], prompt: bool = False) -> Sequence:
+        """A conversation of user and assistant turns in alternation.
+
+        As a `prompt` it ends with a user turn and the assistant's prefix; else with an answer. Answers are learnt.
+        """
+        if not turns or turns[0].role != "user" or (turns[-1].role == "user") != prompt:
+            roles = [turn.role for turn in turns]
+            raise DataError(
+                f"a conversation of roles {roles}: expected user and assistant in turn, "
+                f"{'ending with the user' if prompt else 'ending with the assistant'}"
+            )
+        sequence = self._start()
+        text = self.config.system_prompt
+        for index, turn in enumerate(turns):
+            if turn.role != ("assistant" if index % 2 else "user"):
+                raise DataError(f"turn {index} is by {turn.role!r}: user and assistant must alternate")
+            if turn.role == "user":
+                pieces = (text + self.config.user_prefix + turn.content).split(IMAGE_MARK)
+                pieces[-1] += self.config.assistant_prefix
+                for position, piece in enumerate(pieces):
+                    if position > 0:
+                        self._chat_image(sequence)
+                    sequence.add(self._text(piece))
+                text = ""
+            else:
+                sequence.add(self._text(turn.content), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        return sequence
+
+    def _chat_image(self, sequence: Sequence) -> None:
+        if self.config.chat_image_marks:
+            sequence.add([self.config.begin_image_id])
+        self._image(sequence, learn=False)
+        if self.config.chat_image_marks:
+            sequence.add([self.config.end_image_id])
+
+    def _instruction(self, caption: str, unconditional: bool) -> str:
+        return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix
+
+    def _start(self) -> Sequence:
+        bos = self.tokenizer.bos_token_id
+        return Sequence().add([] if bos is None else [bos])
+
+    def _text(self, text: str) -> list[int]:
+        if text not in self._cache:
+            self._cache[text] = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        return self._cache[text]
+
+    def _image(self, sequence: Sequence, learn: bool) -> Sequence:
+        sequence.learn_image.append(learn)
+        return sequence.add([self.config.image_token_id] * self.config.num_image_positions)
+
+
+def chat_template(config: UniTokMLLMConfig) -> str:
+    """The chat layout as a jinja template, for `apply_chat_template` (a rendered text, image marks included)."""
+    literals: dict[str, Any] = {
+        "system": config.system_prompt,
+        "user": config.user_prefix,
+        "assistant": config.assistant_prefix,
+        "mark": IMAGE_MARK,
+    }
+    quoted = {name: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" for name, text in literals.items()}
+    return (
+        "{{ bos_token }}{{ %(system)s }}{%% for message in messages %%}"
+        "{%% if message['role'] == 'user' %%}{{ %(user)s }}"
+        "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
+        "{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}{{ %(mark)s }}"
+        "{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}{%% endif %%}"
+        "{%% if not loop.last or add_generation_prompt %%}{{ %(assistant)s }}{%% endif %%}"
+        "{%% else %%}{{ ' ' }}{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
+        "{{ message['content'][0]['text'] }}{%% endif %%}{{ eos_token }}{%% endif %%}{%% endfor %%}"
+    ) % quoted
+
+
+def pad_right(sequences: SequenceOf[Sequence], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Right-padded `input_ids`, `attention_mask`, `labels`, each `[B, T]`."""
+    longest = max(len(sequence.ids) for sequence in sequences)
+    input_ids = torch.full((len(sequences), longest), pad_id, dtype=torch.long)
+    labels = torch.full_like(input_ids, IGNORE)
+    mask = torch.zeros_like(input_ids)
+    for row, sequence in enumerate(sequences):
+        length = len(sequence.ids)
+        input_ids[row, :length] = torch.tensor(sequence.ids)
+        labels[row, :length] = torch.tensor(sequence.labels)
+        mask[row, :length] = 1
+    return input_ids, mask, labels
+
+
+def pad_left(prompts: SequenceOf[SequenceOf[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Left-padded `input_ids` and `attention_mask` `[B, T]` for generation."""
+    longest = max(len(prompt) for prompt in prompts)
+    input_ids = torch.full((len(prompts), longest), pad_id, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, prompt in enumerate(prompts):
+        input_ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return input_ids, mask

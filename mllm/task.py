@@ -1,0 +1,229 @@
+"""Stage two as a training task: mixed batches of text-to-image, captioning and chat over code shards."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unitok.core.config import Config
+from unitok.core.distributed import all_reduce_sum_, world_size
+from unitok.core.errors import ConfigError, DataError
+from unitok.core.loop import TrainConfig
+from unitok.core.optim import OptimizerConfig
+from unitok.core.pretrained import load_model_folder
+from unitok.core.rng import derive_seed, numpy_rng
+from unitok.core.task import Network, Task
+from unitok.data.codes import CodeSample, CodeSource
+from unitok.data.conversations import Turn
+from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
+from unitok.mllm.model import LossSums, UniTokMLLM
+from unitok.mllm.pipeline import TOKENIZER_FOLDER
+from unitok.mllm.processor import UniTokProcessor
+from unitok.mllm.sequence import IGNORE, IMAGE_MARK, Sequence, SequenceBuilder, pad_right
+from unitok.tokenizer import UniTok
+from unitok.tokenizer.extract import fingerprint
+
+
+class MixtureConfig(Config):
+    """Relative shares of the three tasks; a sample that lacks what its task needs goes to text to image."""
+
+    text_to_image: float = 0.6
+    caption: float = 0.1
+    chat: float = 0.3
+
+
+class MllmDataConfig(Config):
+    """Code shards of stage one and how samples become sequences.
+
+    `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
+    questions make one conversation; longer sequences than `max_length` ids are an error.
+    """
+
+    codes: str = "runs/codes"
+    mixture: MixtureConfig = MixtureConfig()
+    unconditional: float = 0.1
+    questions_per_image: int = 4
+    max_length: int = 2048
+
+
+class SamplerDefaults(Config):
+    """Written into the export's generation_config.json."""
+
+    guidance_scale: float = 5.0
+    temperature: float = 0.9
+    top_k: int = 2048
+    top_p: float = 0.96
+
+
+class MllmTrainConfig(TrainConfig):
+    """Everything of a stage-two run. `tokenizer` is the folder of the visual tokenizer that made the codes."""
+
+    tokenizer: str = "runs/tokenizer/export"
+    model: UniTokMLLMSettings = UniTokMLLMSettings()
+    backbone: BackboneConfig = BackboneConfig()
+    data: MllmDataConfig = MllmDataConfig()
+    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, weight_decay=0.0)
+    ema_decay: float | None = None
+    loss_normalisation: str = "tokens"
+    image_weight: float = 1.0
+    sampler: SamplerDefaults = SamplerDefaults()
+    gradient_checkpointing: bool = False
+
+
+class _LossForward(nn.Module):
+    """What the training engine calls: the model's loss sums as `forward`."""
+
+    def __init__(self, model: UniTokMLLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, **batch: Any) -> LossSums:
+        return self.model.losses(**batch)
+
+    def no_weight_decay(self) -> set[str]:
+        return {f"model.{name}" for name in self.model.no_weight_decay()}
+
+
+class MllmTask(Task):
+    """One network, "mllm"."""
+
+    name = "mllm"
+    headline = ("loss", "image", "text")
+
+    def __init__(self, config: MllmTrainConfig) -> None:
+        if config.loss_normalisation not in ("tokens", "modality"):
+            raise ConfigError(f"loss_normalisation={config.loss_normalisation!r}: expected 'tokens' or 'modality'")
+        self.config = config
+        self.visual = load_model_folder(UniTok, config.tokenizer).eval().requires_grad_(False)
+        sizes = self.visual.config
+        expected = {
+            "tokenizer": fingerprint(self.visual),
+            "num_codebooks": sizes.num_codebooks,
+            "codebook_size": sizes.codebook_size,
+            "image_size": sizes.image_size,
+            "num_positions": sizes.num_positions,
+        }
+        self.source = CodeSource(config.data.codes, expect=expected)
+        self.builder: SequenceBuilder | None = None
+        self._counts: dict[str, float] = {}
+
+    @property
+    def num_samples(self) -> int:
+        return len(self.source)
+
+    def build(self) -> dict[str, Network]:
+        """The network with the same weights on every rank."""
+        config = self.config
+        settings = config.model
+        symbols = [text.strip() for text in (settings.user_prefix, settings.assistant_prefix) if text.strip()]
+        folder = Path(config.output_dir)
+        self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts(), symbols, folder)
+        torch.manual_seed(derive_seed("mllm", config.seed))
+        model = build_model(settings, config.backbone, self.text_tokenizer, self.visual)
+        for name, value in config.sampler.model_dump().items():
+            setattr(model.generation_config, name, value)
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        self.builder = SequenceBuilder(model.config, self.text_tokenizer)
+        self.pad_id = self.text_tokenizer.pad_token_id
+        return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
+
+    def _texts(self) -> list[str]:
+        """Everything that will be tokenized, for a text tokenizer trained on the data."""
+        settings = self.config.model
+        texts = {settings.instruction_suffix, settings.unconditional_text, settings.system_prompt}
+        for index in range(len(self.source)):
+            sample = self.source.text(index)
+            texts |= set(sample.captions)
+            texts |= {text for question in sample.questions for text in (question.question, question.answer)}
+            texts |= {turn.content for conversation in sample.conversations for turn in conversation}
+        return sorted(text.replace(IMAGE_MARK, " ").strip() for text in texts if text.strip())
+
+    def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
+        """One right-padded batch; what each sample is used for depends on (seed, epoch, index) alone."""
+        samples = [self.source[index] for index in indices]
+        sequences = [self._sequence(s, index, epoch) for s, index in zip(samples, indices, strict=True)]
+        for sample, sequence in zip(samples, sequences, strict=True):
+            if len(sequence.ids) > self.config.data.max_length:
+                raise DataError(
+                    f"sample {sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}"
+                )
+        input_ids, attention_mask, labels = pad_right(sequences, self.pad_id)
+        codes = torch.stack([s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image])
+        learn_image = torch.tensor([learn for sequence in sequences for learn in sequence.learn_image])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "labels": labels,
+            "codes": codes,
+            "learn_image": learn_image,
+        }
+
+    def _sequence(self, sample: CodeSample, index: int, epoch: int) -> Sequence:
+        data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
+        shares = data.mixture
+        kinds = {
+            "text_to_image": shares.text_to_image * bool(sample.captions),
+            "caption": shares.caption * bool(sample.captions),
+            "chat": shares.chat * bool(sample.questions or sample.conversations),
+        }
+        total = sum(kinds.values())
+        if total <= 0:
+            raise DataError(f"sample {sample.key} has nothing for the tasks of data.mixture: no caption or question")
+        kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
+        if kind == "chat":
+            return self.builder.chat(self._conversation(sample, rng))
+        caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        if kind == "caption":
+            return self.builder.caption(caption)
+        return self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))
+
+    def _conversation(self, sample: CodeSample, rng: Any) -> list[Turn]:
+        """One of the sample's conversations, or several of its questions one after the other."""
+        if sample.conversations and (not sample.questions or rng.random() < 0.5):
+            return sample.conversations[int(rng.integers(len(sample.conversations)))]
+        chosen = rng.permutation(len(sample.questions))[: self.config.data.questions_per_image]
+        turns: list[Turn] = []
+        for position, number in enumerate(chosen):
+            question = sample.questions[int(number)]
+            image = IMAGE_MARK + "\n" if position == 0 else ""
+            turns += [Turn("user", image + question.question), Turn("assistant", question.answer)]
+        return turns
+
+    def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
+        """Count learnt ids and codes of the whole step, over micro-batches and ranks."""
+        counts = torch.zeros(2, dtype=torch.float64)
+        for batch in batches:
+            counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
+            counts[1] += batch["learn_image"].sum() * batch["codes"].shape[1] * batch["codes"].shape[2]
+        text, image = all_reduce_sum_(counts).tolist()
+        # The engine averages over micro-batches and ranks; sums are scaled so that this gives sum / global count.
+        self._counts = {"text": max(text, 1.0), "image": max(image, 1.0), "parts": len(batches) * world_size()}
+
+    def micro_step(self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int) -> dict[str, Tensor]:
+        engine, counts = engines["mllm"], self._counts
+        sums = engine(**{name: value.to(engine.device) for name, value in batch.items()})
+        text = sums.text * (counts["parts"] / counts["text"])
+        image = sums.image * (counts["parts"] / counts["image"])
+        weight = self.config.image_weight
+        if self.config.loss_normalisation == "tokens":
+            share = counts["image"] / (counts["image"] + counts["text"])
+            loss = weight * share * image + (1 - share) * text
+        else:
+            loss = (weight * image + text) / 2
+        engine.backward(loss)
+        return {
+            "loss": loss.detach(),
+            "image": image.detach(),
+            "text": text.detach(),
+            "image_accuracy": sums.image_correct.sum() * (counts["parts"] / counts["image"]),
+            "text_accuracy": sums.text_correct * (counts["parts"] / counts["text"]),
+        }
+
+    def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        """Write the whole export folder: model, processor, visual tokenizer."""
+        model = modules["mllm"].model
+        model.save_pretrained(folder)
+        UniTokProcessor(self.text_tokenizer, model.config, self.visual.config.image_size).save_pretrained(folder)
+        self.visual.save_pretrained(folder / TOKENIZER_FOLDER)

@@ -1,0 +1,50 @@
+"""From images to code shards: what stage two trains on."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from unitok.data.codes import CodeSample, write_codes
+from unitok.data.source import Source
+from unitok.data.transforms import eval_transform
+from unitok.tokenizer.model import UniTok
+
+
+def fingerprint(tokenizer: UniTok) -> str:
+    """A short name for exactly these weights: codes of another tokenizer mean something else."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, tensor in sorted(tokenizer.state_dict().items()):
+        if name.startswith(("encoder.", "quant_proj.", "quantizer.")):
+            digest.update(name.encode())
+            digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@torch.no_grad()
+def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int = 64, progress: bool = True) -> Path:
+    """Encode every image of `source` and write code shards with their header into `out`."""
+    from tqdm import tqdm
+
+    config = tokenizer.eval().config
+
+    def samples() -> Iterator[CodeSample]:
+        starts = range(0, len(source), batch_size)
+        for start in tqdm(starts, desc="encode", unit="batch", disable=None if progress else True):
+            batch = [source[index] for index in range(start, min(start + batch_size, len(source)))]
+            pixels = torch.stack([eval_transform(sample.image, config.image_size) for sample in batch])
+            codes = tokenizer.encode(pixels.to(tokenizer.device)).cpu()
+            for sample, code in zip(batch, codes, strict=True):
+                yield CodeSample(
+                    sample.key, code, sample.captions, sample.questions, sample.conversations, sample.meta
+                )
+
+    header = {
+        "tokenizer": fingerprint(tokenizer),
+        "num_codebooks": config.num_codebooks,
+        "codebook_size": config.codebook_size,
+        "image_size": config.image_size,
+        "num_positions": config.num_positions,
+    }
+    return write_codes(samples(), out, header)

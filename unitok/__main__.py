@@ -1,0 +1,7 @@
+"""`python -m unitok`: the same as the `unitok` command."""
+
+import sys
+
+from unitok.cli import main
+
+sys.exit(main())

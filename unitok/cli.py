@@ -1,0 +1,171 @@
+"""The `unitok` command: its arguments, and what a user's mistake looks like (one line, exit code 2).
+
+Commands live in `unitok.commands`; heavy libraries are imported only once a command runs.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from unitok import __version__
+from unitok.core.errors import UserError
+
+DEFAULT_MODEL = "runs/demo/model"
+DEFAULT_TOKENIZER = "runs/demo/model/visual_tokenizer"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see `{self.prog} --help`)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    try:
+        arguments = build_parser().parse_args(argv)
+        _quiet_libraries()
+        module, function = arguments.run
+        return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
+    except UserError as error:
+        print(f"unitok: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # the reader of our output has gone, as with `unitok ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except KeyboardInterrupt:
+        print("unitok: interrupted", file=sys.stderr)
+        return 130
+
+
+def _quiet_libraries() -> None:
+    """Loading bars and notices of the libraries are not part of our output; warnings still are."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="unitok",
+        description="Train and use unified multimodal models on discrete visual tokens. Start with `unitok demo`.",
+    )
+    parser.add_argument("--version", action="version", version=f"unitok {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    _add_demo(commands)
+    _add_data(commands)
+    _add_train(commands)
+    _add_use(commands)
+    _add_eval(commands)
+    report = commands.add_parser("report", help="write the HTML report of a run folder")
+    report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
+    report.set_defaults(run=("evaluate", "report"))
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    demo = commands.add_parser("demo", help="train both stages on the shapes world, evaluate, write a report")
+    demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
+    demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: %(default)s)")
+    demo.add_argument("--quick", action="store_true", help="a few steps only: shows that everything runs, learns nothing")
+    demo.set_defaults(run=("demo", "demo"))
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    data = commands.add_parser("data", help="make, encode, check and import data")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    shapes = kinds.add_parser("shapes", help="write the shapes world as webdataset shards (png, txt, json)")
+    shapes.add_argument("--out", required=True, metavar="DIR")
+    shapes.add_argument("--num", type=int, default=1000, help="number of images (default: %(default)s)")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
+    shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
+    shapes.set_defaults(run=("data", "shapes"))
+    codes = kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two")
+    codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
+    codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
+    codes.add_argument("--out", required=True, metavar="DIR")
+    codes.add_argument("--batch-size", type=int, default=64)
+    codes.set_defaults(run=("data", "codes"))
+    check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
+    check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
+    check.set_defaults(run=("data", "check"))
+    llava = kinds.add_parser("import-llava", help="turn a LLaVA instruction file into a JSONL source")
+    llava.add_argument("json", metavar="JSON")
+    llava.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names refer to")
+    llava.add_argument("--out", required=True, metavar="DIR")
+    llava.set_defaults(run=("data", "import_llava"))
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    train = commands.add_parser(
+        "train",
+        help="train stage one (tokenizer) or stage two (mllm)",
+        description="Train in this process. On several: `deepspeed scripts/train_tokenizer.py --config FILE` or "
+        "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options.",
+    )
+    train.add_argument("stage", choices=("tokenizer", "mllm"))
+    train.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/tokenizer/tiny.yaml")
+    train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+    train.set_defaults(run=("train", "train"))
+
+
+def _add_use(commands: argparse._SubParsersAction) -> None:
+    reconstruct = commands.add_parser("reconstruct", help="send images through the tokenizer and back")
+    reconstruct.add_argument("images", nargs="+", metavar="IMAGE")
+    reconstruct.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
+    reconstruct.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
+    reconstruct.set_defaults(run=("use", "reconstruct"))
+
+    generate = commands.add_parser("generate", help="draw images from text")
+    generate.add_argument("prompts", nargs="*", metavar="PROMPT")
+    generate.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    generate.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
+    generate.add_argument("--num", type=int, default=1, help="images per prompt (default: %(default)s)")
+    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
+    generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off")
+    generate.add_argument("--temperature", type=float, metavar="T")
+    generate.add_argument("--from-file", metavar="FILE", help="one prompt per line")
+    generate.set_defaults(run=("use", "generate"))
+
+    chat = commands.add_parser("chat", help="ask about images; without a question: a conversation")
+    chat.add_argument("question", nargs="?", metavar="QUESTION")
+    chat.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
+    chat.add_argument("--max-new-tokens", type=int, default=128)
+    chat.set_defaults(run=("use", "chat"))
+
+
+def _add_eval(commands: argparse._SubParsersAction) -> None:
+    evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
+    kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    for kind, text in (("reconstruction", "PSNR, SSIM, code usage"), ("retrieval", "which caption belongs to the image?")):
+        one = kinds.add_parser(kind, help=text)
+        one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
+        _add_eval_options(one, kind, "images")
+    for kind, text in (("vqa", "accuracy by type of question"), ("geneval", "does the image show what was asked for?")):
+        one = kinds.add_parser(kind, help=text)
+        one.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+        _add_eval_options(one, kind, "questions" if kind == "vqa" else "prompts")
+        if kind == "geneval":
+            one.add_argument("--prompts", metavar="FILE", help="GenEval metadata (JSONL); default: shapes prompts")
+            one.add_argument("--samples", type=int, default=4, help="images per prompt (default: %(default)s)")
+            one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
+            one.add_argument("--guidance", type=float, metavar="G")
+
+
+def _add_eval_options(parser: argparse.ArgumentParser, kind: str, items: str) -> None:
+    if kind != "geneval":
+        parser.add_argument("--source", default="shapes:val?num=500", help="data to measure on (default: %(default)s)")
+    parser.add_argument("--limit", type=int, metavar="N", help=f"use only the first N {items}")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be measured, and stop")
+    parser.set_defaults(run=("evaluate", kind))

@@ -1,0 +1,1 @@
+"""What each `unitok` command does; the arguments are in `unitok.cli`."""

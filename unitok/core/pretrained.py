@@ -1,0 +1,54 @@
+"""Loading of model folders (config.json + model.safetensors) with one clear error for everything that can be wrong."""
+
+import json
+from pathlib import Path
+from typing import TypeVar
+
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from unitok.core.errors import CheckpointError
+
+ModelT = TypeVar("ModelT", bound=PreTrainedModel)
+
+
+def check_model_folder(folder: Path, model_type: str) -> None:
+    """CheckpointError unless `folder` is a model folder of that type."""
+    config_file = folder / "config.json"
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such model folder")
+    if not config_file.is_file():
+        raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
+    try:
+        found = json.loads(config_file.read_text()).get("model_type")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise CheckpointError(f"{config_file}: not a valid configuration ({error})") from error
+    if found != model_type:
+        raise CheckpointError(f"{folder}: holds a model of type {found!r}, expected {model_type!r}")
+    if not list(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{folder}: has no *.safetensors file, so there are no weights to load")
+
+
+def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
+    """`cls.from_pretrained(folder)`, refusing missing, unexpected or wrongly shaped weights and damaged files."""
+    folder = Path(folder)
+    check_model_folder(folder, cls.config_class.model_type)
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True)
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: damaged weights file ({error}); copy it again") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder}: weights do not fit config.json ({_one_line(error)})") from error
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(kind):
+            names = ", ".join(sorted(map(str, info[kind]))[:3])
+            raise CheckpointError(
+                f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {names}; the file belongs "
+                f"to another configuration"
+            )
+    return model
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text if len(text) <= 200 else text[:200] + "..."
