@@ -1,0 +1,173 @@
+"""Code shards: images as the tokenizer's codes, with their words. What stage two trains on.
+
+A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words)
+and `header.json`, written last, which says whose codes these are.
+"""
+
+import io
+import json
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from unitok.core.errors import DataError
+from unitok.data.captions import QA
+from unitok.data.conversations import Conversation
+from unitok.data.shards import ShardReader, write_shards
+from unitok.data.source import Words, load_json_object, words_from_json, words_to_json
+
+FORMAT_VERSION = 1
+HEADER_FILE = "header.json"
+HEADER_FIELDS = ("tokenizer", "num_codebooks", "codebook_size", "image_size", "num_positions")
+
+
+@dataclass
+class CodeSample:
+    """Codes int64 [K, L] of one image and what is said about it."""
+
+    key: str
+    codes: torch.Tensor
+    captions: list[str]
+    questions: list[QA]
+    conversations: list[Conversation]
+    meta: dict[str, Any]
+
+
+def write_codes(
+    samples: Iterable[CodeSample],
+    out: Path | str,
+    header: Mapping[str, Any],
+    max_per_shard: int = 10000,
+) -> Path:
+    """Writes code shards and their header into the folder `out`, and returns it.
+
+    Args:
+        header: HEADER_FIELDS: "tokenizer" (fingerprint of the weights), "num_codebooks", "codebook_size",
+            "image_size", "num_positions".
+
+    Raises:
+        DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
+    """
+    out = Path(out)
+    missing = [name for name in HEADER_FIELDS if name not in header]
+    if missing:
+        raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
+    count = 0
+
+    def records() -> Iterator[dict[str, Any]]:
+        nonlocal count
+        for sample in samples:
+            yield _record(sample, header, count)
+            count += 1
+
+    write_shards(records(), out, max_per_shard, prefix="codes")
+    full = {"format_version": FORMAT_VERSION, **{name: header[name] for name in HEADER_FIELDS}, "count": count}
+    temporary = out / f".{HEADER_FILE}.tmp"
+    temporary.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
+    os.replace(temporary, out / HEADER_FILE)
+    return out
+
+
+def _record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
+    codes = np.asarray(sample.codes)
+    _check_codes(codes, header, sample.key)
+    buffer = io.BytesIO()
+    np.save(buffer, codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32))
+    words = words_to_json(Words(sample.captions, sample.questions, sample.conversations, sample.meta))
+    # Keys of other sources may hold dots or repeat; the number keeps members apart, the key itself travels inside.
+    return {
+        "__key__": f"{number:09d}",
+        "npy": buffer.getvalue(),
+        "json": json.dumps({"key": sample.key, "words": words}, ensure_ascii=False).encode("utf-8"),
+    }
+
+
+def _check_codes(codes: np.ndarray, header: Mapping[str, Any], key: str) -> None:
+    expected = (header["num_codebooks"], header["num_positions"])
+    if codes.shape != expected or not np.issubdtype(codes.dtype, np.integer):
+        raise DataError(f"codes of {key} are {codes.dtype} {codes.shape}; expected integers [K, L] = {expected}")
+    if codes.size and not (0 <= codes.min() and codes.max() < header["codebook_size"]):
+        raise DataError(
+            f"codes of {key} lie in [{codes.min()}, {codes.max()}]; expected [0, {header['codebook_size']})"
+        )
+
+
+class CodeSource:
+    """Map-style reader of a folder of code shards.
+
+    Args:
+        folder: what `write_codes` made.
+        expect: header fields that must hold, such as the tokenizer's fingerprint and sizes.
+
+    Raises:
+        DataError: the folder is incomplete, of another format, or differs from `expect`; names the field and both
+            values.
+    """
+
+    def __init__(self, folder: Path | str, expect: Mapping[str, Any] | None = None) -> None:
+        self.folder = Path(folder)
+        self.header = _load_header(self.folder)
+        for name, value in (expect or {}).items():
+            if self.header.get(name) != value:
+                raise DataError(
+                    f"{self.folder}: {name} of the codes is {self.header.get(name)!r}, the tokenizer in use has "
+                    f"{value!r}; encode the images again with it (unitok data codes)"
+                )
+        self.reader = ShardReader(self.folder)
+        if len(self.reader) != self.header["count"]:
+            raise DataError(
+                f"{self.folder} holds {len(self.reader)} samples, its header says {self.header['count']}; a shard is "
+                "missing or foreign: encode the images again"
+            )
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> CodeSample:
+        members = self.reader.read(index)
+        sample = self._sample(index, members)
+        try:
+            codes = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
+        except (KeyError, ValueError, EOFError) as error:
+            raise DataError(f"{self.folder}: codes of {sample.key} cannot be read ({type(error).__name__})") from None
+        _check_codes(codes, self.header, sample.key)
+        sample.codes = torch.from_numpy(codes.astype(np.int64))
+        return sample
+
+    def text(self, index: int) -> CodeSample:
+        """The sample with its words only: `codes` is empty."""
+        return self._sample(index, self.reader.read(index, ("json",)))
+
+    def _sample(self, index: int, members: Mapping[str, bytes]) -> CodeSample:
+        where = f"{self.folder}: sample {index}"
+        try:
+            record = json.loads(members["json"])
+            key, words = record["key"], record["words"]
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{where} has no readable words ({type(error).__name__}); encode the images again"
+            ) from None
+        parsed = words_from_json(words, f"{where} ({key})")
+        empty = torch.zeros(0, dtype=torch.int64)
+        return CodeSample(key, empty, parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
+
+
+def _load_header(folder: Path) -> dict[str, Any]:
+    path = folder / HEADER_FILE
+    if not path.is_file():
+        raise DataError(
+            f"{folder} has no {HEADER_FILE}: no code shards, or writing them was cut short; make them again"
+        )
+    header = load_json_object(path.read_text(encoding="utf-8"), str(path))
+    missing = [name for name in (*HEADER_FIELDS, "count") if name not in header]
+    if missing or header.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format_version {header.get('format_version')!r}, missing {missing}; this version reads "
+            f"{FORMAT_VERSION}: encode the images again"
+        )
+    return header

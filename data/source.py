@@ -1,0 +1,326 @@
+"""Sources of images with words, all read the same way: `source[i] -> Sample`, in any order, from any process.
+
+`open_source` knows generated shapes scenes, folders of tar shards, folders of image files, and JSON lines.
+"""
+
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import parse_qsl
+
+from PIL import Image
+
+from unitok.core.errors import DataError, UserError
+from unitok.core.rng import numpy_rng
+from unitok.data.captions import QA, caption, questions
+from unitok.data.conversations import Conversation, parse_conversations
+from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, render, sample_scene, scene_from_dict
+from unitok.data.shards import ShardReader
+from unitok.data.transforms import decode_image, load_image
+
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
+_KNOWN_FORMS = (
+    'expected "shapes:train?num=8000&seed=0", a folder of .tar shards or a pattern of them, a folder of image files '
+    "with .txt beside them, or a .jsonl file"
+)
+_LOGGER = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass
+class Words:
+    """What is said about an image. `meta` may hold "scene" (a `Scene`) and "geneval" (a prompt's metadata)."""
+
+    captions: list[str] = field(default_factory=list)
+    questions: list[QA] = field(default_factory=list)
+    conversations: list[Conversation] = field(default_factory=list)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(kw_only=True)
+class Sample(Words):
+    """An RGB image and what is said about it; `key` names it within its source."""
+
+    key: str
+    image: Image.Image
+
+
+class Source(ABC):
+    """Map-style source that survives bad samples.
+
+    A bad sample (unreadable image, malformed text) is logged with its key and replaced by the next good one, whatever
+    was read before. When the share of bad samples found by this process exceeds `max_bad_fraction`, reading stops.
+    """
+
+    def __init__(self, name: str, max_bad_fraction: float = 0.01) -> None:
+        self.name, self.max_bad_fraction = name, max_bad_fraction
+        self.bad: dict[int, str] = {}  # index -> what is wrong
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def key(self, index: int) -> str:
+        """The name of sample `index`."""
+
+    @abstractmethod
+    def _read_words(self, index: int) -> Words:
+        """Captions, questions, conversations and meta of a sample; UserError when malformed."""
+
+    @abstractmethod
+    def _read_image(self, index: int) -> Image.Image:
+        """The image of a sample; UserError when unreadable."""
+
+    def read(self, index: int) -> Sample:
+        """Sample `index` itself; UserError or OSError when it is bad."""
+        return Sample(**vars(self._read_words(index)), key=self.key(index), image=self._read_image(index))
+
+    def __getitem__(self, index: int) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        return self._first_good(index, self.read)
+
+    def words(self, index: int) -> Words:
+        """Like `source[index]` without its image. A bad image is not noticed here."""
+        return self._first_good(index, self._read_words)
+
+    def _first_good(self, index: int, read: Callable[[int], T]) -> T:
+        for step in range(len(self)):
+            candidate = (index + step) % len(self)
+            if candidate in self.bad:
+                continue
+            try:
+                return read(candidate)
+            except (UserError, OSError) as error:
+                self._report_bad(candidate, error)
+        raise DataError(f"{self.name} has no readable sample")
+
+    def texts(self, index: int) -> list[str]:
+        """The captions of a sample, read without its image."""
+        return self.words(index).captions
+
+    def _report_bad(self, index: int, error: Exception) -> None:
+        self.bad[index] = str(error)
+        _LOGGER.warning("%s: sample %s left out: %s", self.name, self.key(index), error)
+        share = len(self.bad) / len(self)
+        if share > self.max_bad_fraction:
+            raise DataError(
+                f"{self.name}: {len(self.bad)} of {len(self)} samples are bad, more than max_bad_fraction="
+                f"{self.max_bad_fraction}; the last one: {error}"
+            )
+
+
+class ShapesSource(Source):
+    """Scenes of the shapes world, drawn when they are asked for."""
+
+    def __init__(self, split: str, num: int, seed: int, size: int) -> None:
+        super().__init__(f"shapes:{split}?num={num}&seed={seed}&size={size}")
+        self.split, self.num, self.seed, self.size = split, num, seed, size
+
+    def __len__(self) -> int:
+        return self.num
+
+    def key(self, index: int) -> str:
+        return f"{self.split}-{self.seed}-{index:06d}"
+
+    def scene(self, index: int) -> Scene:
+        """The `Scene` of a sample."""
+        return sample_scene(self.seed, self.split, index, self.size)
+
+    def _read_words(self, index: int) -> Words:
+        scene = self.scene(index)
+        _, text, metadata = caption(scene, numpy_rng("caption of", scene.key))
+        return Words([text], questions(scene), [], {"scene": scene, "geneval": metadata})
+
+    def _read_image(self, index: int) -> Image.Image:
+        return render(self.scene(index))
+
+
+class ShardSource(Source):
+    """Tar shards with an image, and optionally a txt (one caption a line) and a json, per sample."""
+
+    def __init__(self, spec: str, max_bad_fraction: float) -> None:
+        super().__init__(spec, max_bad_fraction)
+        self.reader = ShardReader(spec)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def key(self, index: int) -> str:
+        return self.reader.keys[index]
+
+    def _read_words(self, index: int) -> Words:
+        members = self.reader.read(index, ("txt", "json"))
+        return parse_words(members.get("txt"), members.get("json"), self.key(index))
+
+    def _read_image(self, index: int) -> Image.Image:
+        members = self.reader.read(index, IMAGE_EXTENSIONS)
+        if not members:
+            raise DataError(f"{self.key(index)} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
+        return decode_image(next(iter(members.values())), self.key(index))
+
+
+class FolderSource(Source):
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json."""
+
+    def __init__(self, folder: Path, max_bad_fraction: float) -> None:
+        super().__init__(str(folder), max_bad_fraction)
+        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        if not self.files:
+            raise DataError(f"{folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}) and no .tar; {_KNOWN_FORMS}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def key(self, index: int) -> str:
+        return self.files[index].stem
+
+    def _read_words(self, index: int) -> Words:
+        beside = [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
+        return parse_words(*(path.read_bytes() if path.is_file() else None for path in beside), str(self.files[index]))
+
+    def _read_image(self, index: int) -> Image.Image:
+        return load_image(self.files[index])
+
+
+class JsonlSource(Source):
+    """JSON lines {"image", "id"?, "caption"?, "captions"?, "questions"?, "conversations"?}; image paths are relative
+    to the file."""
+
+    def __init__(self, path: Path, max_bad_fraction: float) -> None:
+        super().__init__(str(path), max_bad_fraction)
+        self.path = path
+        try:
+            self.lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read {path} ({type(error).__name__}); expected JSON lines in UTF-8") from None
+        if not self.lines:
+            raise DataError(f"{path} holds no record; expected one JSON object a line with image and caption")
+
+    def __len__(self) -> int:
+        return len(self.lines)
+
+    def key(self, index: int) -> str:
+        return f"{self.path.stem}-{index:06d}"
+
+    def _record(self, index: int) -> dict[str, Any]:
+        return load_json_object(self.lines[index], f"{self.path}: record {index}")
+
+    def _read_words(self, index: int) -> Words:
+        return words_from_json(self._record(index), f"{self.path}: record {index}")
+
+    def _read_image(self, index: int) -> Image.Image:
+        name = self._record(index).get("image")
+        if not isinstance(name, str):
+            raise DataError(f"{self.path}: record {index} has no image path; expected a string under image")
+        return load_image(self.path.parent / name)
+
+
+def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
+    """Words from a sample's txt (one caption a line) and json; DataError when one is malformed."""
+    try:
+        lines = text.decode("utf-8").splitlines() if text else []
+        words = words_from_json(load_json_object(data.decode("utf-8"), where), where) if data else Words()
+    except UnicodeDecodeError:
+        raise DataError(f"{where}: text is not UTF-8") from None
+    words.captions = [line.strip() for line in lines if line.strip()] + words.captions
+    return words
+
+
+def load_json_object(text: str, where: str) -> dict[str, Any]:
+    """A JSON object; DataError beginning with `where` when `text` is none."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where} is not JSON ({error.msg} at character {error.pos})") from None
+    if not isinstance(data, dict):
+        raise DataError(f"{where} is a JSON {type(data).__name__}; expected an object")
+    return data
+
+
+def words_from_json(data: dict[str, Any], where: str) -> Words:
+    """Words from a sample's JSON; keys that are not words become its meta."""
+    captions = data.get("captions", [])
+    captions = [data["caption"], *captions] if "caption" in data else captions
+    if not isinstance(captions, list) or not all(isinstance(item, str) and item.strip() for item in captions):
+        raise DataError(f"{where}: captions are {str(captions)[:80]!r}; expected texts that are not empty")
+    asked = data.get("questions", [])
+    if not isinstance(asked, list):
+        raise DataError(f"{where}: questions is {str(asked)[:80]!r}; expected a list")
+    talks = parse_conversations(data["conversations"], where) if data.get("conversations") else []
+    reserved = ("caption", "captions", "questions", "conversations", "image")
+    meta = {key: value for key, value in data.items() if key not in reserved}
+    if "scene" in meta:
+        meta["scene"] = scene_from_dict(meta["scene"])
+    return Words(list(captions), [_question(item, where) for item in asked], talks, meta)
+
+
+def _question(item: Any, where: str) -> QA:
+    names = ("type", "question", "answer")
+    if not isinstance(item, dict) or not all(isinstance(item.get(name), str) and item[name] for name in names):
+        raise DataError(
+            f"{where}: a question is {str(item)[:80]!r}; expected an object of texts type, question, answer"
+        )
+    return QA(*(item[name] for name in names))
+
+
+def words_to_json(words: Words) -> dict[str, Any]:
+    """JSON-able form of words, which `words_from_json` reads back."""
+    out = dict(words.meta)
+    if "scene" in out:
+        out["scene"] = out["scene"].to_dict()
+    out["captions"] = words.captions
+    out["questions"] = [question._asdict() for question in words.questions]
+    out["conversations"] = [[turn._asdict() for turn in turns] for turns in words.conversations]
+    return {key: value for key, value in out.items() if value or key not in ("captions", "questions", "conversations")}
+
+
+def open_source(spec: str | Path, split: str | None = None, max_bad_fraction: float = 0.01) -> Source:
+    """Opens a source by its name.
+
+    Args:
+        spec: "shapes:SPLIT?num=&seed=&size=" for generated scenes; a folder, glob or brace pattern of .tar shards; a
+            folder of images; or a .jsonl file.
+        split: "train" or "val" in place of the one in a shapes spec; for folders the sub-folder of that name, if any.
+        max_bad_fraction: share of unreadable samples above which reading stops.
+
+    Raises:
+        DataError: the spec is of no known form or nothing is there.
+    """
+    text = str(spec)
+    if text.startswith("shapes:") or text == "shapes":
+        return _open_shapes(text, split)
+    path = Path(text)
+    if split is not None and (path / split).is_dir():
+        path = path / split
+    if path.suffix == ".jsonl":
+        return JsonlSource(path, max_bad_fraction)
+    if path.is_dir():
+        if next(path.glob("*.tar"), None) is not None:
+            return ShardSource(str(path), max_bad_fraction)
+        if not any(item.is_file() for item in path.iterdir()) and (path / "train").is_dir():
+            raise DataError(f"{path} holds splits; name one, such as {path / 'train'}")
+        return FolderSource(path, max_bad_fraction)
+    if path.suffix == ".tar":
+        return ShardSource(text, max_bad_fraction)
+    raise DataError(f"data source {text!r} does not exist or is of no known form; {_KNOWN_FORMS}")
+
+
+def _open_shapes(spec: str, split: str | None) -> ShapesSource:
+    name, _, query = spec.removeprefix("shapes").removeprefix(":").partition("?")
+    chosen = split or name or "train"
+    if chosen not in SPLITS:
+        raise DataError(f"{spec!r}: split {chosen!r} is unknown; expected one of {', '.join(SPLITS)}")
+    settings = dict(SHAPES_DEFAULTS)
+    for key, value in parse_qsl(query, keep_blank_values=True):
+        if key not in settings or not value.isdecimal():
+            raise DataError(f"{spec!r}: {key}={value} is not understood; expected {', '.join(settings)} with numbers")
+        settings[key] = int(value)
+    if settings["num"] < 1:
+        raise DataError(f"{spec!r}: num is {settings['num']}; expected at least 1")
+    return ShapesSource(chosen, **settings)

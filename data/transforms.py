@@ -1,0 +1,112 @@
+"""Between PIL images and pixels: float32 [3, H, W] in [-1, 1], channels first."""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+
+from unitok.core.errors import UserError
+
+# What PIL raises on broken or oversized files, beside OSError (which UnidentifiedImageError is).
+_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+def load_image(path: Path | str) -> Image.Image:
+    """Reads an image file as RGB; UserError naming the file when it is missing or not an image."""
+    path = Path(path)
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read image {path}: {error.strerror}; give an existing image file") from None
+    return decode_image(data, str(path))
+
+
+def decode_image(data: bytes, name: str) -> Image.Image:
+    """Decodes an image file's bytes as RGB: upright by its EXIF tag, transparency laid over white.
+
+    Raises:
+        UserError: the bytes are not an image; the message begins with `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as file:
+            file.load()
+            return to_rgb(ImageOps.exif_transpose(file))
+    except _DECODE_ERRORS as error:
+        raise UserError(f"{name} is not a readable image ({type(error).__name__}); give a png, jpg or webp") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """RGB of any mode; what is transparent becomes white."""
+    if image.mode == "RGB":
+        return image
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    return image.convert("RGB")
+
+
+def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """Shorter side to `size`, centre crop; an image of that size is not touched. [3, size, size]"""
+    image = to_rgb(image)
+    width, height = image.size
+    if (width, height) != (size, size):
+        # The crop is taken in the source, in one resampling, so that no side is rounded.
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        image = _resize(image, size, (left, top, left + side, top + side))
+    return to_pixels(image)
+
+
+def train_transform(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    min_area: float = 0.5,
+    flip: bool = True,
+) -> torch.Tensor:
+    """Random resized crop of at least `min_area` of the image, mirrored half of the time. [3, size, size]
+
+    Not for captions that tell left from right: pass `flip=False` there.
+    """
+    image = to_rgb(image)
+    box = _random_box(*image.size, rng, min_area)
+    mirrored = flip and rng.random() < 0.5
+    pixels = to_pixels(_resize(image, size, box))
+    return pixels.flip(-1) if mirrored else pixels
+
+
+def _random_box(
+    width: int, height: int, rng: np.random.Generator, min_area: float
+) -> tuple[float, float, float, float]:
+    """A box of random area and aspect ratio (3:4 to 4:3); the largest centred square if ten tries do not fit."""
+    for _ in range(10):
+        area = rng.uniform(min_area, 1.0) * width * height
+        ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+        box_width, box_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+        if box_width <= width and box_height <= height:
+            left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
+            return left, top, left + box_width, top + box_height
+    side = min(width, height)
+    left, top = (width - side) / 2, (height - side) / 2
+    return left, top, left + side, top + side
+
+
+def _resize(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+
+
+def to_pixels(image: Image.Image) -> torch.Tensor:
+    """RGB image -> float32 [3, H, W] in [-1, 1], without resizing."""
+    array_HW3 = np.asarray(image, dtype=np.float32) / 127.5 - 1
+    return torch.from_numpy(np.ascontiguousarray(array_HW3.transpose(2, 0, 1)))
+
+
+def to_pil(pixels: torch.Tensor) -> Image.Image:
+    """Pixels [3, H, W] in [-1, 1] (clamped) -> RGB image, rounded to the nearest of 256 values."""
+    if pixels.ndim != 3 or pixels.shape[0] != 3:
+        raise ValueError(f"to_pil got pixels of shape {tuple(pixels.shape)}; expected one image [3, H, W]")
+    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
