@@ -83,12 +83,13 @@ def config_path(name: Path | str) -> Path:
     raise ConfigError(f"configuration {str(name)!r} is neither a file nor a packaged one; packaged: {', '.join(known)}")
 
 
-def save_config(config: Config, path: Path | str) -> None:
+def save_config(config: Config | Mapping[str, Any], path: Path | str) -> None:
     """Write the resolved configuration as YAML (atomically); `load_config` reads it back to an equal one."""
+    values = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+    temporary.write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
     os.replace(temporary, path)
 
 

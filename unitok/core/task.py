@@ -1,0 +1,83 @@
+"""The contract between a training task (batches, networks, losses, metrics) and the loop that drives it."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from unitok.core.optim import OptimizerConfig
+
+
+@dataclass
+class Network:
+    """One network with its own optimizer: one DeepSpeed engine.
+
+    ema_decay: keep an exponential moving average of the weights; evaluation and export use it.
+    start_step: the loop does not step the network before it, and the task must not call its engine's `backward`.
+    holds_codebooks: parameters that must never be cast to bf16 (found by name too: "codebook").
+    """
+
+    module: nn.Module
+    optimizer: OptimizerConfig
+    ema_decay: float | None = None
+    start_step: int = 0
+    holds_codebooks: bool = False
+
+
+class Task(ABC):
+    """What is trained. The loop calls, in this order, `build` once and then per step `load_batch` for every
+    micro-batch, `prepare_step`, `micro_step` for every micro-batch, `after_step`.
+
+    name: names the run in messages. headline: the metrics that the progress line shows.
+    """
+
+    name: str = "task"
+    headline: tuple[str, ...] = ("loss",)
+
+    @abstractmethod
+    def build(self) -> dict[str, Network]:
+        """The networks by name, the main one first; equal weights on every rank (seeded). The process group is up."""
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Number of training samples; one epoch."""
+
+    @abstractmethod
+    def load_batch(self, indices: list[int], epoch: int) -> Any:
+        """One micro-batch of this rank: a pure function of (seed, indices, epoch), without hidden state.
+
+        It may run in a worker process. `epoch` is that of the global micro-batch's first sample.
+        """
+
+    def prepare_step(self, batches: list[Any], step: int) -> None:  # noqa: B027 - optional
+        """See all micro-batches of this rank before the step (global counts: one all-reduce)."""
+
+    @abstractmethod
+    def micro_step(self, engines: dict[str, Any], batch: Any, micro_index: int, step: int) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch.
+
+        Calls `engines[name](...)` and, exactly once per network that has started, `engines[name].backward(loss)`;
+        never `step`. DeepSpeed divides the loss by the number of micro-batches and averages gradients over ranks.
+        What a network's `forward` returns must be a tensor, tuple, list or dict (transformers' `ModelOutput` is one):
+        ZeRO finds the tensors of nothing else.
+
+        Returns detached scalars; their mean over ranks and micro-batches is logged and must be finite. The names must
+        not depend on rank or micro-batch.
+        """
+
+    def after_step(self, modules: dict[str, nn.Module], step: int) -> None:  # noqa: B027 - optional
+        """Change parameters after the optimizer step, e.g. clamp a logit scale (see `clamp_parameter_`)."""
+
+    @abstractmethod
+    def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
+        """Write what inference needs into `folder`. Rank 0 only; the modules hold the whole (EMA) weights."""
+
+    def extra_state(self) -> dict[str, Any]:
+        """State of the task that a checkpoint must hold (JSON values)."""
+        return {}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - optional
+        """Take back what `extra_state` gave."""
