@@ -29,7 +29,7 @@ class ImageBatches:
     def __init__(self, config: ImageDataConfig, image_size: int, seed: int) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
         self.source: Source = open_source(config.source, max_bad_fraction=config.max_bad_fraction)
-        self._cache: dict[int, torch.Tensor] = {}
+        self._cache: dict[int, tuple[torch.Tensor, list[str]]] = {}  # index -> uint8 pixels [3, H, W], captions
 
     def __len__(self) -> int:
         return len(self.source)
@@ -44,18 +44,21 @@ class ImageBatches:
         return {"pixels": torch.stack(pixels), "captions": list(captions)}
 
     def _one(self, index: int, epoch: int) -> tuple[torch.Tensor, str]:
-        if index in self._cache:
-            cached = self._cache[index]
-            captions, key = self.source.texts(index), str(index)
-            pixels = cached.float() / 127.5 - 1
-        else:
-            sample = self.source[index]
-            captions, key = sample.captions, sample.key
-            if self.config.augment == "crop":
-                pixels = train_transform(sample.image, self.image_size, numpy_rng("augment", self.seed, epoch, key))
-            else:
-                pixels = eval_transform(sample.image, self.image_size)
-                if self.config.cache:
-                    self._cache[index] = ((pixels + 1) * 127.5).round().to(torch.uint8)
+        pixels, captions = self._read(index, epoch)
+        if not captions:
+            return pixels, ""
         chosen = int(numpy_rng("caption", self.seed, epoch, index).integers(len(captions)))
         return pixels, captions[chosen]
+
+    def _read(self, index: int, epoch: int) -> tuple[torch.Tensor, list[str]]:
+        if index in self._cache:
+            stored, captions = self._cache[index]
+            return stored.float() / 127.5 - 1, captions
+        sample = self.source[index]
+        if self.config.augment == "crop":
+            rng = numpy_rng("augment", self.seed, epoch, sample.key)
+            return train_transform(sample.image, self.image_size, rng), sample.captions
+        pixels = eval_transform(sample.image, self.image_size)
+        if self.config.cache:
+            self._cache[index] = ((pixels + 1) * 127.5).round().to(torch.uint8), sample.captions
+        return pixels, sample.captions

@@ -49,15 +49,15 @@ def demo_results(
     `random_codes` and `reconstruction_ceiling` are those helpers' results (their overall score is stored, and their
     scores by tag under `random_codes_by_tag` and `reconstruction_ceiling_by_tag`) or plain numbers.
     """
-    generation = _figures(geneval)
+    generation = figures_only(geneval)
     for name, value in (("random_codes", random_codes), ("reconstruction_ceiling", reconstruction_ceiling)):
         if isinstance(value, Mapping):
             generation |= {name: value["overall"], f"{name}_by_tag": dict(value["by_tag"])}
         else:
             generation[name] = float(value)
-    results = {"tokenizer": _figures(tokenizer), "vqa": _figures(vqa), "geneval": generation}
+    results = {"tokenizer": figures_only(tokenizer), "vqa": figures_only(vqa), "geneval": generation}
     if retrieval is not None:
-        results["tokenizer"]["retrieval"] = _figures(retrieval)
+        results["tokenizer"]["retrieval"] = figures_only(retrieval)
     return results | {
         "wall_seconds": wall_seconds,
         "peak_memory_mb": peak_memory_mb(),
@@ -65,7 +65,8 @@ def demo_results(
     }
 
 
-def _figures(values: Mapping[str, Any]) -> dict[str, Any]:
+def figures_only(values: Mapping[str, Any]) -> dict[str, Any]:
+    """An evaluation's figures without its images and records."""
     return {key: value for key, value in values.items() if key not in _LEFT_OUT}
 
 

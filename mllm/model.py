@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import ModelOutput
 
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import UniTokMLLMConfig
@@ -26,15 +27,15 @@ IGNORE = -100  # label of a text position that is not learnt
 
 
 @dataclass
-class LossSums:
+class LossSums(ModelOutput):
     """Sums over tokens and their counts; dividing by *global* counts is the caller's part."""
 
-    text: Tensor
-    image: Tensor
-    num_text: Tensor
-    num_image: Tensor
-    text_correct: Tensor
-    image_correct: Tensor  # [K]
+    text: Tensor | None = None
+    image: Tensor | None = None
+    num_text: Tensor | None = None
+    num_image: Tensor | None = None
+    text_correct: Tensor | None = None
+    image_correct: Tensor | None = None  # [K]
 
 
 class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
 
 from unitok.core.errors import UserError
 from unitok.tokenizer.configuration import UniTokConfig
@@ -26,18 +27,21 @@ MAX_LOGIT_SCALE = math.log(100.0)
 
 
 @dataclass
-class UniTokOutput:
-    """What one training pass gives; `usage` counts `[K, V]` how often each entry was chosen."""
+class UniTokOutput(ModelOutput):
+    """What one training pass gives; `usage` counts `[K, V]` how often each entry was chosen.
 
-    reconstruction: Tensor  # [B, 3, H, W], not clamped
-    last_hidden: Tensor  # input of the decoder's last convolution, for the adaptive adversarial weight
-    codes: Tensor  # [B, K, L]
-    vq_loss: Tensor
-    entropy_loss: Tensor | None
-    usage: Tensor
-    features: Tensor  # [B, L, C] after the projection out of the code space
-    image_embedding: Tensor  # [B, D], unit length
-    text_embedding: Tensor | None  # [B, D], unit length
+    A ModelOutput, because ZeRO finds tensors in dictionaries but not in plain dataclasses.
+    """
+
+    reconstruction: Tensor | None = None  # [B, 3, H, W], not clamped
+    last_hidden: Tensor | None = None  # input of the decoder's last convolution, for the adaptive adversarial weight
+    codes: Tensor | None = None  # [B, K, L]
+    vq_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None  # only with_entropy
+    usage: Tensor | None = None
+    features: Tensor | None = None  # [B, L, C] after the projection out of the code space
+    image_embedding: Tensor | None = None  # [B, D], unit length
+    text_embedding: Tensor | None = None  # [B, D], unit length; only with text_ids
 
 
 class UniTok(PreTrainedModel):

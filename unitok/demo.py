@@ -1,0 +1,175 @@
+"""The main job from end to end on the shapes world: both stages, chat, pictures, evaluation, report."""
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from unitok.core.config import load_config
+
+HELD_OUT_IMAGES = 500
+VQA_QUESTIONS = 1000
+GENEVAL_PROMPTS = 240
+GENEVAL_SAMPLES = 2
+
+# Shows that every part runs; nothing is learnt in so few steps.
+QUICK = {
+    "tokenizer": ["steps=4", "save_every=2", "data.source=shapes:train?num=64", "discriminator.start_step=2"],
+    "mllm": ["steps=4", "save_every=2"],
+}
+
+
+def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+    """Train, evaluate and report into `out`; returns the figures that stand in `out/results.json`.
+
+    The final export is `out/model`. An interrupted demo goes on where its last checkpoint was.
+    """
+    started = time.monotonic()
+    out.mkdir(parents=True, exist_ok=True)
+    source = _train_tokenizer(out, seed, quick)
+    _extract(out, source)
+    _train_model(out, seed, quick)
+    results = _evaluate(out, seed, quick, started)
+    _print(out, results)
+    return results
+
+
+def _section(title: str) -> None:
+    print(f"\n== {title}", flush=True)
+
+
+def _train_tokenizer(out: Path, seed: int, quick: bool) -> str:
+    """Stage one; returns the data source that it trained on."""
+    from unitok.commands.train import run
+    from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
+
+    _section("stage one: the visual tokenizer")
+    overrides = [f"output_dir={out / 'tokenizer'}", f"seed={seed}", *(QUICK["tokenizer"] if quick else [])]
+    config = load_config(TokenizerTrainConfig, "tokenizer/shapes.yaml", overrides)
+    run(TokenizerTask(config), config)
+    return config.data.source
+
+
+def _extract(out: Path, source: str) -> None:
+    """Code shards of the training images; kept if they are those of this tokenizer."""
+    from unitok.core.pretrained import load_model_folder
+    from unitok.data.source import open_source
+    from unitok.tokenizer import UniTok
+    from unitok.tokenizer.extract import extract_codes, fingerprint
+
+    _section("encoding the training images")
+    tokenizer = load_model_folder(UniTok, out / "tokenizer" / "export")
+    codes, header = out / "codes", out / "codes" / "header.json"
+    if header.is_file() and json.loads(header.read_text())["tokenizer"] == fingerprint(tokenizer):
+        print(f"{codes} is there already")
+        return
+    shutil.rmtree(codes, ignore_errors=True)
+    extract_codes(tokenizer, open_source(source), codes)
+
+
+def _train_model(out: Path, seed: int, quick: bool) -> None:
+    """Stage two; its export is copied to `out/model`."""
+    from unitok.commands.train import run
+    from unitok.mllm.task import MllmTask, MllmTrainConfig
+
+    _section("stage two: the unified model")
+    overrides = [
+        f"output_dir={out / 'mllm'}",
+        f"seed={seed}",
+        f"tokenizer={out / 'tokenizer' / 'export'}",
+        f"data.codes={out / 'codes'}",
+        *(QUICK["mllm"] if quick else []),
+    ]
+    config = load_config(MllmTrainConfig, "mllm/shapes.yaml", overrides)
+    run(MllmTask(config), config)
+    shutil.rmtree(out / "model", ignore_errors=True)
+    shutil.copytree(out / "mllm" / "export", out / "model")
+
+
+def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, Any]:
+    """Every figure on held-out scenes, each with its baseline, and what the report shows."""
+    from unitok.data.captions import geneval_prompts, paraphrase
+    from unitok.data.detector import detect
+    from unitok.data.source import open_source
+    from unitok.eval.geneval import evaluate_geneval, random_codes_score, reconstruction_ceiling
+    from unitok.eval.geneval_score import SHAPES_RULE
+    from unitok.eval.reconstruction import evaluate_reconstruction
+    from unitok.eval.report import save_geneval_examples, save_reconstructions, write_report
+    from unitok.eval.results import demo_results, protocol, write_results
+    from unitok.eval.retrieval import evaluate_retrieval
+    from unitok.eval.vqa import evaluate_vqa
+    from unitok.mllm.pipeline import UniTokPipeline
+
+    _section("evaluation on held-out scenes")
+    scale = 20 if quick else 1
+    images, questions, prompts = (n // scale for n in (HELD_OUT_IMAGES, VQA_QUESTIONS, GENEVAL_PROMPTS))
+    source = open_source(f"shapes:val?num={images}&seed={seed}")
+    pipeline = UniTokPipeline.from_pretrained(out / "model")
+    tokenizer = pipeline.tokenizer
+    reconstruction = evaluate_reconstruction(tokenizer, source)
+    retrieval = evaluate_retrieval(tokenizer, source)
+    vqa = evaluate_vqa(pipeline.answer, source, questions, seed, batch_size=64, rephrase=paraphrase)
+    metadata = geneval_prompts(prompts, seed)
+
+    def generate(texts: list[str], seeds: list[int]) -> list[Any]:
+        return pipeline.generate_images(texts, seed=seeds, batch_size=len(texts))
+
+    scoring = {"detect": detect, "rule": SHAPES_RULE}
+    geneval = evaluate_geneval(generate, metadata, GENEVAL_SAMPLES, out / "geneval", seed, batch_size=60, **scoring)
+    save_reconstructions(out, reconstruction["pairs"])
+    save_geneval_examples(out, geneval)
+    _save_conversation(out, pipeline, source)
+    counts = {"images": images, "questions": vqa["num_questions"], "prompts": prompts, "samples": GENEVAL_SAMPLES}
+    sampler = {name: getattr(pipeline.model.generation_config, name) for name in ("guidance_scale", "temperature")}
+    results = demo_results(
+        tokenizer=reconstruction,
+        retrieval=retrieval,
+        vqa=vqa,
+        geneval=geneval,
+        random_codes=random_codes_score(tokenizer, metadata, seed=seed, **scoring),
+        reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, **scoring),
+        wall_seconds=round(time.monotonic() - started, 1),
+        protocol_block=protocol(
+            "demo", seed, counts, source=source.name, sampler=sampler, rule=asdict(SHAPES_RULE), quick=quick
+        ),
+    )
+    write_results(out / "results.json", results)
+    write_report(out)
+    return results
+
+
+def _save_conversation(out: Path, pipeline: Any, source: Any, num_images: int = 3) -> None:
+    """A conversation of several turns about the first held-out images, as it comes."""
+    from unitok.eval.report import save_chat
+
+    shown: list[dict[str, Any]] = []
+    for index in range(num_images):
+        sample, messages = source[index], []
+        for number, question in enumerate(sample.questions[:3]):
+            image = [{"type": "image", "image": sample.image}] if number == 0 else []
+            messages.append({"role": "user", "content": [*image, {"type": "text", "text": question.question}]})
+            answer = pipeline.chat(messages, max_new_tokens=16)
+            messages.append({"role": "assistant", "content": answer})
+            shown.append({"role": "user", "content": question.question, "image": sample.image if image else None})
+            shown.append({"role": "assistant", "content": answer, "expected": question.answer})
+    save_chat(out, shown)
+
+
+def _print(out: Path, results: dict[str, Any]) -> None:
+    from unitok.eval.results import DEMO_HEADERS, demo_table, print_table
+
+    _section("results")
+    print_table(demo_table(results), DEMO_HEADERS)
+    for name, types in (("VQA", results["vqa"]["by_type"]), ("GenEval-style", results["geneval"]["by_tag"])):
+        print()
+        if name == "VQA":
+            rows = [(kind, f"{one['accuracy']:.3f}", f"{one['majority']:.3f}") for kind, one in types.items()]
+            print_table(rows, ("VQA by type", "accuracy", "majority answer"))
+        else:
+            rows = [(tag, f"{score:.3f}") for tag, score in types.items()]
+            print_table(rows, ("GenEval-style by task", "score"))
+    minutes = results["wall_seconds"] / 60
+    print(f"\n{minutes:.1f} minutes, {results['peak_memory_mb']:.0f} MB at most")
+    print(f"model   {out / 'model'}\nfigures {out / 'results.json'}\nreport  {out / 'report.html'}", flush=True)
