@@ -92,7 +92,9 @@ def scene_from_dict(data: Mapping[str, Any]) -> Scene:
         )
         return Scene(data["key"], data["size"], data["ground"], objects, data["kind"])
     except (KeyError, TypeError) as error:
-        raise DataError(f"a scene lacks or misforms {error}; expected what `unitok data shapes` writes") from None
+        raise DataError(
+            f"not a scene ({type(error).__name__}: {error}); expected what `unitok data shapes` writes"
+        ) from None
 
 
 def relations(box_a: Sequence[float], box_b: Sequence[float], threshold: float = 0.1) -> set[str]:

@@ -79,7 +79,9 @@ class _ShardFile:
         return self.path
 
     def discard(self) -> None:
-        self._stream.close()
+        if not self._stream.closed:
+            self._tar.close()
+            self._stream.close()
         self._temporary.unlink(missing_ok=True)
 
 
@@ -163,6 +165,10 @@ def _scan(path: Path) -> list[_Entry]:
             for info in tar:
                 if info.isfile():
                     _add_member(entries, path, info, size)
+            # tarfile takes a file cut at a header for a shorter archive; a whole one goes on with a block of zeros.
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end is missing")
     except tarfile.TarError as error:
         raise DataError(f"{path} is not a whole tar file ({error}); copy or write it again") from None
     return entries
