@@ -53,6 +53,12 @@ class UniTokPipeline:
             self._tokenizer = tokenizer.to(self.model.device).eval().requires_grad_(False)
         return self._tokenizer
 
+    @property
+    def image_sampler(self) -> dict[str, Any]:
+        """Sampler settings of the export (`image_sampler` in generation_config.json)."""
+        neutral = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+        return neutral | getattr(self.model.generation_config, "image_sampler", {})
+
     @torch.no_grad()
     def generate_images(
         self,
@@ -73,13 +79,8 @@ class UniTokPipeline:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
-        defaults = self.model.generation_config
-        settings = {
-            "guidance_scale": _default(guidance_scale, defaults.guidance_scale, 1.0),
-            "temperature": _default(temperature, defaults.temperature, 1.0),
-            "top_k": _default(top_k, defaults.top_k, 0),
-            "top_p": _default(top_p, defaults.top_p, 1.0),
-        }
+        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        settings = self.image_sampler | {name: value for name, value in given.items() if value is not None}
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
             codes = self._generate_batch(prompts[start : start + batch_size], seeds[start : start + batch_size], settings)
@@ -145,9 +146,3 @@ class UniTokPipeline:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
-
-
-def _default(given: Any, configured: Any, fallback: Any) -> Any:
-    if given is not None:
-        return given
-    return fallback if configured is None else configured

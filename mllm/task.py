@@ -48,7 +48,7 @@ class MllmDataConfig(Config):
 
 
 class SamplerDefaults(Config):
-    """Written into the export's generation_config.json."""
+    """How images are sampled unless told otherwise; stands in the export's generation_config.json as `image_sampler`."""
 
     guidance_scale: float = 5.0
     temperature: float = 0.9
@@ -121,8 +121,8 @@ class MllmTask(Task):
         self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts(), symbols, folder)
         torch.manual_seed(derive_seed("mllm", config.seed))
         model = build_model(settings, config.backbone, self.text_tokenizer, self.visual)
-        for name, value in config.sampler.model_dump().items():
-            setattr(model.generation_config, name, value)
+        # Apart from generate()'s own fields: those are for text, which is answered greedily.
+        model.generation_config.image_sampler = config.sampler.model_dump()
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()
         self.builder = SequenceBuilder(model.config, self.text_tokenizer)

@@ -24,6 +24,7 @@ from unitok.tokenizer.quantizer import MultiCodebookQuantizer
 from unitok.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer, build_text_tower
 
 MAX_LOGIT_SCALE = math.log(100.0)
+INITIAL_LOGIT_SCALE = math.log(1 / 0.07)
 
 
 @dataclass
@@ -72,7 +73,7 @@ class UniTok(PreTrainedModel):
         self.fc_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.projection = nn.Linear(config.width, config.embed_dim)
         self.text_encoder = build_text_tower(config.text_tower_config, config.embed_dim) if config.text_tower_config else None
-        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))  # DeepSpeed cannot send a scalar
         self._text_tokenizer: TextTokenizer | None = None
         self._text_model_file: Path | None = None
         self.post_init()
@@ -100,7 +101,7 @@ class UniTok(PreTrainedModel):
             if module.query_tokens is not None:
                 nn.init.trunc_normal_(module.query_tokens, std=0.02)
         elif isinstance(module, UniTok):
-            nn.init.constant_(module.logit_scale, math.log(1 / 0.07))
+            nn.init.constant_(module.logit_scale, INITIAL_LOGIT_SCALE)
         elif type(module).__name__ == "TextTransformer":
             module.init_parameters()
             module.attn_mask.copy_(module.build_causal_mask())  # a buffer that no checkpoint stores

@@ -122,7 +122,6 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
     save_geneval_examples(out, geneval)
     _save_conversation(out, pipeline, source)
     counts = {"images": images, "questions": vqa["num_questions"], "prompts": prompts, "samples": GENEVAL_SAMPLES}
-    sampler = {name: getattr(pipeline.model.generation_config, name) for name in ("guidance_scale", "temperature")}
     results = demo_results(
         tokenizer=reconstruction,
         retrieval=retrieval,
@@ -132,7 +131,7 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
         reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, **scoring),
         wall_seconds=round(time.monotonic() - started, 1),
         protocol_block=protocol(
-            "demo", seed, counts, source=source.name, sampler=sampler, rule=asdict(SHAPES_RULE), quick=quick
+            "demo", seed, counts, source=source.name, sampler=pipeline.image_sampler, rule=asdict(SHAPES_RULE), quick=quick
         ),
     )
     write_results(out / "results.json", results)
