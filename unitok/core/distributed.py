@@ -115,8 +115,9 @@ def init_distributed(device: str = "auto") -> torch.device:
         if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
             _alone()
         os.environ.setdefault("LOCAL_RANK", os.environ["RANK"])
-        # building the shared-memory operator takes a compiler and most of a minute; gloo alone does for CPU ranks
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # No operator of DeepSpeed is used: probing for them runs a compiler for seconds, and building the one for
+        # shared memory takes most of a minute. gloo alone does for CPU ranks.
+        deepspeed.ops.__compatible_ops__ = {}
         if use_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
