@@ -12,7 +12,7 @@ from scipy import ndimage
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import derive_seed, numpy_rng, torch_rng
 from unitok.data.captions import QUESTION_TYPES, caption, geneval_prompts, paraphrase, questions, true_captions
-from unitok.data.detector import Detection, agrees, detect
+from unitok.data.detector import SQUARE_FOURTH, TRIANGLE_THIRD, Detection, agrees, detect
 from unitok.data.shapes import (
     COLORS,
     GAP,
@@ -22,6 +22,7 @@ from unitok.data.shapes import (
     SHAPES,
     TAGS,
     clear_relation,
+    coverage,
     relations,
     render,
     sample_scene,
@@ -213,11 +214,12 @@ def agreement(scenes, images):
 
 
 def test_detector_agrees_with_rendered_and_degraded_scenes():
-    """Measured: 1.0 clean, 1.0 at sigma 1, 1.0 at sigma 1.5, 1.0 under noise of 8 levels (400 to 600 scenes each)."""
+    """Measured on 300 scenes: 1.0 clean, blurred by sigma 1 and 1.5, under noise of 8 levels; 0.97 at sigma 2."""
     assert np.mean([agrees(s, d) for s, d in zip(SCENES, DETECTIONS, strict=True)]) >= 0.97
     few, images = SCENES[:150], IMAGES[:150]
     assert agreement(few, [blurred(image, 1.0) for image in images]) >= 0.97
     assert agreement(few, [blurred(image, 1.5) for image in images]) >= 0.94
+    assert agreement(few, [blurred(image, 2.0) for image in images]) >= 0.92
     noise = np.random.default_rng(0)
     noisy = [np.clip(np.asarray(image) + noise.normal(0, 8, (64, 64, 3)), 0, 255) for image in images]
     assert agreement(few, [Image.fromarray(pixels.astype(np.uint8)) for pixels in noisy]) >= 0.97
@@ -237,6 +239,20 @@ def test_detector_separates_touching_colours_and_ignores_specks():
         assert found == {("square", "red"), ("square", "blue")}
     boxes = sorted(item.bbox for item in detect(Image.fromarray(pixels)))
     assert boxes == [(16.0, 20.0, 32.0, 36.0), (32.0, 20.0, 48.0, 36.0)]
+
+
+def test_detector_constants_are_the_moments_of_sharp_shapes():
+    axis = np.arange(400) + 0.5
+    x, y = axis[None, :], axis[:, None]
+    for kind, third, fourth in (
+        ("circle", 0, 0),
+        ("square", 0, SQUARE_FOURTH),
+        ("triangle", TRIANGLE_THIRD, 0),
+    ):
+        weights = coverage(kind, (200, 200), 180, x, y)
+        z = (x - 200 + 1j * (y - 200)) / math.sqrt(weights.sum())
+        moments = [(weights * z**order).sum() / weights.sum() for order in (3, 4)]
+        assert moments[0].imag == pytest.approx(third, abs=1e-4) and -moments[1].real == pytest.approx(fourth, abs=1e-4)
 
 
 def test_agreement_needs_every_object_at_its_place():
