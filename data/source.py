@@ -228,7 +228,8 @@ def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
         words = words_from_json(load_json_object(data.decode("utf-8"), where), where) if data else Words()
     except UnicodeDecodeError:
         raise DataError(f"{where}: text is not UTF-8") from None
-    words.captions = [line.strip() for line in lines if line.strip()] + words.captions
+    # A caption may stand in both files; it counts once.
+    words.captions = list(dict.fromkeys([line.strip() for line in lines if line.strip()] + words.captions))
     return words
 
 

@@ -27,7 +27,7 @@ TALK = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "val
 def write_shapes(folder, max_per_shard=10):
     source = open_source(SHAPES)
     records = (
-        {"__key__": s.key, "png": s.image, "txt": s.captions[0], "json": words_to_json(s) | {"captions": []}}
+        {"__key__": s.key, "png": s.image, "txt": s.captions[0], "json": words_to_json(s)}  # captions twice
         for s in (source[index] for index in range(len(source)))
     )
     return write_shards(records, folder, max_per_shard, "shapes")
