@@ -4,7 +4,7 @@ import io
 from collections.abc import Iterable
 from pathlib import Path
 
-from unitok.core.errors import DataError, UserError
+from unitok.core.errors import ConfigError, DataError, UserError
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
 
@@ -13,7 +13,7 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, symbo
     """Train a unigram model on `texts` and write it to `path`.
 
     `vocab_size` is an upper bound: a small corpus gives fewer pieces. `symbols` become single pieces of their own.
-    Ids 0 to 3 are padding, unknown, begin and end.
+    Ids 0 to 3 are padding, unknown, begin and end. ConfigError when `vocab_size` does not even hold the characters.
     """
     import sentencepiece as spm
 
@@ -21,26 +21,31 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, symbo
     if not corpus:
         raise DataError("no text to train a sentencepiece model on: the source has no captions or conversations")
     model = io.BytesIO()
-    spm.SentencePieceTrainer.train(
-        sentence_iterator=iter(corpus),
-        model_writer=model,
-        model_type="unigram",
-        vocab_size=vocab_size,
-        hard_vocab_limit=False,
-        character_coverage=1.0,
-        byte_fallback=False,
-        split_digits=True,
-        add_dummy_prefix=True,
-        remove_extra_whitespaces=True,
-        normalization_rule_name="nmt_nfkc",
-        user_defined_symbols=symbols or [],
-        pad_id=PAD,
-        unk_id=UNK,
-        bos_id=BOS,
-        eos_id=EOS,
-        num_threads=1,
-        minloglevel=2,
-    )
+    try:
+        spm.SentencePieceTrainer.train(
+            sentence_iterator=iter(corpus),
+            model_writer=model,
+            model_type="unigram",
+            vocab_size=vocab_size,
+            hard_vocab_limit=False,
+            character_coverage=1.0,
+            byte_fallback=False,
+            split_digits=True,
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=True,
+            normalization_rule_name="nmt_nfkc",
+            user_defined_symbols=symbols or [],
+            pad_id=PAD,
+            unk_id=UNK,
+            bos_id=BOS,
+            eos_id=EOS,
+            num_threads=1,
+            minloglevel=2,
+        )
+    except RuntimeError as error:
+        raise ConfigError(
+            f"vocab_size={vocab_size}: sentencepiece cannot train on {len(corpus)} texts with it ({str(error).strip()})"
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(model.getvalue())
     return path

@@ -72,7 +72,9 @@ class UniTok(PreTrainedModel):
         self.decoder = ViTaminDecoder(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.projection = nn.Linear(config.width, config.embed_dim)
-        self.text_encoder = build_text_tower(config.text_tower_config, config.embed_dim) if config.text_tower_config else None
+        self.text_encoder = (
+            build_text_tower(config.text_tower_config, config.embed_dim) if config.text_tower_config else None
+        )
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))  # DeepSpeed cannot send a scalar
         self._text_tokenizer: TextTokenizer | None = None
         self._text_model_file: Path | None = None
@@ -155,7 +157,9 @@ class UniTok(PreTrainedModel):
     @torch.no_grad()
     def decode(self, codes: Tensor, image_shape: tuple[int, int] | None = None) -> Tensor:
         """Pixels `[B, 3, H, W]`, clamped to [-1, 1], of codes `[B, K, L]`; `image_shape` when not square."""
-        return self.decoder(self.post_quant_proj(self.code_vectors(codes)), image_shape)[0].clamp(-1, 1)
+        with torch.autocast(codes.device.type, enabled=False):
+            features_BLC = self.post_quant_proj(self.code_vectors(codes))
+        return self.decoder(features_BLC, image_shape)[0].clamp(-1, 1)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         """Concatenated normalised codebook vectors `[B, L, K * code_dim]` of codes `[B, K, L]`."""
@@ -168,7 +172,9 @@ class UniTok(PreTrainedModel):
 
     def encode_image(self, pixels: Tensor, normalize: bool = True) -> Tensor:
         """Embedding `[B, D]` of images in CLIP space, taken from the *quantized* features."""
-        image_BD = self._image_embedding(self.post_quant_proj(self.code_vectors(self.encode(pixels))))
+        codes = self.encode(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            image_BD = self._image_embedding(self.post_quant_proj(self.code_vectors(codes)))
         return F.normalize(image_BD, dim=-1) if normalize else image_BD
 
     def encode_text(self, text_ids: Tensor, normalize: bool = True) -> Tensor:

@@ -100,8 +100,7 @@ class MultiCodebookQuantizer(nn.Module):
 
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         """Normalised code vectors `[B, L, K * D]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
-        if codes_BKL.dim() != 3 or codes_BKL.shape[1] != self.num_codebooks:
-            raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={self.num_codebooks}, L]")
+        check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
         batch, _, length = codes_BKL.shape
         # One gather over the flattened codebooks: entry (k, v) stands in row k * V + v.
         offsets_K1 = torch.arange(self.num_codebooks, device=codes_BKL.device).unsqueeze(-1) * self.codebook_size
@@ -116,6 +115,19 @@ class MultiCodebookQuantizer(nn.Module):
             )
         chunks_KND = features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim).transpose(0, 1)
         return F.normalize(chunks_KND, dim=-1)
+
+
+def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> None:
+    """DataError unless codes are `[B, K, L]` and in [0, V): an entry of another codebook would be taken silently."""
+    if codes_BKL.dim() != 3 or codes_BKL.shape[1] != num_codebooks:
+        raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={num_codebooks}, L]")
+    if codes_BKL.numel() == 0:
+        return
+    low, high = (int(value) for value in codes_BKL.aminmax())
+    if low < 0 or high >= codebook_size:
+        raise DataError(
+            f"codes from {low} to {high}: expected 0 to {codebook_size - 1}; they belong to another tokenizer"
+        )
 
 
 @torch.no_grad()
