@@ -87,7 +87,9 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
     }
     clash = sorted(derived.keys() & given.keys())
     if clash:
-        raise ConfigError(f"backbone.config.{clash[0]}: comes from the text tokenizer; remove it from the configuration")
+        raise ConfigError(
+            f"backbone.config.{clash[0]}: comes from the text tokenizer; remove it from the configuration"
+        )
     model_type = given.pop("model_type")
     known = AutoConfig.for_model(model_type)
     unknown = [name for name in given if not hasattr(known, name)]

@@ -1,7 +1,7 @@
 """Depth transformer: predicts the K codes of one position one after the other, given the backbone's hidden state.
 
 N positions (of all images of a batch), K codebooks, V entries, D depth width, H heads.
-Input sequence of a position: `[hidden, embedding_0(code_0), ..., embedding_{K-2}(code_{K-2})]`; output k predicts code k.
+Input of a position: `[hidden, embedding_0(code_0), ..., embedding_{K-2}(code_{K-2})]`; output k predicts code k.
 """
 
 import torch
@@ -105,7 +105,7 @@ class DepthTransformer(nn.Module):
         return like.new_zeros(len(self.layers), 2, count, self.num_heads, self.num_codebooks, self.head_dim)
 
     def step(self, index: int, inputs: Tensor, cache: Tensor) -> Tensor:
-        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the sampled code `[N]` before it."""
+        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it."""
         first = index == 0
         x_N1D = (self.in_proj(inputs) if first else self.code_embeddings[index - 1](inputs)).unsqueeze(1)
         cos, sin = rope_angles(index + 1, self.head_dim, self.rope_theta, x_N1D.device)

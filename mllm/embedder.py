@@ -15,7 +15,7 @@ from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
 class CodeEmbedder(nn.Module):
     """K codes of one position -> *one* input vector of the backbone.
 
-    The codebooks are a buffer: they are the tokenizer's and stay as they are, so that the same codes keep their meaning.
+    The codebooks are a buffer: they are the tokenizer's and stay as they are, so that codes keep their meaning.
     The projection has the shape of the tokenizer's projection out of the code space and is initialised from it, but
     attends causally, because positions are generated one after the other.
     """

@@ -122,7 +122,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
     def embed(self, input_ids: Tensor, codes: Tensor | None) -> Tensor:
         """Input vectors `[B, T, D]`: text embeddings, with every placeholder replaced by its image vector.
 
-        Raises DataError unless the placeholders are exactly as many as the image positions: going on would shift images.
+        Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
         is_image_BT = input_ids == self.config.image_token_id
         given = 0 if codes is None else codes.shape[0] * codes.shape[2]
@@ -130,8 +130,8 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         if expected != given:
             shape = None if codes is None else list(codes.shape)
             raise DataError(
-                f"{expected} image placeholders in input_ids, but codes of shape {shape} fill {given}: each image needs "
-                f"as many placeholders (id {self.config.image_token_id}) as it has positions"
+                f"{expected} image placeholders in input_ids, but codes of shape {shape} fill {given}: each image "
+                f"needs as many placeholders (id {self.config.image_token_id}) as it has positions"
             )
         # A placeholder id may lie outside the vocabulary (released models); its text embedding is never used.
         inputs_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
@@ -212,7 +212,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
     def _image_targets(
         self, input_ids: Tensor, hidden_BTD: Tensor, codes: Tensor | None, learn_image: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Hidden states `[N, D]` that predict image positions (each one place before its position) and codes `[N, K]`."""
+        """Hidden states `[N, D]` that predict image positions (each one place before it) and their codes `[N, K]`."""
         if codes is None:
             empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
             return hidden_BTD[:1, :0].flatten(0, 1), empty

@@ -83,7 +83,9 @@ class UniTokPipeline:
         settings = self.image_sampler | {name: value for name, value in given.items() if value is not None}
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
-            codes = self._generate_batch(prompts[start : start + batch_size], seeds[start : start + batch_size], settings)
+            codes = self._generate_batch(
+                prompts[start : start + batch_size], seeds[start : start + batch_size], settings
+            )
             images += [to_pil(pixels) for pixels in self.tokenizer.decode(codes)]
         return images
 

@@ -106,7 +106,9 @@ class UniTokProcessor:
         """From an export folder; UserError when it is none."""
         folder = Path(folder)
         if not (folder / PROCESSOR_FILE).is_file() or not (folder / "config.json").is_file():
-            raise UserError(f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)")
+            raise UserError(
+                f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)"
+            )
         settings = json.loads((folder / PROCESSOR_FILE).read_text())
         config = UniTokMLLMConfig.from_pretrained(folder)
         return cls(load_text_tokenizer(folder), config, settings["image_size"])

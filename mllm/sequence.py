@@ -2,7 +2,7 @@
 
     text to image   bos  text suffix  boi  <img> * L  eoi eos          learnt: boi, the image's codes, eoi, eos
     caption         bos  boi  <img> * L  eoi  text  eos                learnt: text, eos
-    chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answers and their eos
+    chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answer, eos
 
 A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
 whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
@@ -142,16 +142,19 @@ def chat_template(config: UniTokMLLMConfig) -> str:
         "mark": IMAGE_MARK,
     }
     quoted = {name: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" for name, text in literals.items()}
-    return (
-        "{{ bos_token }}{{ %(system)s }}{%% for message in messages %%}"
-        "{%% if message['role'] == 'user' %%}{{ %(user)s }}"
-        "{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
-        "{%% for part in message['content'] %%}{%% if part['type'] == 'image' %%}{{ %(mark)s }}"
-        "{%% else %%}{{ part['text'] }}{%% endif %%}{%% endfor %%}{%% endif %%}"
-        "{%% if not loop.last or add_generation_prompt %%}{{ %(assistant)s }}{%% endif %%}"
-        "{%% else %%}{{ ' ' }}{%% if message['content'] is string %%}{{ message['content'] }}{%% else %%}"
-        "{{ message['content'][0]['text'] }}{%% endif %%}{{ eos_token }}{%% endif %%}{%% endfor %%}"
-    ) % quoted
+    template = (
+        "{{ bos_token }}{{ @system }}{% for message in messages %}"
+        "{% if message['role'] == 'user' %}{{ @user }}"
+        "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ @mark }}"
+        "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
+        "{% if not loop.last or add_generation_prompt %}{{ @assistant }}{% endif %}"
+        "{% else %}{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
+        "{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
+    )
+    for name, text in quoted.items():
+        template = template.replace(f"@{name}", text)
+    return template
 
 
 def pad_right(sequences: SequenceOf[Sequence], pad_id: int) -> tuple[Tensor, Tensor, Tensor]:

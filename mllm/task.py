@@ -14,6 +14,7 @@ from unitok.core.optim import OptimizerConfig
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.task import Network, Task
+from unitok.data.captions import paraphrase
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import Turn
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
@@ -37,18 +38,20 @@ class MllmDataConfig(Config):
     """Code shards of stage one and how samples become sequences.
 
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
-    questions make one conversation; longer sequences than `max_length` ids are an error.
+    questions make one conversation, each in words drawn anew if `paraphrase`; longer sequences than `max_length` ids are
+    an error.
     """
 
     codes: str = "runs/codes"
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = 0.1
     questions_per_image: int = 4
+    paraphrase: bool = True
     max_length: int = 2048
 
 
 class SamplerDefaults(Config):
-    """How images are sampled unless told otherwise; stands in the export's generation_config.json as `image_sampler`."""
+    """How images are sampled unless told otherwise: `image_sampler` in the export's generation_config.json."""
 
     guidance_scale: float = 5.0
     temperature: float = 0.9
@@ -137,6 +140,9 @@ class MllmTask(Task):
             sample = self.source.text(index)
             texts |= set(sample.captions)
             texts |= {text for question in sample.questions for text in (question.question, question.answer)}
+            if self.config.data.paraphrase:
+                rng = numpy_rng("words", index)
+                texts |= {paraphrase(question.question, rng) for question in sample.questions}
             texts |= {turn.content for conversation in sample.conversations for turn in conversation}
         return sorted(text.replace(IMAGE_MARK, " ").strip() for text in texts if text.strip())
 
@@ -188,7 +194,8 @@ class MllmTask(Task):
         for position, number in enumerate(chosen):
             question = sample.questions[int(number)]
             image = IMAGE_MARK + "\n" if position == 0 else ""
-            turns += [Turn("user", image + question.question), Turn("assistant", question.answer)]
+            text = paraphrase(question.question, rng) if self.config.data.paraphrase else question.question
+            turns += [Turn("user", image + text), Turn("assistant", question.answer)]
         return turns
 
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
@@ -201,7 +208,9 @@ class MllmTask(Task):
         # The engine averages over micro-batches and ranks; sums are scaled so that this gives sum / global count.
         self._counts = {"text": max(text, 1.0), "image": max(image, 1.0), "parts": len(batches) * world_size()}
 
-    def micro_step(self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int) -> dict[str, Tensor]:
+    def micro_step(
+        self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
+    ) -> dict[str, Tensor]:
         engine, counts = engines["mllm"], self._counts
         sums = engine(**{name: value.to(engine.device) for name, value in batch.items()})
         text = sums.text * (counts["parts"] / counts["text"])

@@ -1,4 +1,4 @@
-"""Staged launch of the mllm: `deepspeed scripts/train_mllm.py --config FILE [key=value ...]`, or the same under torchrun."""
+"""Staged launch of the mllm: `deepspeed scripts/train_mllm.py --config FILE [key=value ...]`, or torchrun."""
 
 import sys
 

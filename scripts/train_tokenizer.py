@@ -1,4 +1,4 @@
-"""Staged launch of the tokenizer: `deepspeed scripts/train_tokenizer.py --config FILE [key=value ...]`, or the same under torchrun."""
+"""Staged launch of the tokenizer: `deepspeed scripts/train_tokenizer.py --config FILE [key=value ...]`, or torchrun."""
 
 import sys
 

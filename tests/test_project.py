@@ -1,4 +1,4 @@
-"""The project's own rules: import order, packages, unread configuration fields, packaged configurations, command line."""
+"""The project's own rules: import order, packages, configuration fields that nothing reads, configuration files."""
 
 import ast
 import re

@@ -20,7 +20,11 @@ class PatchDiscriminator(nn.Module):
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for _ in range(1, num_layers):
-            layers += [nn.Conv2d(width, width * 2, 4, stride=2, padding=1), nn.GroupNorm(8, width * 2), nn.LeakyReLU(0.2)]
+            layers += [
+                nn.Conv2d(width, width * 2, 4, stride=2, padding=1),
+                nn.GroupNorm(8, width * 2),
+                nn.LeakyReLU(0.2),
+            ]
             width *= 2
         layers.append(nn.Conv2d(width, 1, 3, padding=1))
         self.layers = nn.Sequential(*layers)

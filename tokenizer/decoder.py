@@ -47,7 +47,7 @@ def _phases(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
 
 
 class InvertedBottleneck(nn.Module):
-    """1x1 expansion, depthwise 3x3, 1x1 reduction with a shortcut; `upsample` doubles the image between the first two."""
+    """1x1 expansion, depthwise 3x3, 1x1 reduction, shortcut; `upsample` doubles the image between the first two."""
 
     def __init__(self, in_dim: int, out_dim: int, upsample: bool) -> None:
         super().__init__()
@@ -78,7 +78,9 @@ class OutputUpsample(nn.Module):
 
 
 def _stage(in_dim: int, out_dim: int, depth: int) -> nn.Sequential:
-    return nn.Sequential(*(InvertedBottleneck(out_dim if i else in_dim, out_dim, upsample=i == 0) for i in range(depth)))
+    return nn.Sequential(
+        *(InvertedBottleneck(out_dim if i else in_dim, out_dim, upsample=i == 0) for i in range(depth))
+    )
 
 
 class ViTaminDecoder(nn.Module):
@@ -98,7 +100,7 @@ class ViTaminDecoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x_BLC: Tensor, image_shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels and the input of the last convolution. `image_shape` (H, W) defaults to the square of that many tokens."""
+        """Pixels and the input of the last convolution. `image_shape` (H, W) defaults to a square of that many tokens."""
         x_BLC = self.norm(run_blocks(self.blocks, x_BLC, self.gradient_checkpointing))[:, self.num_query_tokens :]
         height, width = _grid(x_BLC.shape[1], image_shape)
         x_BCHW = x_BLC.transpose(1, 2).reshape(x_BLC.shape[0], -1, height, width)

@@ -36,9 +36,7 @@ def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int 
             pixels = torch.stack([eval_transform(sample.image, config.image_size) for sample in batch])
             codes = tokenizer.encode(pixels.to(tokenizer.device)).cpu()
             for sample, code in zip(batch, codes, strict=True):
-                yield CodeSample(
-                    sample.key, code, sample.captions, sample.questions, sample.conversations, sample.meta
-                )
+                yield CodeSample(sample.key, code, sample.captions, sample.questions, sample.conversations, sample.meta)
 
     header = {
         "tokenizer": fingerprint(tokenizer),

@@ -46,7 +46,7 @@ class UniTokOutput(ModelOutput):
 
 
 class UniTok(PreTrainedModel):
-    """Encoder -> projection -> multi-codebook quantizer -> projection -> decoder, with a CLIP head on the code features.
+    """Encoder -> projection -> multi-codebook quantizer -> projection -> decoder; a CLIP head on the code features.
 
     Projections, quantizer and the CLIP head run in fp32 under autocast: bf16 would blur the choice of codes.
     """

@@ -76,7 +76,7 @@ class AttentionProjection(nn.Module):
 
 
 def build_projection(config: UniTokConfig, to_codes: bool, causal: bool | None = None) -> nn.Module:
-    """Projection from the encoder width to the code width (`to_codes`) or back; `causal` overrides the configuration."""
+    """Projection from the encoder width to the code width (`to_codes`) or back; `causal` overrides the config's."""
     dims = (config.width, config.code_width) if to_codes else (config.code_width, config.width)
     if config.projection == "linear":
         return nn.Linear(*dims)

@@ -118,7 +118,9 @@ class TokenizerTask(Task):
     def prepare_step(self, batches: list[Any], step: int) -> None:
         """Stage one's losses are means over equally large batches: no counts are needed."""
 
-    def micro_step(self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int) -> dict[str, Tensor]:
+    def micro_step(
+        self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
+    ) -> dict[str, Tensor]:
         weights, generator = self.config.loss, engines["tokenizer"]
         pixels = batch["pixels"].to(generator.device)
         text_ids = None
@@ -146,7 +148,9 @@ class TokenizerTask(Task):
             metrics["discriminator"] = self._discriminator_backward(engines["discriminator"], out, pixels)
         return self._finish(metrics, out, pixels)
 
-    def _adversarial(self, discriminator: Any, out: Any, pixels: Tensor, step: int, metrics: dict[str, Tensor]) -> Tensor:
+    def _adversarial(
+        self, discriminator: Any, out: Any, pixels: Tensor, step: int, metrics: dict[str, Tensor]
+    ) -> Tensor:
         """A term whose gradient is that of the reconstruction losses plus the weighted adversarial loss.
 
         Both gradients are taken at the reconstruction, on a detached leaf: the generator's parameters, which ZeRO may

@@ -16,7 +16,7 @@ TEXT_MODEL_FILE = "text_tokenizer.model"
 
 
 def build_text_tower(config: TextTowerConfig, embed_dim: int) -> nn.Module:
-    """open_clip's causal text transformer: `[B, T]` ids -> `[B, embed_dim]`, pooled at the largest id (the end token)."""
+    """open_clip's causal text transformer: ids `[B, T]` -> `[B, embed_dim]`, pooled at the largest id (the end)."""
     from open_clip.transformer import TextTransformer
 
     return TextTransformer(
@@ -31,7 +31,7 @@ def build_text_tower(config: TextTowerConfig, embed_dim: int) -> nn.Module:
 
 
 class TextTokenizer:
-    """Captions -> ids `[B, context_length]`: start, pieces, end, zeros. Too long captions are cut, the end token kept."""
+    """Captions -> ids `[B, context_length]`: start, pieces, end, zeros. Too long captions are cut, the end kept."""
 
     def __init__(self, config: TextTowerConfig, model_file: Path | None) -> None:
         self.config, self.model_file = config, model_file

@@ -72,7 +72,9 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="train both stages on the shapes world, evaluate, write a report")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
     demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: %(default)s)")
-    demo.add_argument("--quick", action="store_true", help="a few steps only: shows that everything runs, learns nothing")
+    demo.add_argument(
+        "--quick", action="store_true", help="a few steps only: shows that everything runs, learns nothing"
+    )
     demo.set_defaults(run=("demo", "demo"))
 
 
@@ -145,7 +147,10 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
-    for kind, text in (("reconstruction", "PSNR, SSIM, code usage"), ("retrieval", "which caption belongs to the image?")):
+    for kind, text in (
+        ("reconstruction", "PSNR, SSIM, code usage"),
+        ("retrieval", "which caption belongs to the image?"),
+    ):
         one = kinds.add_parser(kind, help=text)
         one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
         _add_eval_options(one, kind, "images")

@@ -131,7 +131,13 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
         reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, **scoring),
         wall_seconds=round(time.monotonic() - started, 1),
         protocol_block=protocol(
-            "demo", seed, counts, source=source.name, sampler=pipeline.image_sampler, rule=asdict(SHAPES_RULE), quick=quick
+            "demo",
+            seed,
+            counts,
+            source=source.name,
+            sampler=pipeline.image_sampler,
+            rule=asdict(SHAPES_RULE),
+            quick=quick,
         ),
     )
     write_results(out / "results.json", results)

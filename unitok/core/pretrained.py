@@ -43,8 +43,8 @@ def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:3])
             raise CheckpointError(
-                f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {names}; the file belongs "
-                f"to another configuration"
+                f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {names}; the file "
+                f"belongs to another configuration"
             )
     return model
 
