@@ -38,8 +38,7 @@ class MllmDataConfig(Config):
     """Code shards of stage one and how samples become sequences.
 
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
-    questions make one conversation, each in words drawn anew if `paraphrase`; longer sequences than `max_length` ids are
-    an error.
+    questions make one conversation, in words drawn anew if `paraphrase`; more than `max_length` ids are an error.
     """
 
     codes: str = "runs/codes"

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unitok.core.distributed import all_reduce_sum_, world_size
+from unitok.core.errors import ConfigError
 
 
 class PatchDiscriminator(nn.Module):
@@ -17,6 +18,8 @@ class PatchDiscriminator(nn.Module):
 
     def __init__(self, channels: int = 32, num_layers: int = 3) -> None:
         super().__init__()
+        if channels < 4 or channels % 4:
+            raise ConfigError(f"discriminator.channels={channels}: expected a multiple of 4 (for 8 groups per norm)")
         layers: list[nn.Module] = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
         width = channels
         for _ in range(1, num_layers):

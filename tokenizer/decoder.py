@@ -100,7 +100,7 @@ class ViTaminDecoder(nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, x_BLC: Tensor, image_shape: tuple[int, int] | None = None) -> tuple[Tensor, Tensor]:
-        """Pixels and the input of the last convolution. `image_shape` (H, W) defaults to a square of that many tokens."""
+        """Pixels and the input of the last convolution. `image_shape` (H, W) defaults to a square."""
         x_BLC = self.norm(run_blocks(self.blocks, x_BLC, self.gradient_checkpointing))[:, self.num_query_tokens :]
         height, width = _grid(x_BLC.shape[1], image_shape)
         x_BCHW = x_BLC.transpose(1, 2).reshape(x_BLC.shape[0], -1, height, width)
