@@ -226,7 +226,13 @@ def plain_adversarial_losses(batches: list[list[Tensor]]) -> list[dict[str, floa
 
 
 def run_toy(
-    task: Task, out: Path | str, steps: int = 20, global_batch: int = 4, world: int = 1, **settings: Any
+    task: Task,
+    out: Path | str,
+    steps: int = 20,
+    global_batch: int = 4,
+    world: int = 1,
+    evaluators: Any = None,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """Train and return the log without timing. `settings` beginning with `engine_` go to the engine."""
     engine = {key.removeprefix("engine_"): settings.pop(key) for key in list(settings) if key.startswith("engine_")}
@@ -237,7 +243,7 @@ def run_toy(
         engine=EngineConfig(micro_batch_size=global_batch // world, **engine),
         **settings,
     )
-    train(task, config)
+    train(task, config, evaluators=evaluators)
     return read_log(Path(out) / "log.jsonl")
 
 

@@ -135,6 +135,10 @@ def prune(folder: Path, keep_last: int) -> None:
         for path in Path(folder).glob("step_*")
         if re.fullmatch(r"step_\d+", path.name) and (path / MARKER).is_file()
     )
+    newest = complete[-1][0] if complete else -1
+    for path in Path(folder).glob(f"step_*{PARTIAL}"):  # left by a killed process
+        if int(path.name.removeprefix("step_").removesuffix(PARTIAL)) <= newest:
+            shutil.rmtree(path)
     for _, path in complete[: -max(1, keep_last)]:
         (path / MARKER).unlink()  # first, so that a deletion cut short leaves nothing that looks complete
         shutil.rmtree(path)

@@ -1,0 +1,215 @@
+"""The loop in one process: sampling, log, checkpoints, averages, resume, refusals."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_toys import AdversarialTask, ToyNet, ToyTask, run_toy
+from torch import nn
+
+from unitok.core import checkpoint
+from unitok.core.ema import Ema
+from unitok.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from unitok.core.runlog import RunLog, read_log, truncate_log
+from unitok.core.sampling import SampleOrder, batches
+from unitok.core.task import Network
+
+
+def test_order_visits_every_sample_once_per_epoch() -> None:
+    order = SampleOrder(10, seed=3)
+    epochs = [[order.index(10 * epoch + i) for i in range(10)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1]
+    again = SampleOrder(10, seed=3)
+    assert [again.index(p) for p in range(25, 30)] == epochs[2][5:]  # no need to walk there
+    assert SampleOrder(10, seed=4).index(0) != epochs[0][0] or SampleOrder(10, seed=4).index(1) != epochs[0][1]
+    with pytest.raises(DataError, match="0 samples"):
+        SampleOrder(0, seed=0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_ranks_share_the_same_global_micro_batch(ranks: int) -> None:
+    """Also across an epoch's end, where every rank gets the epoch of the micro-batch's first sample."""
+    whole, epoch = SampleOrder(10, 0).micro_batch(8, 4, 0)
+    parts = [SampleOrder(10, 0).micro_batch(8, 4 // ranks, rank) for rank in range(ranks)]
+    assert [i for indices, _ in parts for i in indices] == whole
+    assert {e for _, e in parts} == {epoch} == {0}
+
+
+def test_workers_do_not_change_the_batches() -> None:
+    task, order = ToyTask(), SampleOrder(50, 0)
+    alone, ahead = (list(batches(task, order, 8, 40, 4, workers)) for workers in (0, 2))
+    assert len(alone) == 8
+    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, ahead, strict=True))
+
+
+def test_log_is_cut_and_keeps_full_precision(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, total_steps=9)
+    log.start(0, 0)
+    for step in range(1, 6):
+        log.write({"step": step, "loss": 1 / 3 / step, "samples": 4 * step})
+    log.close()
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # a process killed while writing
+    truncate_log(tmp_path / "log.jsonl", 3)
+    assert read_log(tmp_path / "log.jsonl") == [{"step": s, "loss": 1 / 3 / s, "samples": 4 * s} for s in (1, 2, 3)]
+    assert {"time", "samples_per_s"} <= set(read_log(tmp_path / "log.jsonl", timing=True)[0])
+
+
+def test_plain_progress_lines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, total_steps=100, headline=("loss",), interval=1000.0)
+    log.start(0, 0)
+    for step in range(1, 101):
+        log.progress(step, {"loss": 0.5, "other": 1.0}, step * 4)
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and "100/100" in lines[-1] and "loss 0.5" in lines[-1] and "left" in lines[-1]
+
+
+def test_average_follows_the_weights() -> None:
+    net = nn.Linear(2, 2)
+    ema = Ema(net, decay=0.9)
+    start, expected = net.weight.detach().clone(), net.weight.detach().clone()
+    for step in range(4):
+        with torch.no_grad():
+            net.weight.add_(1.0)
+        ema.update()
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * net.weight.detach()
+    trained = net.weight.detach().clone()
+    with ema.swap():
+        torch.testing.assert_close(net.weight.detach(), expected)
+    assert torch.equal(net.weight, trained) and torch.equal(trained, start + 1 + 1 + 1 + 1)
+    other = Ema(nn.Linear(2, 2), decay=0.9)
+    other.load_full(ema.state_dict_full(), ema.updates)
+    assert all(torch.equal(a, b) for a, b in zip(other.shadow, ema.shadow, strict=True)) and other.updates == 4
+    with pytest.raises(CheckpointError, match="bias"):
+        other.load_full({"weight": start}, 1)
+
+
+@pytest.mark.parametrize("make", [ToyTask, AdversarialTask])
+def test_resume_equals_straight(tmp_path: Path, make: Any) -> None:
+    """Twice half the way is once the whole way, bit for bit; `train` runs several times in one process."""
+    straight = run_toy(make(), tmp_path / "straight", steps=12, save_every=4)
+    event = ("nan" if make is ToyTask else "none", 9, 0)
+    if make is ToyTask:
+        with pytest.raises(NonFiniteError, match=r"step 10: metric loss.*is not finite.*step_8"):
+            run_toy(make(event=event), tmp_path / "again", steps=12, save_every=4)
+    else:
+        run_toy(make(), tmp_path / "again", steps=12, save_every=4)
+        checkpoint_12 = tmp_path / "again" / "checkpoints" / "step_12"
+        checkpoint_12.rename(tmp_path / "elsewhere")
+    assert run_toy(make(), tmp_path / "again", steps=12, save_every=4) == straight
+    assert {p.name for p in (tmp_path / "again" / "checkpoints").iterdir()} == {"step_8", "step_12"}
+
+
+def test_finished_run_only_exports_again(tmp_path: Path) -> None:
+    first = run_toy(ToyTask(), tmp_path, steps=3)
+    (tmp_path / "export" / "net.pt").unlink()
+    assert run_toy(ToyTask(), tmp_path, steps=3) == first
+    assert (tmp_path / "export" / "net.pt").is_file()
+    assert json.loads((tmp_path / "checkpoints" / "step_3" / "state.json").read_text())["extra_state"] == {
+        "steps_seen": 3
+    }
+
+
+def test_cut_short_is_skipped_and_corrupt_is_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run_toy(ToyTask(), tmp_path, steps=4, save_every=2)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_4" / checkpoint.MARKER).unlink()
+    with caplog.at_level(logging.WARNING, logger="unitok"):
+        assert checkpoint.latest_complete(folder) == folder / "step_2"
+    assert "step_4" in caplog.text and "cut short" in caplog.text
+
+    victim = next((folder / "step_2" / "net").rglob("*model_states.pt"))
+    content = bytearray(victim.read_bytes())
+    content[len(content) // 2] ^= 1
+    victim.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"step_2 is corrupt: .*model_states.pt has changed; delete"):
+        run_toy(ToyTask(), tmp_path, steps=4, save_every=2)
+    victim.write_bytes(content[:-7])
+    with pytest.raises(CheckpointError, match=r"model_states.pt has \d+ bytes, expected \d+"):
+        run_toy(ToyTask(), tmp_path, steps=4, save_every=2)
+    victim.unlink()
+    with pytest.raises(CheckpointError, match="is missing"):
+        run_toy(ToyTask(), tmp_path, steps=4, save_every=2)
+
+
+def test_changed_settings_are_refused(tmp_path: Path) -> None:
+    run_toy(ToyTask(), tmp_path, steps=2)
+    for change, words in (
+        ({"seed": 5}, "seed=0, now it is 5"),
+        ({"global_batch": 8}, "micro_batch_size x ranks was 4, now it is 8"),
+        ({"engine_accumulation_steps": 1}, "accumulation_steps=2, now it is 1"),
+        ({"engine_zero_stage": 2}, "zero_stage=0, now it is 2"),
+    ):
+        with pytest.raises(CheckpointError, match=words):
+            run_toy(ToyTask(), tmp_path, **{"steps": 3, **change})
+    with pytest.raises(ConfigError, match="resume=never, but"):
+        run_toy(ToyTask(), tmp_path, steps=3, resume="never")
+    with pytest.raises(CheckpointError, match="not a complete checkpoint"):
+        run_toy(ToyTask(), tmp_path, steps=3, resume=str(tmp_path / "nowhere"))
+
+
+def test_checkpoints_hold_no_runnable_code(tmp_path: Path) -> None:
+    """A pickled call in a checkpoint file is refused, not run."""
+
+    class Evil:
+        def __reduce__(self) -> Any:
+            return (Path.touch, (tmp_path / "ran",))
+
+    torch.save({"module": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        checkpoint._safe_checkpoint_engine().load(str(tmp_path / "evil.pt"))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_codebooks_are_never_cast(tmp_path: Path) -> None:
+    class Coded(ToyTask):
+        def build(self) -> dict[str, Network]:
+            networks = super().build()
+            networks["net"].module.codebooks = nn.Parameter(torch.zeros(1, 2, 2))
+            return networks
+
+    with pytest.raises(ConfigError, match="codebooks.*autocast"):
+        run_toy(Coded(), tmp_path, engine_precision="bf16", engine_zero_stage=1)
+
+
+def test_gradient_that_is_not_finite_is_named(tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 3: gradient of net.first.weight.*no checkpoint yet"):
+        run_toy(ToyTask(event=("inf", 2, 0)), tmp_path, steps=5)
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2]
+
+
+def test_clipping_equals_torch(tmp_path: Path) -> None:
+    """With and without: DeepSpeed's hidden default of 1.0 would change the second."""
+    for clipping in (0.5, 0.0):
+        log = run_toy(
+            ToyTask(), tmp_path / str(clipping), steps=6, engine_gradient_clipping=clipping, engine_accumulation_steps=1
+        )
+        assert [r["loss"] for r in log] == pytest.approx(_plain_losses(clipping), rel=1e-5)
+        assert max(r["grad_norm"] for r in log) > 1.0
+
+
+def _plain_losses(clipping: float) -> list[float]:
+    from unitok.core.optim import lr_at, parameter_groups
+
+    task, order = ToyTask(), SampleOrder(50, 0)
+    network = task.build()["net"]
+    net: ToyNet = network.module
+    adam = torch.optim.AdamW(parameter_groups(net, network.optimizer), betas=(0.9, 0.95))
+    losses = []
+    for step in range(6):
+        x, y = task.load_batch(*order.micro_batch(4 * step, 4, 0))
+        loss = (net(x) - y).square().mean()
+        adam.zero_grad()
+        loss.backward()
+        if clipping:
+            nn.utils.clip_grad_norm_(net.parameters(), clipping)
+        for group in adam.param_groups:
+            group["lr"] = lr_at(network.optimizer, step, 6)
+        adam.step()
+        losses.append(float(loss.detach()))
+    return losses
