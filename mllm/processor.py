@@ -13,7 +13,7 @@ from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import Turn
 from unitok.data.transforms import eval_transform
 from unitok.mllm.configuration import UniTokMLLMConfig
-from unitok.mllm.sequence import IMAGE_MARK, SequenceBuilder, chat_template, pad_left
+from unitok.mllm.sequence import IMAGE_MARK, Sequence, SequenceBuilder, chat_template, pad_left
 
 BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
 PROCESSOR_FILE = "processor_config.json"
@@ -52,7 +52,7 @@ def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
-    `processor(text, images)` expands every `<image>` of the text to the model's image positions and returns
+    `processor(text, images)` expands every `<image>` of the text to what the chat layout puts there and returns
     `input_ids`, `attention_mask` (left-padded) and `pixels` `[I, 3, H, W]`.
     """
 
@@ -78,12 +78,12 @@ class UniTokProcessor:
         return batch | ({"pixels": self.pixels(images)} if images else {})
 
     def _expand(self, text: str) -> list[int]:
-        placeholders = [self.config.image_token_id] * self.config.num_image_positions
-        ids: list[int] = []
+        sequence = Sequence()
         for position, piece in enumerate(text.split(IMAGE_MARK)):
-            ids += placeholders if position else []
-            ids += self.tokenizer.encode(piece, add_special_tokens=False) if piece else []
-        return ids
+            if position:
+                self.builder.chat_image(sequence)
+            sequence.add(self.tokenizer.encode(piece, add_special_tokens=False) if piece else [])
+        return sequence.ids
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """`[I, 3, H, W]` in [-1, 1] at the tokenizer's image size."""

@@ -102,14 +102,17 @@ class SequenceBuilder:
                 pieces[-1] += self.config.assistant_prefix
                 for position, piece in enumerate(pieces):
                     if position > 0:
-                        self._chat_image(sequence)
+                        self.chat_image(sequence)
                     sequence.add(self._text(piece))
                 text = ""
+            elif IMAGE_MARK in turn.content:
+                raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
                 sequence.add(self._text(turn.content), learn=True).add([self.tokenizer.eos_token_id], learn=True)
         return sequence
 
-    def _chat_image(self, sequence: Sequence) -> None:
+    def chat_image(self, sequence: Sequence) -> None:
+        """Add an image as it stands in a conversation: placeholders, between the two marks if the layout has them."""
         if self.config.chat_image_marks:
             sequence.add([self.config.begin_image_id])
         self._image(sequence, learn=False)
@@ -139,7 +142,7 @@ def chat_template(config: UniTokMLLMConfig) -> str:
         "system": config.system_prompt,
         "user": config.user_prefix,
         "assistant": config.assistant_prefix,
-        "mark": IMAGE_MARK,
+        "mark": IMAGE_MARK + "\n",  # as `split_messages` writes an image part
     }
     quoted = {name: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" for name, text in literals.items()}
     template = (
