@@ -1,4 +1,4 @@
-"""Tiny tokenizers, unified models and text shared by the tests. No size equals a default, so nothing can be hard-coded."""
+"""Tiny tokenizers, unified models and text shared by the tests; no size equals a default, so none can be hard-coded."""
 
 from pathlib import Path
 from typing import Any
