@@ -53,6 +53,7 @@ class UniTokConfig(PretrainedConfig):
         entropy_temperature: float = 0.01,
         embed_dim: int = 768,
         text_tower: dict[str, Any] | TextTowerConfig | None = None,
+        initializer_range: float = 0.02,
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -73,6 +74,7 @@ class UniTokConfig(PretrainedConfig):
         self.commitment_weight = commitment_weight
         self.entropy_temperature = entropy_temperature
         self.embed_dim = embed_dim
+        self.initializer_range = initializer_range
         self.text_tower = asdict(text_tower) if isinstance(text_tower, TextTowerConfig) else text_tower
         super().__init__(**kwargs)
         self._check()

@@ -43,6 +43,7 @@ class UniTokOutput(ModelOutput):
     features: Tensor | None = None  # [B, L, C] after the projection out of the code space
     image_embedding: Tensor | None = None  # [B, D], unit length
     text_embedding: Tensor | None = None  # [B, D], unit length; only with text_ids
+    logit_scale: Tensor | None = None  # [1], a copy (ZeRO 3 lets go of the parameter after the pass); with text_ids
 
 
 class UniTok(PreTrainedModel):
@@ -82,7 +83,7 @@ class UniTok(PreTrainedModel):
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=0.02)
+            nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, nn.Conv2d):
@@ -145,6 +146,7 @@ class UniTok(PreTrainedModel):
             features=features_BLC,
             image_embedding=F.normalize(image_BD, dim=-1),
             text_embedding=None if text_ids is None else self.encode_text(text_ids, normalize=True),
+            logit_scale=None if text_ids is None else self.logit_scale.clone(),
         )
 
     @torch.no_grad()

@@ -9,21 +9,23 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.utils import ModelOutput
 
+from unitok.core.distributed import all_reduce_sum_, world_size
 from unitok.core.errors import ConfigError, DataError
 
 SEARCH_ELEMENTS = 1 << 23  # similarities held at once during the search: 32 MiB in fp32
 
 
 @dataclass
-class QuantizerOutput:
+class QuantizerOutput(ModelOutput):
     """quantized `[B, L, C]` (straight-through, normalised), codes int64 `[B, K, L]`, scalar losses, usage `[K, V]`."""
 
-    quantized: Tensor
-    codes: Tensor
-    vq_loss: Tensor
-    entropy_loss: Tensor | None
-    usage: Tensor  # how often each entry was chosen in this batch, float counts
+    quantized: Tensor | None = None
+    codes: Tensor | None = None
+    vq_loss: Tensor | None = None
+    entropy_loss: Tensor | None = None
+    usage: Tensor | None = None  # how often each entry was chosen in this batch, float counts
 
 
 class MultiCodebookQuantizer(nn.Module):
@@ -143,12 +145,18 @@ def search(chunks_KND: Tensor, codebooks_KVD: Tensor) -> Tensor:
 
 
 def entropy_loss(chunks_KND: Tensor, codebooks_KVD: Tensor, temperature: float) -> Tensor:
-    """Mean over codebooks of (mean entropy per sample - entropy of the mean assignment); low = sure and diverse."""
+    """Mean over codebooks of (mean entropy per sample - entropy of the mean assignment); low = sure and diverse.
+
+    The mean assignment is that of all ranks (every rank must call); averaged over ranks, value and gradient are those
+    of one process with all samples.
+    """
     # On unit vectors the negative squared distance is 2 * cosine - 2; the constant drops out of the softmax.
     logits_KNV = 2.0 * torch.bmm(chunks_KND, codebooks_KVD.transpose(1, 2)) / temperature
     probs_KNV, log_probs_KNV = logits_KNV.softmax(dim=-1), logits_KNV.log_softmax(dim=-1)
     sample_entropy = -(probs_KNV * log_probs_KNV).sum(-1).mean(-1)
     mean_KV = probs_KNV.mean(dim=1)
+    global_KV = all_reduce_sum_(mean_KV.detach().clone()) / world_size()
+    mean_KV = mean_KV + (global_KV - mean_KV).detach()  # own gradient only: the engine averages gradients over ranks
     mean_entropy = -(mean_KV * (mean_KV + 1e-7).log()).sum(-1)
     return (sample_entropy - mean_entropy).mean()
 

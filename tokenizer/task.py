@@ -131,7 +131,7 @@ class TokenizerTask(Task):
         loss = weights.vq * out.vq_loss
         metrics = {"vq": out.vq_loss}
         if text_ids is not None:
-            contrastive = contrastive_loss(out.image_embedding, out.text_embedding, generator.module.logit_scale)
+            contrastive = contrastive_loss(out.image_embedding, out.text_embedding, out.logit_scale)
             loss = loss + weights.contrastive * contrastive
             metrics["contrastive"] = contrastive
         if out.entropy_loss is not None:

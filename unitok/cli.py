@@ -27,7 +27,7 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = parse(argv)
         _quiet_libraries()
         module, function = arguments.run
         return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
@@ -40,6 +40,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unitok: interrupted", file=sys.stderr)
         return 130
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parsed arguments. Optional positional ones may also stand after options, which argparse alone does not manage."""
+    parser = build_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    target = getattr(arguments, "positional", None)
+    known = getattr(arguments, target) if target else None
+    if rest and (target is None or rest[0].startswith("-") or isinstance(known, str)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if isinstance(known, list):
+        setattr(arguments, target, [*known, *rest])
+    elif rest:
+        setattr(arguments, target, rest[0])
+        if len(rest) > 1:
+            parser.error(f"unrecognized arguments: {' '.join(rest[1:])}")
+    return arguments
 
 
 def _quiet_libraries() -> None:
@@ -115,7 +132,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/tokenizer/tiny.yaml")
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    train.set_defaults(run=("train", "train"))
+    train.set_defaults(run=("train", "train"), positional="overrides")
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
@@ -134,14 +151,14 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off")
     generate.add_argument("--temperature", type=float, metavar="T")
     generate.add_argument("--from-file", metavar="FILE", help="one prompt per line")
-    generate.set_defaults(run=("use", "generate"))
+    generate.set_defaults(run=("use", "generate"), positional="prompts")
 
     chat = commands.add_parser("chat", help="ask about images; without a question: a conversation")
     chat.add_argument("question", nargs="?", metavar="QUESTION")
     chat.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     chat.add_argument("--max-new-tokens", type=int, default=128)
-    chat.set_defaults(run=("use", "chat"))
+    chat.set_defaults(run=("use", "chat"), positional="question")
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:

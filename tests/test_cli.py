@@ -1,0 +1,283 @@
+"""Every command on a tiny run of both stages, and one clear line with exit code 2 for what a user can get wrong."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unitok.cli import build_parser, main
+
+ROOT = Path(__file__).resolve().parent.parent
+TINY_TOKENIZER = [
+    "steps=2",
+    "log_every=1",
+    "engine.micro_batch_size=4",
+    "model.image_size=32",
+    "model.stage_widths=[8, 8]",
+    "model.width=24",
+    "model.num_heads=2",
+    "model.depth=1",
+    "model.num_codebooks=3",
+    "model.codebook_size=16",
+    "model.stage_depths=[1, 1]",
+    "model.decoder_stage_depths=[1, 1]",
+    "discriminator.start_step=1",
+]
+TINY_MODEL = [
+    "steps=2",
+    "log_every=1",
+    "engine.micro_batch_size=4",
+    "model.visual_width=24",
+    "model.visual_num_heads=2",
+    "model.depth_width=24",
+    "model.depth_num_heads=2",
+    "backbone.config={hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with shapes as image files, both stages trained for two steps, and two pictures to use."""
+    folder = tmp_path_factory.mktemp("cli")
+    data = folder / "images"
+    data.mkdir()
+    from unitok.data.source import open_source
+
+    source = open_source("shapes:train?num=8&size=32")
+    for index in range(len(source)):
+        sample = source[index]
+        sample.image.save(data / f"{sample.key}.png")
+        (data / f"{sample.key}.txt").write_text("\n".join(sample.captions))
+        questions = [question._asdict() for question in sample.questions]
+        (data / f"{sample.key}.json").write_text(json.dumps({"questions": questions}))
+    tokenizer = [f"output_dir={folder / 'tokenizer'}", f"data.source={data}", *TINY_TOKENIZER]
+    assert main(["train", "tokenizer", "--config", "configs/tokenizer/shapes.yaml", *tokenizer]) == 0
+    export, codes = str(folder / "tokenizer" / "export"), str(folder / "codes")
+    assert main(["data", "codes", "--tokenizer", export, "--shards", str(data), "--out", codes]) == 0
+    model = [f"output_dir={folder / 'mllm'}", f"tokenizer={export}", f"data.codes={codes}", *TINY_MODEL]
+    assert main(["train", "mllm", "--config", "configs/mllm/shapes.yaml", *model]) == 0
+    Image.new("RGB", (40, 30), "red").save(folder / "red.png")
+    Image.new("RGB", (32, 32), "blue").save(folder / "blue.jpg")
+    (folder / "notes.txt").write_text("not an image")
+    return folder
+
+
+def model_of(run: Path) -> list[str]:
+    return ["--model", str(run / "mllm" / "export")]
+
+
+def tokenizer_of(run: Path) -> list[str]:
+    return ["--tokenizer", str(run / "tokenizer" / "export")]
+
+
+def test_run_folder_holds_what_is_promised(run):
+    for stage in ("tokenizer", "mllm"):
+        assert (run / stage / "config.yaml").is_file()
+        lines = [json.loads(line) for line in (run / stage / "log.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == [1, 2]
+        assert (run / stage / "checkpoints" / "step_2").is_dir()
+    export = run / "mllm" / "export"
+    for name in ("config.json", "model.safetensors", "generation_config.json", "tokenizer.model"):
+        assert (export / name).is_file()
+    assert (export / "visual_tokenizer" / "model.safetensors").is_file()
+
+
+def test_generate_is_a_function_of_prompt_and_seed(run, capsys):
+    command = ["generate", "a photo of a circle", *model_of(run), "--seed", "3", "--guidance", "2"]
+    assert main([*command, "--out", str(run / "a.png")]) == 0
+    assert main([*command, "--num", "2", "--out", str(run / "several")]) == 0
+    images = sorted((run / "several").glob("*.png"))
+    assert len(images) == 2
+    assert images[0].read_bytes() == (run / "a.png").read_bytes()
+    assert str(run / "a.png") in capsys.readouterr().out
+
+
+def test_generate_from_file(run):
+    (run / "prompts.txt").write_text("a photo of a square\n\na photo of a triangle\n")
+    assert main(["generate", "--from-file", str(run / "prompts.txt"), *model_of(run), "--out", str(run / "file")]) == 0
+    assert len(list((run / "file").glob("*.png"))) == 2
+
+
+def test_chat_answers_a_question_and_holds_a_conversation(run, capsys, monkeypatch):
+    question = ["chat", "what color is the circle?", "--image", str(run / "red.png"), *model_of(run)]
+    assert main([*question, "--max-new-tokens", "4"]) == 0
+    capsys.readouterr()
+    lines = iter(["what color is it?", "", "how many objects are there?"])
+
+    def read(prompt: str = "") -> str:
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr("builtins.input", read)
+    assert main(["chat", "--image", str(run / "red.png"), *model_of(run), "--max-new-tokens", "4"]) == 0
+    assert len(capsys.readouterr().out.split("\n")) == 3  # two answers, each on its line
+
+
+def test_reconstruct(run):
+    images = [str(run / "red.png"), str(run / "blue.jpg")]
+    assert main(["reconstruct", *images, *tokenizer_of(run), "--out", str(run / "back")]) == 0
+    for path in (run / "back").glob("*.png"):
+        assert Image.open(path).size == (32, 32)
+    assert len(list((run / "back").glob("*.png"))) == 2
+
+
+@pytest.mark.parametrize("kind", ["reconstruction", "retrieval", "vqa"])
+def test_eval_on_a_source(run, kind, capsys):
+    where = tokenizer_of(run) if kind in ("reconstruction", "retrieval") else model_of(run)
+    out = run / f"{kind}.json"
+    source = ["--source", "shapes:val?num=6&size=32", "--limit", "5", "--out", str(out)]
+    assert main(["eval", kind, *where, *source]) == 0
+    figures = json.loads(out.read_text())
+    assert figures["protocol"]["what"] == kind
+    assert "figure" in capsys.readouterr().out
+
+
+def test_eval_geneval_writes_the_official_folder(run):
+    out = run / "geneval.json"
+    images = ["--images", str(run / "geneval"), "--samples", "1", "--limit", "6", "--out", str(out)]
+    assert main(["eval", "geneval", *model_of(run), *images]) == 0
+    assert 0 <= json.loads(out.read_text())["overall"] <= 1
+    assert (run / "geneval" / "00000" / "samples" / "00000.png").is_file()
+
+
+def test_dry_run_measures_nothing(run, capsys):
+    assert main(["eval", "vqa", "--model", "nowhere", "--dry-run"]) == 0
+    assert "would measure" in capsys.readouterr().out
+
+
+def test_data_commands(run, capsys):
+    assert main(["data", "shapes", "--out", str(run / "shards"), "--num", "5", "--size", "32"]) == 0
+    assert main(["data", "check", str(run / "shards")]) == 0
+    assert "5" in capsys.readouterr().out
+    (run / "images" / "broken.png").write_bytes(b"no image")
+    assert main(["data", "check", str(run / "images")]) == 1
+    assert "broken" in capsys.readouterr().out
+    (run / "images" / "broken.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["generate", "", "--model", "MODEL"], "empty prompt"),
+        (["generate", "--model", "MODEL"], "no prompt"),
+        (["generate", "a circle", "--model", "RUN/nowhere"], "nowhere"),
+        (["generate", "a circle", "--model", "RUN/tokenizer/export"], "unitok_mllm"),
+        (["generate", "a circle", "--model", "MODEL", "--out", "RUN/x.gif"], "x.gif"),
+        (["generate", "a circle", "--model", "MODEL", "--num", "0"], "--num"),
+        (["generate", "a circle", "--model", "MODEL", "--temperature", "0"], "temperature"),
+        (["generate", "--from-file", "RUN/absent.txt", "--model", "MODEL"], "absent.txt"),
+        (["chat", "what?", "--image", "RUN/absent.png", "--model", "MODEL"], "absent.png"),
+        (["chat", "what?", "--image", "RUN/notes.txt", "--model", "MODEL"], "notes.txt"),
+        (["chat", " ", "--model", "MODEL"], "empty question"),
+        (["reconstruct", "RUN/absent.png", "--tokenizer", "TOKENIZER"], "absent.png"),
+        (["reconstruct", "RUN/red.png", "--tokenizer", "MODEL"], "unitok_mllm"),
+        (["eval", "reconstruction", "--tokenizer", "TOKENIZER", "--source", "RUN/nothing"], "nothing"),
+        (["eval", "vqa", "--model", "MODEL", "--limit", "0"], "--limit"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "optimiser.lr=1"], "optimizer"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "steps=many"], "steps"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.code_dim=5"], "code_dim"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.codebook_size=1"], "codebook_size"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.image_size=65"], "image_size"),
+        (["train", "tokenizer", "--config", "RUN/absent.yaml"], "absent.yaml"),
+        (["train", "mllm", "--config", "mllm/shapes.yaml", "tokenizer=RUN/nowhere"], "nowhere"),
+        (["data", "codes", "--tokenizer", "RUN/nowhere", "--shards", "RUN/images", "--out", "RUN/c"], "nowhere"),
+        (["data", "check", "RUN/nothing"], "nothing"),
+        (["report", "RUN/nothing"], "nothing"),
+        (["paint"], "paint"),
+        (["generate", "a circle", "--seed", "x"], "--seed"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(run, command, named, capsys):
+    places = {"RUN": run, "MODEL": run / "mllm" / "export", "TOKENIZER": run / "tokenizer" / "export"}
+    for place, path in places.items():
+        command = [
+            part.replace(place, str(path), 1) if part.startswith((place, f"tokenizer={place}")) else part
+            for part in command
+        ]
+    overrides = [f"output_dir={run / 'mistake'}"] if command[0] == "train" else []
+    capsys.readouterr()
+    assert main([*command, *overrides]) == 2
+    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unitok: ")]
+    assert len(err) == 1
+    assert named in err[0]
+    assert "Traceback" not in err[0]
+
+
+def test_damaged_weights_are_named(run, capsys):
+    import shutil
+
+    broken = run / "broken"
+    shutil.copytree(run / "mllm" / "export", broken)
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert main(["generate", "a circle", "--model", str(broken)]) == 2
+    assert "broken" in capsys.readouterr().err
+
+
+def test_codes_of_another_tokenizer_are_refused(run, capsys):
+    header = run / "codes" / "header.json"
+    original = header.read_text()
+    header.write_text(json.dumps(json.loads(original) | {"tokenizer": "0" * 16}))
+    places = [f"output_dir={run / 'other'}", f"tokenizer={run / 'tokenizer' / 'export'}", f"data.codes={run / 'codes'}"]
+    try:
+        assert main(["train", "mllm", "--config", "mllm/shapes.yaml", *places, *TINY_MODEL]) == 2
+    finally:
+        header.write_text(original)
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_every_command_has_help():
+    parser = build_parser()
+    subparsers = [action for action in parser._actions if hasattr(action, "choices") and action.choices]
+    for name, command in subparsers[0].choices.items():
+        assert len(command.format_help()) > 100, name
+        assert command.format_help().startswith("usage: unitok")
+
+
+@pytest.mark.slow
+def test_wheel_generates_and_trains_from_another_folder(run, tmp_path):
+    """The wheel in an environment of its own; libraries come from this one, our checkout does not."""
+    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-w", str(tmp_path), str(ROOT)]
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True).returncode:
+        uv = ROOT / ".venv-uv" / "bin" / "uv"
+        build = [str(uv) if uv.is_file() else "uv", "build", "--wheel", "--out-dir", str(tmp_path), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    wheel = next(tmp_path.glob("unitok-*.whl"))
+    environment = tmp_path / "env"
+    venv.create(environment, with_pip=True)
+    python = environment / "bin" / "python"
+    subprocess.run([str(python), "-m", "pip", "install", "--quiet", "--no-deps", str(wheel)], check=True)
+    libraries = next(Path(path) for path in sys.path if path.endswith("site-packages"))
+    site = next((environment / "lib").glob("python*/site-packages"))
+    (site / "libraries.pth").write_text(f"{libraries}\n")
+    clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+
+    def unitok(*arguments: str) -> None:
+        done = subprocess.run(
+            [str(environment / "bin" / "unitok"), *arguments], cwd=elsewhere, env=clean, text=True, capture_output=True
+        )
+        assert done.returncode == 0, done.stderr
+
+    where = subprocess.run(
+        [str(python), "-c", "import unitok.tokenizer as t; print(t.__file__)"],
+        cwd=elsewhere,
+        env=clean,
+        text=True,
+        capture_output=True,
+        check=True,
+    )
+    assert str(environment) in where.stdout
+    unitok("generate", "a photo of a circle", *model_of(run), "--out", "circle.png")
+    assert (elsewhere / "circle.png").is_file()
+    data = ["data.source=shapes:train?num=8&size=32", "output_dir=trained"]
+    unitok("train", "tokenizer", "--config", "tokenizer/shapes.yaml", *data, *TINY_TOKENIZER)
+    assert (elsewhere / "trained" / "export" / "model.safetensors").is_file()
