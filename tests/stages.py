@@ -1,0 +1,167 @@
+"""Both training stages on tiny models: their configuration files, runs on any number of ranks, and interruptions."""
+
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from tiny import make_tokenizer, text_tower
+from torch import Tensor
+
+from unitok.core.config import load_config
+from unitok.core.distributed import rank
+from unitok.core.loop import TrainConfig, train
+from unitok.core.runlog import read_log
+from unitok.core.task import Task
+from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
+from unitok.data.source import open_source
+from unitok.mllm.task import MllmTask, MllmTrainConfig
+from unitok.tokenizer.extract import extract_codes
+from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
+
+SOURCE = "shapes:train?num=48&size=32"
+STEPS, START, GLOBAL_BATCH = 20, 8, 4
+STAGES = {"tokenizer": (TokenizerTask, TokenizerTrainConfig), "mllm": (MllmTask, MllmTrainConfig)}
+COMMON: dict[str, Any] = {
+    "steps": STEPS,
+    "ema_decay": 0.9,
+    # nothing is clipped and no parameter stays whole: every difference between ZeRO stages would show
+    "engine": {"gradient_clipping": 0.0, "zero3_persistence": 0},
+}
+
+
+def write_configs(folder: Path) -> dict[str, Path]:
+    """A configuration file for each stage; the codes of stage two come from a random tokenizer."""
+    files = {}
+    for stage, values in {"tokenizer": tokenizer_values(), "mllm": mllm_values(folder)}.items():
+        files[stage] = folder / f"{stage}.yaml"
+        files[stage].write_text(yaml.safe_dump({**COMMON, **values, "output_dir": "unset"}))
+    return files
+
+
+def tokenizer_values() -> dict[str, Any]:
+    """Stage one with everything on: contrastive and entropy loss, discriminator from step START, adaptive weight."""
+    return {
+        "model": {
+            "image_size": 32,
+            "stem_width": 8,
+            "stage_widths": [8, 16],
+            "stage_depths": [1, 1],
+            "width": 24,
+            "depth": 1,
+            "num_heads": 2,
+            "mlp_ratio": 1.5,
+            "decoder_stage_depths": [1, 1],
+            "num_codebooks": 3,
+            "codebook_size": 16,
+            "code_dim": 4,
+            "entropy_temperature": 0.1,
+            "embed_dim": 20,
+            "text_tower": text_tower(vocab_size=90),
+        },
+        "data": {"source": SOURCE},
+        "loss": {"l1": 1.0, "contrastive": 0.5, "entropy": 0.1, "adversarial": 0.4},
+        "optimizer": {"lr": 1e-3, "warmup_steps": 4},
+        "discriminator": {
+            "start_step": START,
+            "warmup_steps": 3,
+            "channels": 8,
+            "num_layers": 2,
+            "optimizer": {"lr": 1e-3, "weight_decay": 0.0},
+        },
+    }
+
+
+def mllm_values(folder: Path) -> dict[str, Any]:
+    """Stage two on the codes of a random tokenizer, both of which this writes into `folder`."""
+    source = open_source(SOURCE)
+    captions = [text for index in range(len(source)) for text in source.texts(index)]
+    text_file = train_sentencepiece(captions, folder / "captions.model", 88)
+    tower = text_tower(vocab_size=load_sentencepiece(text_file).get_piece_size() + 2)
+    tokenizer = make_tokenizer(text_tower=tower)
+    tokenizer.set_text_model(text_file)
+    tokenizer.save_pretrained(folder / "visual")
+    extract_codes(tokenizer, source, folder / "codes", progress=False)
+    return {
+        "tokenizer": str(folder / "visual"),
+        "model": {
+            "visual_width": 24,
+            "visual_num_heads": 2,
+            "visual_mlp_ratio": 1.5,
+            "depth_num_layers": 1,
+            "depth_width": 16,
+            "depth_num_heads": 2,
+            "depth_intermediate_size": 24,
+        },
+        "backbone": {
+            "config": {
+                "hidden_size": 32,
+                "intermediate_size": 40,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+            },
+            "text_vocab_size": 120,
+        },
+        "data": {
+            "codes": str(folder / "codes"),
+            "mixture": {"text_to_image": 0.5, "caption": 0.1, "chat": 0.4},
+            "unconditional": 0.3,
+        },
+        "optimizer": {"lr": 2e-3, "warmup_steps": 4, "weight_decay": 0.05},
+    }
+
+
+def make_task(stage: str, file: Path, out: Path, world: int, overrides: Sequence[str] = ()) -> tuple[Task, TrainConfig]:
+    """The task and configuration of a run on `world` ranks at the same global micro-batch as on one."""
+    task_class, config_class = STAGES[stage]
+    fixed = [f"output_dir={out}", f"engine.micro_batch_size={GLOBAL_BATCH // world}"]
+    config = load_config(config_class, file, [*fixed, *overrides])
+    return task_class(config), config
+
+
+def run_stage(
+    stage: str,
+    file: Path,
+    out: Path,
+    world: int,
+    overrides: Sequence[str] = (),
+    kill: tuple[int, int] | None = None,
+    prepare: Any = None,
+) -> list[dict[str, Any]]:
+    """Train on this rank and return the log without timing. `kill`: SIGKILL at (step, rank), in the middle of it."""
+    task, config = make_task(stage, file, out, world, overrides)
+    if kill is not None:
+        _kill_at(task, *kill)
+    if prepare is not None:
+        prepare(task)
+    train(task, config)
+    return read_log(out / "log.jsonl")
+
+
+def _kill_at(task: Task, step: int, victim: int) -> None:
+    """Die after the backward passes of the step's first micro-batch."""
+    original = task.micro_step
+
+    def micro_step(engines: dict[str, Any], batch: Any, micro_index: int, now: int) -> dict[str, Tensor]:
+        metrics = original(engines, batch, micro_index, now)
+        if (now, rank()) == (step, victim):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return metrics
+
+    task.micro_step = micro_step  # type: ignore[method-assign]
+
+
+def differences(log: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
+    """Largest relative difference of every logged value between two logs of the same steps and keys."""
+    assert [record["step"] for record in log] == [record["step"] for record in other]
+    worst: dict[str, float] = {}
+    for a, b in zip(log, other, strict=True):
+        assert a.keys() == b.keys(), (a["step"], a.keys() ^ b.keys())
+        for key in a:
+            gap = abs(a[key] - b[key])
+            # an accuracy that is 0 in one run and 1e-9 in the other is no difference
+            worst[key] = max(worst.get(key, 0.0), gap / max(abs(a[key]), abs(b[key]), 1e-6))
+    return worst
