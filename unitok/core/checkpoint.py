@@ -21,9 +21,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from unitok.core.distributed import barrier, broadcast_object, is_main
+from unitok.core.distributed import barrier, broadcast_object, is_main, world_size
 from unitok.core.ema import Ema
 from unitok.core.errors import CheckpointError, UserError
+from unitok.core.reshard import load_universal, universal_copy
 
 MARKER = "COMPLETE.json"
 PARTIAL = ".partial"
@@ -113,7 +114,7 @@ def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -
             raise CheckpointError(f"checkpoint {path} has no network {name!r}; it belongs to another configuration")
         engine.checkpoint_engine = _safe_checkpoint_engine()
         try:
-            loaded, _ = engine.load_checkpoint(str(path / name), tag=TAG)
+            loaded = _load_engine(engine, path / name, reshard=state["world_size"] != world_size())
         except RuntimeError as error:  # torch: keys or shapes of the state do not fit
             text = " ".join(str(error).split())[:300]
             raise CheckpointError(f"checkpoint {path} does not fit network {name!r}: {text}") from error
@@ -126,6 +127,13 @@ def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -
         ema.load_full(load_file(file), state["ema_updates"][name])
     barrier()
     return state
+
+
+def _load_engine(engine: Any, folder: Path, reshard: bool) -> str | None:
+    if reshard and engine.zero_optimization():  # without ZeRO every rank holds everything
+        with universal_copy(folder / TAG, engine.checkpoint_engine.load) as copy:
+            return load_universal(engine, copy, TAG)[0]
+    return engine.load_checkpoint(str(folder), tag=TAG)[0]
 
 
 def prune(folder: Path, keep_last: int) -> None:
@@ -167,11 +175,6 @@ def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any]) -
         raise CheckpointError(
             f"checkpoint {path} was trained on {saved['num_samples']} samples, now there are {present['num_samples']}; "
             "resume with the same data"
-        )
-    if saved["world_size"] != present["world_size"] and new.get("engine.zero_stage", 0) > 0:
-        raise CheckpointError(
-            f"checkpoint {path} was written by {saved['world_size']} ranks, now there are {present['world_size']}: "
-            f"under ZeRO {new['engine.zero_stage']} resume with {saved['world_size']} ranks (ZeRO 0 can change them)"
         )
     ignored = {*keys, "engine.micro_batch_size", "output_dir", "resume", "tracker", "num_workers"}
     changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored]
