@@ -91,6 +91,18 @@ class UniTokMLLMConfig(PretrainedConfig):
             raise ConfigError(
                 f"visual_width={self.visual_width} does not divide into visual_num_heads={self.visual_num_heads} heads"
             )
+        if self.visual_width < self.code_width:
+            raise ConfigError(
+                f"visual_width={self.visual_width} is narrower than a code vector: expected at least "
+                f"num_codebooks*code_dim={self.code_width}"
+            )
+        depth_width = self.depth_width or self.text_config.hidden_size
+        depth_heads = self.depth_num_heads or self.text_config.num_attention_heads
+        if depth_width % (2 * depth_heads):
+            raise ConfigError(
+                f"depth_width={depth_width} does not divide into depth_num_heads={depth_heads} heads of an even width, "
+                f"which rotary positions need"
+            )
         if self.embedder_cache not in ("consistent", "released"):
             raise ConfigError(f"embedder_cache={self.embedder_cache!r}: expected 'consistent' or 'released'")
 

@@ -4,13 +4,14 @@ B images, R rows (B, or 2B with guidance: conditional rows first), T prompt leng
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import derive_seed
+from unitok.mllm.configuration import EmbedderCache
 from unitok.tokenizer.projection import ProjectionCache
 
 
@@ -76,7 +77,12 @@ class CodeGenerationMixin:
         after them; logits are `uncond + scale * (cond - uncond)` and both rows continue with the same code.
         `seeds`: one per image; the same seed gives the same image whatever else is in the batch.
         """
-        num_positions = num_positions or self.config.num_image_positions
+        num_positions = self.config.num_image_positions if num_positions is None else num_positions
+        embedder_cache = embedder_cache or self.config.embedder_cache
+        if num_positions < 1:
+            raise UserError(f"num_positions={num_positions}: an image has at least 1")
+        if embedder_cache not in get_args(EmbedderCache):
+            raise UserError(f"embedder_cache={embedder_cache!r}: expected one of {', '.join(get_args(EmbedderCache))}")
         rows = input_ids.shape[0]
         guided = guidance_scale > 1
         if guided and rows % 2:
@@ -86,7 +92,7 @@ class CodeGenerationMixin:
         if len(seeds) != images:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p)
-        consistent = (embedder_cache or self.config.embedder_cache) == "consistent"
+        consistent = embedder_cache == "consistent"
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         state: dict[str, Any] = {"cache": None, "mask": mask_RT}
         hidden_RD = self._advance(self.embed(input_ids, None), state)

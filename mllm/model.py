@@ -22,6 +22,7 @@ from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
+from unitok.tokenizer.quantizer import check_codes
 
 IGNORE = -100  # label of a text position that is not learnt
 
@@ -125,20 +126,30 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
         is_image_BT = input_ids == self.config.image_token_id
-        given = 0 if codes is None else codes.shape[0] * codes.shape[2]
-        expected = int(is_image_BT.sum())
-        if expected != given:
-            shape = None if codes is None else list(codes.shape)
-            raise DataError(
-                f"{expected} image placeholders in input_ids, but codes of shape {shape} fill {given}: each image "
-                f"needs as many placeholders (id {self.config.image_token_id}) as it has positions"
-            )
+        if codes is not None:
+            check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
+        self._check_placeholders(is_image_BT.sum(dim=1).tolist(), codes)
         # A placeholder id may lie outside the vocabulary (released models); its text embedding is never used.
         inputs_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
         if codes is None:
             return inputs_BTD
         vectors = self.embed_codes(codes).flatten(0, 1).to(inputs_BTD.dtype)
         return inputs_BTD.masked_scatter(is_image_BT.unsqueeze(-1), vectors)
+
+    def _check_placeholders(self, counts: list[int], codes: Tensor | None) -> None:
+        """`counts` of placeholders per row; each row must hold whole images, and all of them the given ones."""
+        shape, given = (None, 0) if codes is None else (list(codes.shape), codes.shape[0] * codes.shape[2])
+        if sum(counts) != given:
+            raise DataError(
+                f"{sum(counts)} image placeholders in input_ids, but codes of shape {shape} fill {given}: each image "
+                f"needs as many placeholders (id {self.config.image_token_id}) as it has positions"
+            )
+        for row, count in enumerate(counts if given else []):
+            if count % codes.shape[2]:
+                raise DataError(
+                    f"row {row} of input_ids holds {count} image placeholders, which is no multiple of the "
+                    f"{codes.shape[2]} positions of an image: the rest would run over into the next row"
+                )
 
     def forward(
         self,
@@ -172,6 +183,27 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         if inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == input_ids.shape[1]:
             inputs["codes"] = codes  # the first pass holds the whole prompt; later ones only new text
         return inputs
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' generate, with `codes` `[I, K, L]` of the prompts' images; answers never hold a placeholder."""
+        if self.config.image_token_id is not None:
+            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        return super().generate(*args, **kwargs)
+
+    def _expand_inputs_for_generation(
+        self, expand_size: int = 1, input_ids: Tensor | None = None, codes: Tensor | None = None, **kwargs: Any
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Rows repeated for beams and several answers: the images of a row are repeated together, not one by one."""
+        rows_of_codes = None
+        if codes is not None and expand_size > 1:
+            counts = (input_ids == self.config.image_token_id).sum(dim=1) // codes.shape[2]
+            rows_of_codes = codes.split(counts.tolist())
+        input_ids, kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, input_ids=input_ids, **kwargs
+        )
+        if rows_of_codes is not None:
+            codes = torch.cat([row for row in rows_of_codes for _ in range(expand_size)])
+        return input_ids, kwargs | {"codes": codes}
 
     def losses(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, codes: Tensor | None, learn_image: Tensor
