@@ -10,7 +10,6 @@ from tiny import assert_same_gradients, gradients, make_tokenizer, random_pixels
 from unitok.core.errors import ConfigError
 from unitok.tokenizer.adversarial import PatchDiscriminator, adaptive_weight
 from unitok.tokenizer.losses import (
-    clamped_scale,
     contrastive_loss,
     hinge_discriminator_loss,
     reconstruction_loss,
@@ -51,16 +50,6 @@ def test_contrastive_loss_of_two_pairs_by_hand():
     logits = [[0.6, 0.8], [0.8, -0.6]]  # at scale 1; symmetric, so both directions agree
     rows = [math.log(sum(math.exp(x) for x in row)) - row[i] for i, row in enumerate(logits)]
     assert contrastive_loss(image, text, torch.zeros(1)).item() == pytest.approx(sum(rows) / 2, abs=1e-6)
-
-
-def test_logit_scale_is_clamped_but_can_come_back():
-    """A hard clamp has no gradient above the limit: the scale would be stuck there."""
-    for value in (1.0, 7.0):
-        scale = torch.tensor([value], requires_grad=True)
-        clamped = clamped_scale(scale)
-        assert clamped.item() == pytest.approx(min(math.exp(value), 100.0), rel=1e-5)
-        clamped.sum().backward()
-        assert scale.grad.item() > 0
 
 
 # ---- adversarial

@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unitok.core.distributed import gather_with_grad, rank
-from unitok.tokenizer.model import MAX_LOGIT_SCALE
 
 
 def reconstruction_loss(reconstruction: Tensor, target: Tensor, l1_weight: float, l2_weight: float) -> Tensor:
@@ -16,19 +15,14 @@ def reconstruction_loss(reconstruction: Tensor, target: Tensor, l1_weight: float
     return l1_weight * F.l1_loss(reconstruction, target) + l2_weight * F.mse_loss(reconstruction, target)
 
 
-def clamped_scale(logit_scale: Tensor) -> Tensor:
-    """`exp` of the log scale, clamped to at most 100; the gradient passes, so that the scale can come back."""
-    clamped = logit_scale + (logit_scale.clamp(0, MAX_LOGIT_SCALE) - logit_scale).detach()
-    return clamped.exp()
-
-
 def contrastive_loss(image_BD: Tensor, text_BD: Tensor, logit_scale: Tensor) -> Tensor:
     """Symmetric CLIP loss of this rank's rows against the global batch; its mean over ranks is the global loss.
 
     Features are gathered with gradient, so ranks of `G / ranks` pairs train like one process with G pairs.
+    `logit_scale` is the log of the scale; the task keeps it in bounds after every step.
     """
     image_GD, text_GD = gather_with_grad(image_BD), gather_with_grad(text_BD)
-    scale = clamped_scale(logit_scale)
+    scale = logit_scale.exp()
     targets = torch.arange(image_BD.shape[0], device=image_BD.device) + rank() * image_BD.shape[0]
     image_loss = F.cross_entropy(scale * image_BD @ text_GD.T, targets)
     text_loss = F.cross_entropy(scale * text_BD @ image_GD.T, targets)

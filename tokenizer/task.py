@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from unitok.core.config import Config
 from unitok.core.distributed import all_reduce_sum_, barrier, is_main
+from unitok.core.engine import clamp_parameter_
 from unitok.core.errors import ConfigError
 from unitok.core.loop import TrainConfig
 from unitok.core.optim import OptimizerConfig
@@ -20,7 +21,7 @@ from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.tokenizer.adversarial import PatchDiscriminator, adaptive_weight
 from unitok.tokenizer.configuration import TextTowerConfig, UniTokConfig
 from unitok.tokenizer.losses import contrastive_loss, hinge_discriminator_loss, reconstruction_loss
-from unitok.tokenizer.model import UniTok
+from unitok.tokenizer.model import MAX_LOGIT_SCALE, UniTok
 from unitok.tokenizer.quantizer import usage_statistics
 from unitok.tokenizer.text import TEXT_MODEL_FILE
 
@@ -189,6 +190,10 @@ class TokenizerTask(Task):
         health = {name: value.mean() for name, value in usage_statistics(counts_KV).items()}
         metrics = {"loss": total, **metrics, "mse": mse, **health}
         return {name: value.detach() for name, value in metrics.items()}
+
+    def after_step(self, modules: dict[str, nn.Module], step: int) -> None:
+        """Keep the temperature of the contrastive loss in [1/100, 1], as CLIP does."""
+        clamp_parameter_(modules["tokenizer"].logit_scale, 0.0, MAX_LOGIT_SCALE)
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write the tokenizer (EMA weights if there are any) as a UniTok folder."""
