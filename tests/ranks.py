@@ -3,6 +3,7 @@
 import multiprocessing
 import multiprocessing.connection
 import os
+import pickle
 import time
 import traceback
 from collections.abc import Callable
@@ -59,11 +60,16 @@ def _rank(rank: int, world_size: int, port: int, sender: Any, function: Callable
     )
     torch.set_num_threads(1)
     try:
-        sender.send(("result", function(*args)))
+        _send(sender, "result", function(*args))
     except SystemExit as exit:
-        sender.send(("result", ("exit", exit.code)))
+        _send(sender, "result", ("exit", exit.code))
     except BaseException:  # noqa: BLE001 - whatever it is belongs to the parent
-        sender.send(("error", traceback.format_exc()))
+        _send(sender, "error", traceback.format_exc())
+
+
+def _send(sender: Any, kind: str, value: Any) -> None:
+    """By value: multiprocessing's own pickling would share tensors with a process that is about to end."""
+    sender.send_bytes(pickle.dumps((kind, value)))
 
 
 def _collect(pipes: list[Any], processes: list[Any], deadline: float, may_die: bool) -> list[Any]:
@@ -76,7 +82,7 @@ def _collect(pipes: list[Any], processes: list[Any], deadline: float, may_die: b
         for rank in [rank for rank in waiting if pipes[rank] in ready]:
             waiting.discard(rank)
             try:
-                kind, value = pipes[rank].recv()
+                kind, value = pickle.loads(pipes[rank].recv_bytes())  # noqa: S301 - from our own fork
             except EOFError:
                 processes[rank].join()
                 if may_die:

@@ -13,6 +13,8 @@ from core_toys import AdversarialTask, ToyTask, largest_difference, plain_advers
 from ranks import RankError, run_ranks
 
 from unitok.core.checkpoint import latest_complete
+from unitok.core.distributed import gather_with_grad, init_distributed, rank, shutdown_distributed
+from unitok.core.engine import clamp_parameter_
 from unitok.core.sampling import SampleOrder
 
 pytestmark = pytest.mark.slow
@@ -226,3 +228,42 @@ def test_another_number_of_ranks(tmp_path: Path, kind: str, stage: int, before: 
     moved = _run(after, tmp_path / "moved", make(), **settings)
     assert largest_difference(moved, straight, ("loss", "discriminator")) < 1e-5
     assert not list((tmp_path / "moved" / "checkpoints").glob("**/.universal_*"))
+
+
+def test_gather_gives_the_gradient_of_the_whole_batch() -> None:
+    """A loss over all rows on every rank, averaged over ranks, has the gradient of one process with the whole batch."""
+    rows = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+    whole = rows.clone().requires_grad_()
+    _pair_loss(whole).backward()
+    parts = run_ranks(2, _gathered_gradient, rows)
+    torch.testing.assert_close(torch.cat(parts) / 2, whole.grad)
+
+
+def _pair_loss(x: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cross_entropy(x @ x.T, torch.arange(len(x)))
+
+
+def _gathered_gradient(rows: torch.Tensor) -> torch.Tensor:
+    init_distributed("cpu")
+    own = rows.chunk(2)[rank()].clone().requires_grad_()
+    _pair_loss(gather_with_grad(own)).backward()
+    shutdown_distributed()
+    return own.grad
+
+
+@pytest.mark.parametrize("world,stage", [(1, 0), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("persistence", [0, 100_000])
+def test_clamped_parameter_stays_clamped(tmp_path: Path, world: int, stage: int, persistence: int) -> None:
+    """The master weights follow: else the next step would bring the old value back."""
+    task = _Clamped()
+    log = _run(world, tmp_path, task, steps=6, engine_zero_stage=stage, engine_zero3_persistence=persistence)
+    weights = torch.load(tmp_path / "export" / "net.pt", weights_only=True)
+    assert len(log) == 6 and weights["second.bias"].abs().max() <= 0.01 + 1e-7
+
+
+class _Clamped(ToyTask):
+    def __init__(self) -> None:
+        super().__init__(ema=None)
+
+    def after_step(self, modules: dict[str, Any], step: int) -> None:
+        clamp_parameter_(modules["net"].second.bias, -0.01, 0.01)

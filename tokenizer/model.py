@@ -43,7 +43,6 @@ class UniTokOutput(ModelOutput):
     features: Tensor | None = None  # [B, L, C] after the projection out of the code space
     image_embedding: Tensor | None = None  # [B, D], unit length
     text_embedding: Tensor | None = None  # [B, D], unit length; only with text_ids
-    logit_scale: Tensor | None = None  # [1], log of the contrastive scale
     logit_scale: Tensor | None = None  # [1], a copy (ZeRO 3 lets go of the parameter after the pass); with text_ids
 
 
@@ -147,7 +146,6 @@ class UniTok(PreTrainedModel):
             features=features_BLC,
             image_embedding=F.normalize(image_BD, dim=-1),
             text_embedding=None if text_ids is None else self.encode_text(text_ids, normalize=True),
-            logit_scale=self.logit_scale * 1.0,  # given out here, where ZeRO-3 holds it whole
             logit_scale=None if text_ids is None else self.logit_scale.clone(),
         )
 

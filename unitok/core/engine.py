@@ -175,22 +175,15 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clamp_parameter_(parameter: Tensor, low: float, high: float) -> None:
-    """Clamp a (possibly partitioned) parameter in place; the master weights of ZeRO 1 to 3 follow."""
-    if hasattr(parameter, "ds_tensor") or hasattr(parameter, "_hp_mapping"):
-        _clamp_master_(parameter, low, high)
-    else:
-        parameter.clamp_(low, high)
+def clamp_parameter_(parameter: Any, low: float, high: float) -> None:
+    """Clamp a (possibly partitioned) parameter in place; the master weights of ZeRO 1 to 3 follow. Every rank calls."""
+    if hasattr(parameter, "ds_tensor"):
+        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
 
+        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
+        parameter.ds_tensor.clamp_(low, high)
+    elif hasattr(parameter, "_hp_mapping"):
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-def _clamp_master_(parameter: Tensor, low: float, high: float) -> None:
-    from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
-
-    value = safe_get_full_fp32_param(parameter)
-    if value is None:
-        parameter.clamp_(low, high)
-        return
-    clamped = value.clamp(low, high)
-    safe_set_full_fp32_param(parameter, clamped)
-    if not hasattr(parameter, "ds_tensor"):
-        parameter.copy_(clamped)
+        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
+    parameter.data.clamp_(low, high)  # empty under ZeRO 3, unless it is held whole
