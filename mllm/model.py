@@ -4,6 +4,7 @@ B batch, T sequence (text ids with one placeholder id per image position), I ima
 K codebooks, L image positions, V entries, D model width, N predicted image positions.
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -257,4 +258,11 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":
-        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """As transformers does; `image_sampler` of generation_config.json, which it would drop, is kept."""
+        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        settings_file = Path(pretrained_model_name_or_path) / "generation_config.json"
+        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+        if "image_sampler" in settings:
+            model.generation_config.image_sampler = settings["image_sampler"]
+        return loaded

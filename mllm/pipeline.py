@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
 from unitok.core.errors import UserError
@@ -12,7 +13,7 @@ from unitok.core.pretrained import check_model_folder, load_model_folder
 from unitok.data.transforms import to_pil
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.processor import UniTokProcessor, split_messages
-from unitok.mllm.sequence import pad_left
+from unitok.mllm.sequence import IMAGE_MARK, pad_left
 from unitok.tokenizer import UniTok
 
 TOKENIZER_FOLDER = "visual_tokenizer"
@@ -43,13 +44,7 @@ class UniTokPipeline:
         if self._tokenizer is None:
             source = self._tokenizer_source
             tokenizer = load_model_folder(UniTok, source) if isinstance(source, Path) else source
-            ours, theirs = self.model.config, tokenizer.config
-            for name in ("num_codebooks", "codebook_size", "code_dim"):
-                if getattr(ours, name) != getattr(theirs, name):
-                    raise UserError(
-                        f"{name}: the model was trained on codes with {getattr(ours, name)}, the visual tokenizer has "
-                        f"{getattr(theirs, name)}; use the tokenizer whose codes the model was trained on"
-                    )
+            check_same_codes(self.model, tokenizer)
             self._tokenizer = tokenizer.to(self.model.device).eval().requires_grad_(False)
         return self._tokenizer
 
@@ -113,6 +108,9 @@ class UniTokPipeline:
             turns, own = split_messages(messages)
             if not turns or not turns[-1].content.strip():
                 raise UserError("empty question: say what you want to know")
+            marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)
+            if marks != len(own):
+                raise UserError(f"{marks} x {IMAGE_MARK} in a conversation with {len(own)} images: expected as many")
             prompts.append(self.processor.builder.chat(turns, prompt=True).ids)
             images += own
         tokenizer = self.processor.tokenizer
@@ -148,3 +146,21 @@ class UniTokPipeline:
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
+
+
+def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:
+    """UserError unless the tokenizer's codes are those the model was trained on: same sizes, same codebooks."""
+    ours, theirs = model.config, tokenizer.config
+    sizes = {
+        name: (getattr(ours, name), getattr(theirs, name)) for name in ("num_codebooks", "codebook_size", "code_dim")
+    }
+    sizes["num_image_positions"] = (ours.num_image_positions, theirs.num_positions)
+    advice = "use the tokenizer whose codes the model was trained on"
+    for name, (own, other) in sizes.items():
+        if own != other:
+            raise UserError(
+                f"{name}: the model was trained on codes with {own}, the visual tokenizer has {other}; {advice}"
+            )
+    own = F.normalize(model.embedder.codebooks.float().cpu(), dim=-1)
+    if not torch.allclose(own, tokenizer.quantizer.normalised_codebooks().cpu(), atol=2e-2):  # bf16 exports are rounded
+        raise UserError(f"the codebooks of the visual tokenizer are not those of the model; {advice}")
