@@ -1,0 +1,242 @@
+"""The pipeline over an export folder: pictures by seed, conversations, and what can be wrong with a folder."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import make_text_tokenizer, make_tokenizer, roughen
+
+from unitok.core.errors import CheckpointError, UserError
+from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
+from unitok.mllm.pipeline import UniTokPipeline
+from unitok.mllm.processor import UniTokProcessor
+
+PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red"]
+BACKBONE = {
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def make_pipeline(folder, **tokenizer_changes):
+    visual = make_tokenizer(**tokenizer_changes)
+    text_tokenizer = make_text_tokenizer(folder)
+    settings = UniTokMLLMSettings(visual_width=24, visual_num_heads=2, visual_mlp_ratio=1.5, depth_num_layers=1)
+    torch.manual_seed(0)
+    model = roughen(build_model(settings, BackboneConfig(config=BACKBONE), text_tokenizer, visual))
+    model.generation_config.image_sampler = {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95}
+    processor = UniTokProcessor(text_tokenizer, model.config, visual.config.image_size)
+    return UniTokPipeline(model, processor, visual)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def export(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(export):
+    return UniTokPipeline.from_pretrained(export, device="cpu")
+
+
+@pytest.fixture
+def copy(export, tmp_path):
+    """An export folder of one's own, to be damaged."""
+    return shutil.copytree(export, tmp_path / "copy")
+
+
+def same(one, other, levels=0):
+    """Equal up to `levels` of 255: batches of other sizes round differently."""
+    return np.abs(np.asarray(one).astype(int) - np.asarray(other)).max() <= levels
+
+
+def picture(color="red"):
+    image = Image.new("RGB", (48, 40), "white")
+    image.paste(color, (10, 10, 30, 30))
+    return image
+
+
+def ask(text, image=None):
+    image = image or picture()
+    return [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": text}]}]
+
+
+# ---- pictures
+
+
+def test_pictures_depend_on_prompt_and_seed_alone(pipe):
+    images = pipe.generate_images(PROMPTS, seed=4)
+    assert [image.size for image in images] == [(32, 32)] * 3
+    assert all(same(*pair) for pair in zip(images, pipe.generate_images(PROMPTS, seed=4), strict=True))
+    in_twos = pipe.generate_images(PROMPTS, seed=4, batch_size=2)
+    assert all(same(*pair, levels=1) for pair in zip(images, in_twos, strict=True))
+    assert same(pipe.generate_images(PROMPTS[1], seed=5)[0], images[1], 1), "image i of a batch has seed + i"
+    assert same(pipe.generate_images(PROMPTS[::-1], seed=[6, 5, 4])[2], images[0], 1)
+    assert not same(pipe.generate_images(PROMPTS[0], seed=9)[0], images[0], 1)
+    assert not same(pipe.generate_images(["two"], seed=4)[0], images[0], 1)
+
+
+def test_the_exports_sampler_is_the_default(pipe):
+    assert pipe.image_sampler == {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95}
+    images = pipe.generate_images(PROMPTS, seed=1)
+    explicit = pipe.generate_images(PROMPTS, seed=1, **pipe.image_sampler)
+    assert all(same(*pair) for pair in zip(images, explicit, strict=True))
+    unguided = pipe.generate_images(PROMPTS, seed=1, guidance_scale=1.0)
+    assert not all(same(*pair) for pair in zip(images, unguided, strict=True))
+
+
+def test_the_exports_sampler_survives_saving_again(pipe, tmp_path):
+    """transformers drops what it does not know from generation_config.json."""
+    pipe.save_pretrained(tmp_path)
+    assert UniTokPipeline.from_pretrained(tmp_path, device="cpu").image_sampler == pipe.image_sampler
+
+
+def test_a_loaded_pipeline_draws_and_answers_as_the_one_that_was_saved(made, pipe):
+    for one, other in zip(made.generate_images(PROMPTS, seed=2), pipe.generate_images(PROMPTS, seed=2), strict=True):
+        assert same(one, other)
+    question = ask("what color is the circle?")
+    assert made.chat(question, max_new_tokens=6) == pipe.chat(question, max_new_tokens=6)
+
+
+def test_wrong_requests_for_pictures(pipe):
+    with pytest.raises(UserError, match="empty prompt"):
+        pipe.generate_images(["a circle", " "])
+    with pytest.raises(UserError, match="2 seeds for 3 prompts"):
+        pipe.generate_images(PROMPTS, seed=[1, 2])
+    with pytest.raises(UserError, match="top_p=3"):
+        pipe.generate_images(PROMPTS, top_p=3.0)
+    assert pipe.generate_images([]) == []
+
+
+# ---- conversations
+
+
+def test_answers_in_a_batch_equal_answers_alone(pipe):
+    conversations = [
+        ask("what color is the circle?"),
+        [*ask("red", picture("blue")), {"role": "assistant", "content": "two"}, {"role": "user", "content": "yes"}],
+        [{"role": "user", "content": "is there a green triangle?"}],
+        ask("two", picture("green"))[:1],
+    ]
+    together = pipe.chat_batch(conversations, max_new_tokens=6)
+    assert together == [pipe.chat(messages, max_new_tokens=6) for messages in conversations]
+    assert all(isinstance(answer, str) and "<image>" not in answer for answer in together)
+
+
+def test_answer_is_chat_about_one_image_each(pipe):
+    images, questions = [picture("red"), picture("blue")], ["what color is the circle?", "two"]
+    expected = [pipe.chat(ask(q, i), max_new_tokens=16) for i, q in zip(images, questions, strict=True)]
+    assert pipe.answer(images, questions) == pipe.answer(images, questions, batch_size=1) == expected
+    with pytest.raises(ValueError):
+        pipe.answer(images, questions[:1])
+
+
+def test_wrong_requests_in_a_chat(pipe):
+    for empty in ([], [{"role": "user", "content": "  "}]):
+        with pytest.raises(UserError, match="empty question"):
+            pipe.chat(empty)
+    with pytest.raises(UserError, match="user"):
+        pipe.chat([*ask("q"), {"role": "assistant", "content": "r"}])
+    with pytest.raises(UserError, match="1 x <image> .* 0 images"):
+        pipe.chat([{"role": "user", "content": "what is <image>?"}])
+
+
+# ---- folders
+
+
+def test_an_export_holds_everything_and_no_more(export):
+    names = {path.name for path in export.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "processor_config.json"} <= names
+    assert {"tokenizer.model", "tokenizer_config.json", "visual_tokenizer"} <= names
+    assert (export / "visual_tokenizer" / "model.safetensors").is_file()
+    from safetensors import safe_open
+
+    with safe_open(export / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith(("encoder", "decoder", "visual"))]  # noqa: SIM118
+
+
+def test_the_visual_tokenizer_is_loaded_when_needed_and_frozen(export):
+    pipe = UniTokPipeline.from_pretrained(str(export), device="cpu")
+    assert pipe._tokenizer is None
+    pipe.chat([{"role": "user", "content": "red"}], max_new_tokens=1)
+    assert pipe._tokenizer is None, "no image, no tokenizer"
+    pipe.generate_images("red")
+    assert not any(parameter.requires_grad for parameter in pipe.tokenizer.parameters())
+    assert not pipe.tokenizer.training and not pipe.model.training
+
+
+def test_folders_that_are_no_export(tmp_path, export, copy):
+    refused = [
+        (tmp_path / "nowhere", "no such"),
+        (tmp_path, "config.json"),
+        (export / "visual_tokenizer", "unitok_mllm"),
+    ]
+    for folder, message in refused:
+        with pytest.raises(UserError, match=message) as error:
+            UniTokPipeline.from_pretrained(folder)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    shutil.rmtree(copy / "visual_tokenizer")
+    with pytest.raises(UserError, match="visual_tokenizer"):
+        UniTokPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("part", [".", "visual_tokenizer"])
+def test_a_truncated_weights_file_is_refused(copy, part):
+    weights = copy / part / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=part if part != "." else "copy") as error:
+        UniTokPipeline.from_pretrained(copy, device="cpu").tokenizer  # noqa: B018
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_are_refused_by_name(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    weights.pop("depth.norm.weight")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"depth\.norm\.weight"):
+        UniTokPipeline.from_pretrained(copy, device="cpu")
+
+
+def test_weights_of_another_size_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"visual_mlp_ratio": 3.0}))
+    with pytest.raises(CheckpointError) as error:
+        UniTokPipeline.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num_codebooks": 2}, "num_codebooks"),
+        ({"codebook_size": 20}, "codebook_size"),
+        ({"image_size": 64}, "positions"),
+    ],
+)
+def test_a_tokenizer_whose_codes_mean_something_else_is_refused(copy, changes, name):
+    make_tokenizer(**changes).save_pretrained(copy / "visual_tokenizer")
+    pipe = UniTokPipeline.from_pretrained(copy, device="cpu")
+    with pytest.raises(UserError, match=name):
+        pipe.generate_images("red")
+
+
+def test_a_tokenizer_with_other_codebooks_is_refused(copy):
+    """Same sizes, other entries: every picture and every answer would be nonsense without a word."""
+    make_tokenizer(seed=5).save_pretrained(copy / "visual_tokenizer")
+    with pytest.raises(UserError, match="codebooks"):
+        UniTokPipeline.from_pretrained(copy, device="cpu").generate_images("red")
