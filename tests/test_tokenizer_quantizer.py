@@ -1,7 +1,5 @@
 """Multi-codebook quantizer against one plain loop over codebooks, in value and gradient."""
 
-import math
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +16,9 @@ BETA = 0.4
 @pytest.fixture
 def quantizer():
     torch.manual_seed(0)
-    return MultiCodebookQuantizer(K, V, D, commitment_weight=BETA, entropy_temperature=0.3)
+    quantizer = MultiCodebookQuantizer(K, V, D, commitment_weight=BETA, entropy_temperature=0.3)
+    torch.nn.init.normal_(quantizer.codebooks)  # independent of the initial length, which is a matter of tuning
+    return quantizer
 
 
 @pytest.fixture
@@ -170,7 +170,9 @@ def test_empty_sizes_are_refused():
         MultiCodebookQuantizer(0, V, D)
 
 
-def test_fresh_entries_have_about_unit_length():
+def test_fresh_entries_point_in_all_directions():
+    """Of whatever length: only the direction is used."""
     torch.manual_seed(0)
-    lengths = MultiCodebookQuantizer(4, 64, 8).codebooks.norm(dim=-1)
-    assert math.isclose(lengths.square().mean().item(), 1.0, rel_tol=0.1)
+    directions = MultiCodebookQuantizer(4, 64, 8).normalised_codebooks()
+    torch.testing.assert_close(directions.norm(dim=-1), torch.ones(4, 64))
+    assert directions.mean(dim=1).norm(dim=-1).max() < 3 * 64**-0.5
