@@ -155,8 +155,10 @@ class MllmTask(Task):
                     f"sample {sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}"
                 )
         input_ids, attention_mask, labels = pad_right(sequences, self.pad_id)
-        codes = torch.stack([s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image])
-        learn_image = torch.tensor([learn for sequence in sequences for learn in sequence.learn_image])
+        images = [s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image]
+        # conversations need not name their image: a batch may have none, and still runs through the whole model
+        codes = torch.stack(images) if images else samples[0].codes.new_zeros(0, *samples[0].codes.shape)
+        learn_image = torch.tensor([x for sequence in sequences for x in sequence.learn_image], dtype=torch.bool)
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,

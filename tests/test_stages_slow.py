@@ -1,0 +1,294 @@
+"""Both training stages over ranks, ZeRO stages, precisions, kills and launchers. The tasks are the real ones."""
+
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+from stages import GLOBAL_BATCH, STAGES, START, STEPS, differences, make_task, run_stage, write_configs
+from torch import Tensor, nn
+
+from unitok.core.checkpoint import latest_complete
+from unitok.core.engine import whole_parameters
+from unitok.core.loop import train
+from unitok.core.runlog import read_log
+from unitok.core.sampling import SampleOrder
+from unitok.data.conversations import Turn
+from unitok.mllm import UniTokMLLM
+from unitok.mllm.sequence import IMAGE_MARK
+from unitok.mllm.task import MllmTask
+from unitok.tokenizer import UniTok
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+MIXED_SEED = 7  # of the sample order and the mixture; the test asserts that it gives the mixes it is there for
+# These follow the sign of a pixel's error: one that crosses zero moves them by more than rounding does.
+STEEP = {"adversarial_weight", "grad_norm", "grad_norm_discriminator"}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The configuration file of each stage."""
+    return write_configs(tmp_path_factory.mktemp("stages"))
+
+
+@pytest.fixture(scope="module")
+def references(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, int], list]:
+    """The log of one process without ZeRO for each stage and accumulation."""
+    out = tmp_path_factory.mktemp("one")
+    logs = {}
+    for stage in STAGES:
+        for accumulation in (1, 2):
+            options = ["ema_decay=null", f"seed={MIXED_SEED}", f"engine.accumulation_steps={accumulation}"]
+            logs[stage, accumulation] = run_ranks(
+                1, run_stage, stage, files[stage], out / f"{stage}{accumulation}", 1, options
+            )[0]
+    return logs
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("zero", [1, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_ranks_log_what_one_process_logs(
+    files: dict[str, Path], references: dict, tmp_path: Path, stage: str, zero: int, accumulation: int
+) -> None:
+    """Equal samples in equal order, so every metric of both networks is equal at every step."""
+    expected = references[stage, accumulation]
+    options = ["ema_decay=null", f"seed={MIXED_SEED}", f"engine.accumulation_steps={accumulation}"]
+    options.append(f"engine.zero_stage={zero}")
+    log = run_ranks(2, run_stage, stage, files[stage], tmp_path, 2, options, timeout=300)[0]
+    found = differences(log, expected)
+    assert len(log) == STEPS and all(gap < (1e-3 if key in STEEP else 1e-4) for key, gap in found.items()), found
+    if stage == "tokenizer":
+        present = [{"adversarial", "adversarial_weight", "discriminator"} <= record.keys() for record in log]
+        assert present == [False] * START + [True] * (STEPS - START)
+        assert {"contrastive", "entropy", "vq", "reconstruction", "grad_norm_discriminator"} <= log[-1].keys()
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_compared_batches_are_mixed(files: dict[str, Path], tmp_path: Path, accumulation: int) -> None:
+    """Guards the comparison above: ranks with chat alone meet ranks with text to image alone, both ways round."""
+    task, config = make_task("mllm", files["mllm"], tmp_path, 2, [f"seed={MIXED_SEED}"])
+    task.build()
+    kinds = _record_kinds(task)
+    order, seen = SampleOrder(task.num_samples, config.seed), []
+    for start in range(0, STEPS * accumulation * GLOBAL_BATCH, GLOBAL_BATCH):
+        both = []
+        for rank in range(2):
+            kinds.clear()
+            task.load_batch(*order.micro_batch(start, GLOBAL_BATCH // 2, rank))
+            both.append(frozenset(kinds))
+        seen.append(tuple(both))
+    chat, image = frozenset({"chat"}), frozenset({"text_to_image"})
+    assert (chat, image) in seen and (image, chat) in seen
+    assert any("unconditional" in kinds for both in seen for kinds in both)
+
+
+def _record_kinds(task: MllmTask) -> list[str]:
+    """What the task's sequences are made for, from now on."""
+    kinds: list[str] = []
+    for name in ("chat", "caption", "text_to_image"):
+        original = getattr(task.builder, name)
+
+        def build(*args: Any, name: str = name, original: Any = original, **options: Any) -> Any:
+            kinds.append("unconditional" if options.get("unconditional") else name)
+            return original(*args, **options)
+
+        setattr(task.builder, name, build)
+    return kinds
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+def test_a_rank_without_images(files: dict[str, Path], tmp_path: Path, zero: int) -> None:
+    """Conversations may name no image: a rank then has no code at all, and two ranks still equal one process."""
+    options = ["steps=4", "data.mixture={text_to_image: 0.5, caption: 0, chat: 0.5}", f"seed={MIXED_SEED}"]
+    one = run_ranks(1, run_stage, "mllm", files["mllm"], tmp_path / "one", 1, options, None, _drop_images)[0]
+    options.append(f"engine.zero_stage={zero}")
+    two = run_ranks(2, run_stage, "mllm", files["mllm"], tmp_path / "two", 2, options, None, _drop_images)[0]
+    assert max(differences(two, one).values()) < 1e-4
+
+
+def _drop_images(task: MllmTask) -> None:
+    conversation = task._conversation
+
+    def without(sample: Any, rng: Any) -> list[Turn]:
+        return [Turn(turn.role, turn.content.replace(IMAGE_MARK, "")) for turn in conversation(sample, rng)]
+
+    task._conversation = without
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+@pytest.mark.parametrize("stage", STAGES)
+def test_autocast_is_bf16_products_only(files: dict[str, Path], tmp_path: Path, stage: str, zero: int) -> None:
+    """Parameters, codebooks, code search, optimizer states and what is sent stay fp32; encoder products are bf16."""
+    for found in run_ranks(2, _autocast_dtypes, stage, files[stage], tmp_path, zero):
+        assert found["products"] == {torch.bfloat16}
+        for name in ("codebooks", "parameters", "masters", "states", "quantized"):
+            assert found[name] == {torch.float32}, name
+        assert torch.float32 in found["sent"] and not {torch.bfloat16, torch.float16} & found["sent"]
+
+
+def _autocast_dtypes(stage: str, file: Path, out: Path, zero: int) -> dict[str, set[torch.dtype]]:
+    import deepspeed.comm as comm
+
+    names = ("products", "codebooks", "parameters", "masters", "states", "quantized", "sent")
+    found: dict[str, set[torch.dtype]] = {name: set() for name in names}
+    for name in ("all_reduce", "reduce_scatter_fn", "reduce_scatter_tensor", "all_gather_into_tensor", "reduce"):
+        if hasattr(comm, name):
+            setattr(comm, name, _recording(getattr(comm, name), found["sent"]))
+
+    def prepare(task: Any) -> None:
+        original = task.micro_step
+
+        def micro_step(engines: dict[str, Any], batch: Any, micro_index: int, step: int) -> dict[str, Tensor]:
+            if step == 0:
+                _watch(stage, engines, found)
+            metrics = original(engines, batch, micro_index, step)
+            for engine in engines.values():
+                _look_at_engine(engine, zero, found)
+            return metrics
+
+        task.micro_step = micro_step
+
+    options = ["steps=3", f"engine.zero_stage={zero}", "engine.precision=autocast"]
+    if stage == "tokenizer":
+        options.append("discriminator.start_step=0")
+    run_stage(stage, file, out, 2, options, prepare=prepare)
+    return found
+
+
+def _watch(stage: str, engines: dict[str, Any], found: dict[str, set[torch.dtype]]) -> None:
+    module = engines[stage].module
+    encoder = module.encoder if stage == "tokenizer" else module.model.backbone
+    for part in encoder.modules():
+        if isinstance(part, nn.Linear):
+            part.register_forward_hook(lambda _m, _i, output: found["products"].add(output.dtype))
+    if stage == "tokenizer":
+        module.quantizer.register_forward_hook(lambda _m, _i, out: found["quantized"].add(out.quantized.dtype))
+    else:  # the codes' own vectors, before the projection casts them
+        found["quantized"].add(module.model.embedder.codebooks.dtype)
+
+
+def _look_at_engine(engine: Any, zero: int, found: dict[str, set[torch.dtype]]) -> None:
+    found["codebooks"] |= {b.dtype for name, b in engine.module.named_buffers() if "codebook" in name}
+    for name, parameter in engine.module.named_parameters():
+        dtype = parameter.ds_tensor.dtype if zero == 3 else parameter.dtype
+        found["parameters"].add(dtype)
+        if "codebook" in name:
+            found["codebooks"].add(dtype)
+    inner = engine.optimizer.optimizer if zero else engine.optimizer
+    masters = {1: "single_partition_of_fp32_groups", 2: "single_partition_of_fp32_groups"}
+    masters[3] = "fp32_partitioned_groups_flat"
+    found["masters"] |= {
+        p.dtype for p in (getattr(engine.optimizer, masters[zero]) if zero else engine.module.parameters())
+    }
+    found["states"] |= {v.dtype for state in inner.state.values() for v in state.values() if torch.is_tensor(v)}
+
+
+def _recording(function: Any, sent: set[torch.dtype]) -> Any:
+    def call(*args: Any, **options: Any) -> Any:
+        tensors = [a for a in (*args, *options.values()) if torch.is_tensor(a) and a.is_floating_point()]
+        sent.update(tensor.dtype for tensor in tensors if tensor.numel() > 2)
+        return function(*args, **options)
+
+    return call
+
+
+@pytest.mark.parametrize("world,zero", [(1, 0), (2, 2), (2, 3)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_killed_and_resumed_is_straight(
+    files: dict[str, Path], tmp_path: Path, stage: str, world: int, zero: int
+) -> None:
+    """SIGKILL between checkpoints, once before and once after the discriminator's start: same log, same weights."""
+    options, every = ["save_every=4", f"engine.zero_stage={zero}", "engine.accumulation_steps=2", "steps=14"], 4
+    arguments = (world, run_stage, stage, files[stage])
+    straight = run_ranks(*arguments, tmp_path / "straight", world, options)[0]
+    draw = random.Random(f"{stage}{world}{zero}")
+    for choices in ((1, 2, 5, 6, 7), (9, 10, 11, 13)):
+        step = draw.choice(choices)
+        kill = (step, draw.randrange(world))
+        run_ranks(*arguments, tmp_path / "killed", world, options, kill, may_die=True)
+        latest = latest_complete(tmp_path / "killed" / "checkpoints")
+        assert (0 if latest is None else int(latest.name[5:])) == step - step % every
+    assert latest.name == "step_8" if step < 12 else "step_12"
+    killed = run_ranks(*arguments, tmp_path / "killed", world, options)[0]
+    assert killed == straight and len(straight) == 14
+    weights = [load_file(tmp_path / name / "export" / "model.safetensors") for name in ("straight", "killed")]
+    assert weights[0].keys() == weights[1].keys()
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_the_average_is_exported(files: dict[str, Path], tmp_path: Path, stage: str) -> None:
+    """The export holds e <- d e + (1 - d) w with d = min(decay, (1 + t) / (10 + t)) over the weights of each step."""
+    for world, zero in ((1, 0), (2, 3)):
+        out = tmp_path / f"{world}{zero}"
+        options = ["steps=5", "ema_decay=0.3", f"engine.zero_stage={zero}"]
+        history = run_ranks(world, _weights_of_steps, stage, files[stage], out, world, options)[0]
+        average = history[0]
+        for t, weights in enumerate(history[1:]):
+            decay = min(0.3, (1 + t) / (10 + t))
+            average = {name: decay * value + (1 - decay) * weights[name] for name, value in average.items()}
+        model = (UniTok if stage == "tokenizer" else UniTokMLLM).from_pretrained(out / "export")
+        exported = dict(model.named_parameters())
+        assert len(history) == 6 and exported.keys() == average.keys()
+        for name, value in exported.items():
+            torch.testing.assert_close(value.detach(), average[name], rtol=1e-5, atol=1e-6)
+        moved = sum(float((value - history[-1][name]).abs().max() > 1e-5) for name, value in exported.items())
+        assert moved > 0.8 * len(exported)
+
+
+def _weights_of_steps(stage: str, file: Path, out: Path, world: int, options: list[str]) -> list[dict[str, Tensor]]:
+    """Whole weights before the first step and after every step."""
+    task, config = make_task(stage, file, out, world, options)
+    build, after_step, history = task.build, task.after_step, []
+
+    def remember(module: nn.Module) -> None:
+        with whole_parameters(module):
+            named = module.named_parameters()
+            history.append({name.removeprefix("model."): p.detach().clone() for name, p in named})
+
+    def building() -> dict[str, Any]:
+        networks = build()
+        remember(networks[stage].module)
+        return networks
+
+    def after(modules: dict[str, nn.Module], step: int) -> None:
+        after_step(modules, step)
+        remember(modules[stage])
+
+    task.build, task.after_step = building, after
+    train(task, config)
+    return history
+
+
+LAUNCHERS = {
+    "tokenizer": ["deepspeed", "--num_gpus", "2", "--master_port"],
+    "mllm": ["torchrun", "--nproc_per_node", "2", "--master_port"],
+}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_launchers(files: dict[str, Path], tmp_path: Path, stage: str) -> None:
+    """The documented commands, ended by exit code 0, train what one process trains."""
+    from unitok.core.distributed import free_port
+
+    options = ["steps=3", *(["discriminator.start_step=1"] if stage == "tokenizer" else [])]
+    alone = run_ranks(1, run_stage, stage, files[stage], tmp_path / "one", 1, options)[0]
+    tool, *flags = LAUNCHERS[stage]
+    launched = [str(Path(sys.executable).parent / tool), *flags, str(free_port())]
+    script = [f"scripts/train_{stage}.py", "--config", str(files[stage])]
+    own = [f"output_dir={tmp_path / 'two'}", "engine.micro_batch_size=2", "engine.zero_stage=2", "num_workers=1"]
+    environment = os.environ | {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*launched, *script, *own, *options], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    found = differences(read_log(tmp_path / "two" / "log.jsonl"), alone)
+    assert all(gap < (1e-3 if key in STEEP else 1e-4) for key, gap in found.items()), found
