@@ -103,6 +103,10 @@ class UniTok(PreTrainedModel):
             nn.init.zeros_(module.pos_embed)
             if module.query_tokens is not None:
                 nn.init.trunc_normal_(module.query_tokens, std=0.02)
+        elif isinstance(module, ViTaminDecoder):  # after its convolutions: they start far smaller than the encoder's
+            for convolution in module.modules():
+                if isinstance(convolution, nn.Conv2d):
+                    nn.init.xavier_normal_(convolution.weight, gain=0.5)
         elif isinstance(module, UniTok):
             nn.init.constant_(module.logit_scale, INITIAL_LOGIT_SCALE)
         elif type(module).__name__ == "TextTransformer":

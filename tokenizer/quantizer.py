@@ -53,8 +53,8 @@ class MultiCodebookQuantizer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Short Gaussian entries: only their direction matters, and Adam turns a short one faster."""
-        nn.init.normal_(self.codebooks, std=0.02)
+        """Gaussian entries of about unit length; only their direction matters."""
+        nn.init.normal_(self.codebooks, std=self.codebooks.shape[-1] ** -0.5)
 
     @property
     def num_codebooks(self) -> int:

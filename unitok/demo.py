@@ -7,7 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from unitok.core.config import load_config
+from unitok.commands.train import stage_config
+from unitok.core.config import Config
+from unitok.core.errors import ConfigError
+from unitok.core.launch import launch, local_ranks
+from unitok.core.memory import MemoryWatch
+from unitok.eval.report import write_report
+from unitok.eval.results import write_results
 
 HELD_OUT_IMAGES = 500
 VQA_QUESTIONS = 1000
@@ -28,10 +34,14 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """
     started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    source = _train_tokenizer(out, seed, quick)
-    _extract(out, source)
-    _train_model(out, seed, quick)
-    results = _evaluate(out, seed, quick, started)
+    with MemoryWatch() as memory:
+        source = _train_tokenizer(out, seed, quick)
+        _extract(out, source)
+        _train_model(out, seed, quick)
+        results = _evaluate(out, seed, quick)
+    results |= {"wall_seconds": round(time.monotonic() - started, 1), "peak_memory_mb": round(memory.peak_mb, 1)}
+    write_results(out / "results.json", results)
+    write_report(out)
     _print(out, results)
     return results
 
@@ -40,16 +50,26 @@ def _section(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
+def _train(stage: str, out: Path, seed: int, quick: bool, places: dict[str, Path]) -> Config:
+    """One stage on two ranks where there are two cores, at the batch size of its configuration file."""
+    file = f"{stage}/shapes.yaml"
+    overrides = [f"output_dir={out / stage}", f"seed={seed}", *(QUICK[stage] if quick else [])]
+    overrides += [f"{name}={path}" for name, path in places.items()]
+    config = stage_config(stage, file, overrides)
+    ranks = local_ranks(most=2)
+    if config.engine.micro_batch_size % ranks:
+        raise ConfigError(
+            f"engine.micro_batch_size={config.engine.micro_batch_size} does not divide into {ranks} ranks"
+        )
+    overrides.append(f"engine.micro_batch_size={config.engine.micro_batch_size // ranks}")
+    launch(["train", stage, "--config", file, *overrides], ranks)
+    return config
+
+
 def _train_tokenizer(out: Path, seed: int, quick: bool) -> str:
     """Stage one; returns the data source that it trained on."""
-    from unitok.commands.train import run
-    from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
-
     _section("stage one: the visual tokenizer")
-    overrides = [f"output_dir={out / 'tokenizer'}", f"seed={seed}", *(QUICK["tokenizer"] if quick else [])]
-    config = load_config(TokenizerTrainConfig, "tokenizer/shapes.yaml", overrides)
-    run(TokenizerTask(config), config)
-    return config.data.source
+    return _train("tokenizer", out, seed, quick, {}).data.source
 
 
 def _extract(out: Path, source: str) -> None:
@@ -71,24 +91,13 @@ def _extract(out: Path, source: str) -> None:
 
 def _train_model(out: Path, seed: int, quick: bool) -> None:
     """Stage two; its export is copied to `out/model`."""
-    from unitok.commands.train import run
-    from unitok.mllm.task import MllmTask, MllmTrainConfig
-
     _section("stage two: the unified model")
-    overrides = [
-        f"output_dir={out / 'mllm'}",
-        f"seed={seed}",
-        f"tokenizer={out / 'tokenizer' / 'export'}",
-        f"data.codes={out / 'codes'}",
-        *(QUICK["mllm"] if quick else []),
-    ]
-    config = load_config(MllmTrainConfig, "mllm/shapes.yaml", overrides)
-    run(MllmTask(config), config)
+    _train("mllm", out, seed, quick, {"tokenizer": out / "tokenizer" / "export", "data.codes": out / "codes"})
     shutil.rmtree(out / "model", ignore_errors=True)
     shutil.copytree(out / "mllm" / "export", out / "model")
 
 
-def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, Any]:
+def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     """Every figure on held-out scenes, each with its baseline, and what the report shows."""
     from unitok.data.captions import geneval_prompts, paraphrase
     from unitok.data.detector import detect
@@ -96,8 +105,8 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
     from unitok.eval.geneval import evaluate_geneval, random_codes_score, reconstruction_ceiling
     from unitok.eval.geneval_score import SHAPES_RULE
     from unitok.eval.reconstruction import evaluate_reconstruction
-    from unitok.eval.report import save_geneval_examples, save_reconstructions, write_report
-    from unitok.eval.results import demo_results, protocol, write_results
+    from unitok.eval.report import save_geneval_examples, save_reconstructions
+    from unitok.eval.results import demo_results, protocol
     from unitok.eval.retrieval import evaluate_retrieval
     from unitok.eval.vqa import evaluate_vqa
     from unitok.mllm.pipeline import UniTokPipeline
@@ -122,14 +131,14 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
     save_geneval_examples(out, geneval)
     _save_conversation(out, pipeline, source)
     counts = {"images": images, "questions": vqa["num_questions"], "prompts": prompts, "samples": GENEVAL_SAMPLES}
-    results = demo_results(
+    return demo_results(
         tokenizer=reconstruction,
         retrieval=retrieval,
         vqa=vqa,
         geneval=geneval,
         random_codes=random_codes_score(tokenizer, metadata, seed=seed, **scoring),
         reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, **scoring),
-        wall_seconds=round(time.monotonic() - started, 1),
+        wall_seconds=0.0,
         protocol_block=protocol(
             "demo",
             seed,
@@ -140,9 +149,6 @@ def _evaluate(out: Path, seed: int, quick: bool, started: float) -> dict[str, An
             quick=quick,
         ),
     )
-    write_results(out / "results.json", results)
-    write_report(out)
-    return results
 
 
 def _save_conversation(out: Path, pipeline: Any, source: Any, num_images: int = 3) -> None:

@@ -1,32 +1,29 @@
 """`unitok train`: one stage, in this process or as one rank of several."""
 
 import argparse
+from collections.abc import Sequence
 
 from unitok.core.config import load_config
+from unitok.core.loop import TrainConfig
 
 
 def train(arguments: argparse.Namespace) -> int:
     """Train a stage from its configuration file and overrides."""
-    config, task = build(arguments.stage, arguments.config, arguments.overrides)
-    run(task, config)
+    from unitok.core.loop import train as run
+
+    config = stage_config(arguments.stage, arguments.config, arguments.overrides)
+    if arguments.stage == "tokenizer":
+        from unitok.tokenizer.task import TokenizerTask as StageTask
+    else:
+        from unitok.mllm.task import MllmTask as StageTask
+    run(StageTask(config), config)
     return 0
 
 
-def build(stage: str, config_file: str, overrides: list[str]):
-    """The checked configuration of a stage and its task."""
+def stage_config(stage: str, file: str, overrides: Sequence[str]) -> TrainConfig:
+    """The checked configuration of a stage."""
     if stage == "tokenizer":
-        from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
-
-        config = load_config(TokenizerTrainConfig, config_file, overrides)
-        return config, TokenizerTask(config)
-    from unitok.mllm.task import MllmTask, MllmTrainConfig
-
-    config = load_config(MllmTrainConfig, config_file, overrides)
-    return config, MllmTask(config)
-
-
-def run(task, config) -> dict[str, float]:
-    """Train `task` with the loop; returns the last metrics."""
-    from unitok.core.loop import train as train_loop
-
-    return train_loop(task, config, config)
+        from unitok.tokenizer.task import TokenizerTrainConfig as StageConfig
+    else:
+        from unitok.mllm.task import MllmTrainConfig as StageConfig
+    return load_config(StageConfig, file, overrides)

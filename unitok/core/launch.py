@@ -1,0 +1,30 @@
+"""Starting our own commands on several ranks of this machine, as `torchrun` would."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from unitok.core.errors import UserError
+
+
+def local_ranks(most: int) -> int:
+    """One rank per GPU, or per CPU core where there is none: on small networks two ranks of one thread train faster
+    than one rank of two threads."""
+    available = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    return max(1, min(most, available))
+
+
+def launch(arguments: Sequence[str], ranks: int) -> None:
+    """Run `unitok ARGUMENTS` on `ranks` ranks and wait; UserError with the exit code when it fails.
+
+    A rank gets its share of the cores. Every rank's output goes where ours goes.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+    code = subprocess.run([*command, "-m", "unitok", *arguments], env=environment).returncode
+    if code:
+        raise UserError(f"`unitok {' '.join(arguments[:2])}` on {ranks} ranks ended with exit code {code}")
