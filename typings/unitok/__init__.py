@@ -1,0 +1,1 @@
+../../unitok/__init__.py

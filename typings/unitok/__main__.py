@@ -1,0 +1,1 @@
+../../unitok/__main__.py
