@@ -5,6 +5,7 @@ K codebooks, L image positions, V entries, D model width, N predicted image posi
 """
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
 from unitok.tokenizer.quantizer import check_codes
 
+_LOGGER = logging.getLogger(__name__)
 IGNORE = -100  # label of a text position that is not learnt
 
 
@@ -116,6 +118,14 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             same = source.keys() == target.keys() and all(source[name].shape == target[name].shape for name in source)
             if same:
                 self.embedder.projection.load_state_dict(source)
+            else:
+                _LOGGER.warning(
+                    "the embedder's projection starts from random weights: the tokenizer's has another shape "
+                    "(visual_width=%d, visual_num_heads=%d here; width %d in the tokenizer)",
+                    self.config.visual_width,
+                    self.config.visual_num_heads,
+                    tokenizer.config.width,
+                )
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Input vectors `[I, L, D]` of codes `[I, K, L]`."""

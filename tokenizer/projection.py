@@ -45,7 +45,9 @@ class ProjectionAttention(nn.Module):
     def forward(self, x_BLC: Tensor, cache: ProjectionCache | None = None) -> Tensor:
         batch, length, _ = x_BLC.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_BLC, self.qkv.weight, bias).view(batch, length, 3, self.num_heads, -1)
+        qkv = F.linear(x_BLC, self.qkv.weight, bias).view(
+            batch, length, 3, self.num_heads, self.inner_dim // self.num_heads
+        )
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             assert self.causal and length == 1, "a cache serves a causal projection, one position at a time"
