@@ -42,6 +42,16 @@ class LossSums(ModelOutput):
     image_correct: Tensor | None = None  # [K]
 
 
+def split_by_length(lengths: list[int]) -> list[list[int]]:
+    """Rows in two parts, short and long, such that padding each to its own longest row costs least."""
+    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
+    if len(order) < 2:
+        return [order]
+    costs = {n: n * lengths[order[n - 1]] + (len(order) - n) * lengths[order[-1]] for n in range(1, len(order))}
+    best = min(costs, key=costs.get)
+    return [order[:best], order[best:]]
+
+
 class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
     """Backbone (any decoder-only transformers model), code embedder, text head and depth transformer.
 
@@ -225,9 +235,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             input_ids, attention_mask, labels: `[B, T]`; labels are not shifted, IGNORE where nothing is learnt.
             codes: `[I, K, L]` of all images in order of appearance. learn_image: bool `[I]`, which of them to predict.
         """
-        hidden_BTD = self.backbone(
-            inputs_embeds=self.embed(input_ids, codes), attention_mask=attention_mask, use_cache=False
-        ).last_hidden_state
+        hidden_BTD = self._hidden_states(self.embed(input_ids, codes), attention_mask)
         targets_BT = labels[:, 1:]
         keep_BT = targets_BT != IGNORE
         # Only learnt positions go through the head. An empty selection still runs it, so that under ZeRO-3 every rank
@@ -251,6 +259,24 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             text_correct=(text_logits.argmax(-1) == text_targets).float().sum(),
             image_correct=correct_K * factor,
         )
+
+    def _hidden_states(self, inputs_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+        """The backbone's output of a right-padded batch, with short and long rows run apart.
+
+        Conversations are several times as long as captions: padded together, most positions would be padding. There
+        are always two parts, so that ranks make the same calls whatever their batches hold.
+        """
+        lengths = mask_BT.sum(dim=1).tolist()
+        hidden_BTD = torch.zeros_like(inputs_BTD)
+        for rows in split_by_length(lengths):
+            longest = max(lengths[row] for row in rows)
+            part = self.backbone(
+                inputs_embeds=inputs_BTD[rows, :longest], attention_mask=mask_BT[rows, :longest], use_cache=False
+            ).last_hidden_state
+            hidden_BTD = hidden_BTD.index_put(
+                (torch.tensor(rows, device=part.device),), F.pad(part, (0, 0, 0, inputs_BTD.shape[1] - longest))
+            )
+        return hidden_BTD
 
     def _image_targets(
         self, input_ids: Tensor, hidden_BTD: Tensor, codes: Tensor | None, learn_image: Tensor

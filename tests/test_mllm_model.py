@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unitok.core.errors import ConfigError, DataError
 from unitok.core.pretrained import load_model_folder
 from unitok.mllm import UniTokMLLM
+from unitok.mllm.model import split_by_length
 from unitok.mllm.sequence import IGNORE, Sequence, pad_left, pad_right
 
 L = 6
@@ -458,3 +459,16 @@ def test_no_weight_decay_names_exist():
     names = model.no_weight_decay()
     assert names <= dict(model.named_parameters()).keys()
     assert {"backbone.embed_tokens.weight", "embedder.positions", "depth.code_embeddings.0.weight"} <= names
+
+
+@pytest.mark.parametrize(
+    ("lengths", "parts"),
+    [
+        ([5], [[0]]),
+        ([5, 5], [[0], [1]]),
+        ([9, 3, 8, 2], [[3, 1], [2, 0]]),
+        ([2, 30, 2, 2], [[0, 2, 3], [1]]),
+    ],
+)
+def test_rows_are_split_where_padding_is_cheapest(lengths, parts):
+    assert split_by_length(lengths) == parts
