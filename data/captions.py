@@ -98,6 +98,13 @@ def caption(scene: Scene, rng: np.random.Generator) -> tuple[str, str, Metadata]
     return tag, metadata["prompt"], metadata
 
 
+def whole_captions(scene: Scene) -> list[str]:
+    """The true captions that speak of every object of the scene; none for most scenes of three or more kinds."""
+    count = len(scene.objects)
+    entries = [entry for entries in true_captions(scene).values() for entry in entries]
+    return [entry["prompt"] for entry in entries if sum(clause["count"] for clause in entry["include"]) == count]
+
+
 def geneval_prompts(num: int, seed: int = 0) -> list[Metadata]:
     """`num` prompts in GenEval's format, the six tags in turn, none twice before all of its tag have been used."""
     pairs = list(permutations(SHAPES, 2))

@@ -16,7 +16,7 @@ from PIL import Image
 
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import numpy_rng
-from unitok.data.captions import QA, caption, questions
+from unitok.data.captions import QA, caption, questions, whole_captions
 from unitok.data.conversations import Conversation, parse_conversations
 from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, render, sample_scene, scene_from_dict
 from unitok.data.shards import ShardReader
@@ -135,7 +135,8 @@ class ShapesSource(Source):
     def _read_words(self, index: int) -> Words:
         scene = self.scene(index)
         _, text, metadata = caption(scene, numpy_rng("caption of", scene.key))
-        return Words([text], questions(scene), [], {"scene": scene, "geneval": metadata})
+        captions = [text, *(other for other in whole_captions(scene) if other != text)]
+        return Words(captions, questions(scene), [], {"scene": scene, "geneval": metadata})
 
     def _read_image(self, index: int) -> Image.Image:
         return render(self.scene(index))

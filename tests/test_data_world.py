@@ -11,7 +11,15 @@ from scipy import ndimage
 
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import derive_seed, numpy_rng, torch_rng
-from unitok.data.captions import QUESTION_TYPES, caption, geneval_prompts, paraphrase, questions, true_captions
+from unitok.data.captions import (
+    QUESTION_TYPES,
+    caption,
+    geneval_prompts,
+    paraphrase,
+    questions,
+    true_captions,
+    whole_captions,
+)
 from unitok.data.detector import SQUARE_FOURTH, TRIANGLE_THIRD, Detection, agrees, detect
 from unitok.data.shapes import (
     COLORS,
@@ -268,3 +276,13 @@ def test_agreement_needs_every_object_at_its_place():
 
 def test_user_errors_are_one_family():
     assert issubclass(DataError, UserError) and issubclass(UserError, ValueError)
+
+
+def test_whole_captions_are_true_and_speak_of_every_object():
+    for index in range(60):
+        scene = sample_scene(5, "train", index)
+        true = {entry["prompt"]: entry for entries in true_captions(scene).values() for entry in entries}
+        for text in whole_captions(scene):
+            assert sum(clause["count"] for clause in true[text]["include"]) == len(scene.objects), text
+        if len(scene.objects) == 1:
+            assert len(whole_captions(scene)) == 2  # with and without its colour
