@@ -28,8 +28,6 @@ from unitok.tokenizer import UniTok
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 MIXED_SEED = 7  # of the sample order and the mixture; the test asserts that it gives the mixes it is there for
-# These follow the sign of a pixel's error: one that crosses zero moves them by more than rounding does.
-STEEP = {"adversarial_weight", "grad_norm", "grad_norm_discriminator"}
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +62,7 @@ def test_two_ranks_log_what_one_process_logs(
     options.append(f"engine.zero_stage={zero}")
     log = run_ranks(2, run_stage, stage, files[stage], tmp_path, 2, options, timeout=300)[0]
     found = differences(log, expected)
-    assert len(log) == STEPS and all(gap < (1e-3 if key in STEEP else 1e-4) for key, gap in found.items()), found
+    assert len(log) == STEPS and max(found.values()) < 1e-4, found
     if stage == "tokenizer":
         present = [{"adversarial", "adversarial_weight", "discriminator"} <= record.keys() for record in log]
         assert present == [False] * START + [True] * (STEPS - START)
@@ -291,4 +289,4 @@ def test_launchers(files: dict[str, Path], tmp_path: Path, stage: str) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     found = differences(read_log(tmp_path / "two" / "log.jsonl"), alone)
-    assert all(gap < (1e-3 if key in STEEP else 1e-4) for key, gap in found.items()), found
+    assert max(found.values()) < 1e-4, found
