@@ -149,6 +149,4 @@ def _quiet(deepspeed: Any) -> None:
     import warnings
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    for handler in deepspeed.utils.logger.handlers:
-        handler.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="deepspeed")
