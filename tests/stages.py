@@ -14,10 +14,11 @@ from unitok.core.config import load_config
 from unitok.core.distributed import rank
 from unitok.core.loop import TrainConfig, train
 from unitok.core.runlog import read_log
+from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.data.source import open_source
-from unitok.mllm.task import MllmTask, MllmTrainConfig
+from unitok.mllm.task import MixtureConfig, MllmTask, MllmTrainConfig
 from unitok.tokenizer.extract import extract_codes
 from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 
@@ -153,6 +154,27 @@ def _kill_at(task: Task, step: int, victim: int) -> None:
         return metrics
 
     task.micro_step = micro_step  # type: ignore[method-assign]
+
+
+def mix_by_rank(task: Task) -> None:
+    """Stage two: of three micro-batches one gives half its samples to chat and half to text to image, the next the
+    other way round, the third mixes freely. Two ranks then work on different tasks; one process sees the same."""
+    if not isinstance(task, MllmTask):
+        return
+    original, data = task._sequence, task.config.data
+    free = data.mixture
+    chat, image = (MixtureConfig(text_to_image=0, caption=0, chat=1), MixtureConfig(text_to_image=1, caption=0, chat=0))
+    order, size = SampleOrder(task.num_samples, task.config.seed), task.num_samples
+    assert size % GLOBAL_BATCH == 0  # so that all samples of a micro-batch are of one epoch
+
+    def sequence(sample: Any, index: int, epoch: int) -> Any:
+        position = next(p for p in range(epoch * size, (epoch + 1) * size) if order.index(p) == index)
+        half = position % GLOBAL_BATCH * 2 // GLOBAL_BATCH
+        turn = position // GLOBAL_BATCH % 3
+        data.mixture = free if turn == 2 else (chat, image)[half ^ turn]
+        return original(sample, index, epoch)
+
+    task._sequence = sequence  # type: ignore[method-assign]
 
 
 def differences(log: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
