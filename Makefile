@@ -36,7 +36,7 @@ test-slow: $(STAMP)
 
 # Random kills and load come with the work on scale; until then the slow tests hold the kills there are.
 soak: $(STAMP)
-	$(RUN)python -m pytest -m slow -k "kill or resume or signal"
+	$(RUN)python -m pytest -m slow -k "kill or resume or sigterm"
 
 lint: $(STAMP)
 	$(RUN)ruff check .

@@ -197,7 +197,7 @@ class JsonlSource(Source):
         super().__init__(str(path), max_bad_fraction)
         self.path = path
         try:
-            self.lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            self.lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path} ({type(error).__name__}); expected JSON lines in UTF-8") from None
         if not self.lines:

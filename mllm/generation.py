@@ -3,6 +3,7 @@
 B images, R rows (B, or 2B with guidance: conditional rows first), T prompt length, K codebooks, V entries, L positions.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, get_args
 
@@ -36,7 +37,7 @@ class CodeSampler:
     def __init__(
         self, seeds: Sequence[int] | None, do_sample: bool, temperature: float, top_k: int, top_p: float
     ) -> None:
-        if do_sample and temperature <= 0:
+        if do_sample and not 0 < temperature < math.inf:
             raise UserError(f"temperature={temperature}: must be positive (use do_sample=False for the likeliest code)")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: expected a share in (0, 1]")
@@ -84,6 +85,8 @@ class CodeGenerationMixin:
         if embedder_cache not in get_args(EmbedderCache):
             raise UserError(f"embedder_cache={embedder_cache!r}: expected one of {', '.join(get_args(EmbedderCache))}")
         rows = input_ids.shape[0]
+        if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+            raise UserError(f"guidance_scale={guidance_scale}: expected a number of at least 1 (up to 1 is off)")
         guided = guidance_scale > 1
         if guided and rows % 2:
             raise DataError(f"guidance needs conditional and unconditional rows, as many of each: got {rows} rows")

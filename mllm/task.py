@@ -38,14 +38,15 @@ class MllmDataConfig(Config):
     """Code shards of stage one and how samples become sequences.
 
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
-    questions make one conversation, in words drawn anew if `paraphrase`; more than `max_length` ids are an error.
+    questions make one conversation, in words drawn anew if `paraphrase` (made for the shapes world: its rules spoil
+    other questions); more than `max_length` ids are an error.
     """
 
     codes: str = "runs/codes"
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = 0.1
     questions_per_image: int = 4
-    paraphrase: bool = True
+    paraphrase: bool = False
     max_length: int = 2048
 
 
@@ -207,7 +208,12 @@ class MllmTask(Task):
             counts[1] += batch["learn_image"].sum() * batch["codes"].shape[1] * batch["codes"].shape[2]
         text, image = all_reduce_sum_(counts).tolist()
         # The engine averages over micro-batches and ranks; sums are scaled so that this gives sum / global count.
-        self._counts = {"text": max(text, 1.0), "image": max(image, 1.0), "parts": len(batches) * world_size()}
+        self._counts = {
+            "text": max(text, 1.0),
+            "image": max(image, 1.0),
+            "share": image / max(image + text, 1.0),
+            "parts": len(batches) * world_size(),
+        }
 
     def micro_step(
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
@@ -218,7 +224,7 @@ class MllmTask(Task):
         image = sums.image * (counts["parts"] / counts["image"])
         weight = self.config.image_weight
         if self.config.loss_normalisation == "tokens":
-            share = counts["image"] / (counts["image"] + counts["text"])
+            share = counts["share"]
             loss = weight * share * image + (1 - share) * text
         else:
             loss = (weight * image + text) / 2

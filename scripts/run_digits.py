@@ -89,7 +89,9 @@ def evaluate(out: Path, seed: int, started: float) -> dict[str, Any]:
     recognised = classifier.predict(np.stack([features(image) for image in images])) == digits
     save_grid(images, out / "generated.png")
     results = {
-        "tokenizer": figures_only(evaluate_reconstruction(pipeline.tokenizer, source)),
+        "tokenizer": figures_only(
+            evaluate_reconstruction(pipeline.tokenizer, source, device=pipeline.tokenizer.device)
+        ),
         "vqa": figures_only(vqa),
         "generation": {
             "recognised": float(recognised.mean()),

@@ -191,6 +191,11 @@ def test_data_commands(run, capsys):
         (["data", "check", "RUN/nothing"], "nothing"),
         (["report", "RUN/nothing"], "nothing"),
         (["paint"], "paint"),
+        (["reconstruct", "RUN/red.png", "--tokenizer", "TOKENIZER", "--out", "RUN/notes.txt/x.png"], "notes.txt"),
+        (["eval", "geneval", "--model", "MODEL", "--limit", "0"], "--limit"),
+        (["eval", "vqa", "--model", "MODEL", "--batch-size", "0"], "--batch-size"),
+        (["chat", "what?", "--model", "MODEL", "--max-new-tokens", "0"], "--max-new-tokens"),
+        (["generate", "a circle", "--model", "MODEL", "--guidance", "nan"], "guidance_scale"),
         (["generate", "a circle", "--seed", "x"], "--seed"),
     ],
 )
@@ -204,8 +209,8 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, command, named, capsys):
     overrides = [f"output_dir={run / 'mistake'}"] if command[0] == "train" else []
     capsys.readouterr()
     assert main([*command, *overrides]) == 2
-    err = [line for line in capsys.readouterr().err.splitlines() if line.startswith("unitok: ")]
-    assert len(err) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert len(err) == 1 and err[0].startswith("unitok: error: "), err
     assert named in err[0]
     assert "Traceback" not in err[0]
 

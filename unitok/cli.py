@@ -17,6 +17,14 @@ DEFAULT_MODEL = "runs/demo/model"
 DEFAULT_TOKENIZER = "runs/demo/model/visual_tokenizer"
 
 
+def positive_int(text: str) -> int:
+    """A whole number of at least 1."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     """argparse, but an error is one line."""
 
@@ -37,6 +45,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has gone, as with `unitok ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # an output that cannot be written, a disk that is full
+        if error.filename is None:
+            raise
+        print(f"unitok: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("unitok: interrupted", file=sys.stderr)
         return 130
@@ -100,7 +113,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     shapes = kinds.add_parser("shapes", help="write the shapes world as webdataset shards (png, txt, json)")
     shapes.add_argument("--out", required=True, metavar="DIR")
-    shapes.add_argument("--num", type=int, default=1000, help="number of images (default: %(default)s)")
+    shapes.add_argument("--num", type=positive_int, default=1000, help="number of images (default: %(default)s)")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
     shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
@@ -109,7 +122,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
     codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
     codes.add_argument("--out", required=True, metavar="DIR")
-    codes.add_argument("--batch-size", type=int, default=64)
+    codes.add_argument("--batch-size", type=positive_int, default=64)
     codes.set_defaults(run=("data", "codes"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
     check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
@@ -129,7 +142,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options.",
     )
     train.add_argument("stage", choices=("tokenizer", "mllm"))
-    train.add_argument("--config", required=True, metavar="FILE", help="YAML file, such as configs/tokenizer/tiny.yaml")
+    train.add_argument(
+        "--config", required=True, metavar="FILE", help="YAML file, such as configs/tokenizer/shapes.yaml"
+    )
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     train.set_defaults(run=("train", "train"), positional="overrides")
@@ -146,7 +161,7 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("prompts", nargs="*", metavar="PROMPT")
     generate.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
     generate.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
-    generate.add_argument("--num", type=int, default=1, help="images per prompt (default: %(default)s)")
+    generate.add_argument("--num", type=positive_int, default=1, help="images per prompt (default: %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
     generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off")
     generate.add_argument("--temperature", type=float, metavar="T")
@@ -157,7 +172,7 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("question", nargs="?", metavar="QUESTION")
     chat.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
-    chat.add_argument("--max-new-tokens", type=int, default=128)
+    chat.add_argument("--max-new-tokens", type=positive_int, default=128)
     chat.set_defaults(run=("use", "chat"), positional="question")
 
 
@@ -177,7 +192,7 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         _add_eval_options(one, kind, "questions" if kind == "vqa" else "prompts")
         if kind == "geneval":
             one.add_argument("--prompts", metavar="FILE", help="GenEval metadata (JSONL); default: shapes prompts")
-            one.add_argument("--samples", type=int, default=4, help="images per prompt (default: %(default)s)")
+            one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
 
@@ -185,9 +200,9 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 def _add_eval_options(parser: argparse.ArgumentParser, kind: str, items: str) -> None:
     if kind != "geneval":
         parser.add_argument("--source", default="shapes:val?num=500", help="data to measure on (default: %(default)s)")
-    parser.add_argument("--limit", type=int, metavar="N", help=f"use only the first N {items}")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help=f"use only the first N {items}")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--batch-size", type=positive_int, default=32)
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
     parser.add_argument("--dry-run", action="store_true", help="say what would be measured, and stop")
     parser.set_defaults(run=("evaluate", kind))

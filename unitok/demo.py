@@ -117,8 +117,8 @@ def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     source = open_source(f"shapes:val?num={images}&seed={seed}")
     pipeline = UniTokPipeline.from_pretrained(out / "model")
     tokenizer = pipeline.tokenizer
-    reconstruction = evaluate_reconstruction(tokenizer, source)
-    retrieval = evaluate_retrieval(tokenizer, source)
+    reconstruction = evaluate_reconstruction(tokenizer, source, device=tokenizer.device)
+    retrieval = evaluate_retrieval(tokenizer, source, device=tokenizer.device)
     vqa = evaluate_vqa(pipeline.answer, source, questions, seed, batch_size=64, rephrase=paraphrase)
     metadata = geneval_prompts(prompts, seed)
 
@@ -136,8 +136,8 @@ def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         retrieval=retrieval,
         vqa=vqa,
         geneval=geneval,
-        random_codes=random_codes_score(tokenizer, metadata, seed=seed, **scoring),
-        reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, **scoring),
+        random_codes=random_codes_score(tokenizer, metadata, seed=seed, device=tokenizer.device, **scoring),
+        reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, device=tokenizer.device, **scoring),
         wall_seconds=0.0,
         protocol_block=protocol(
             "demo",

@@ -67,7 +67,7 @@ def load_config(
 
 
 def config_path(name: Path | str) -> Path:
-    """`name` if it is a file, else the packaged configuration of that name ("tokenizer/tiny.yaml").
+    """`name` if it is a file, else the packaged configuration of that name ("tokenizer/shapes.yaml").
 
     Raises ConfigError that lists the packaged ones if there is neither.
     """

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from unitok.core.errors import ConfigError
+
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -105,6 +107,8 @@ def init_distributed(device: str = "auto") -> torch.device:
     Call `shutdown_distributed` when training ends; then it can be called again in the same process.
     """
     # DeepSpeed chooses its accelerator once per process, when it is first imported
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device=cuda, but torch finds no GPU here; use device=auto or device=cpu")
     use_cuda = torch.cuda.is_available() and device != "cpu"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
     import deepspeed

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from unitok.core.errors import CheckpointError
 
@@ -32,6 +33,7 @@ def check_model_folder(folder: Path, model_type: str) -> None:
 def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
     """`cls.from_pretrained(folder)`, refusing missing, unexpected or wrongly shaped weights and damaged files."""
     folder = Path(folder)
+    transformers_logging.disable_progress_bar()  # what is loaded here loads at once
     check_model_folder(folder, cls.config_class.model_type)
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True)
