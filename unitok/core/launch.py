@@ -1,6 +1,7 @@
 """Starting our own commands on several ranks of this machine, as `torchrun` would."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,16 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
     threads = max(1, len(os.sched_getaffinity(0)) // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    code = subprocess.run([*command, "-m", "unitok", *arguments], env=environment).returncode
+    process = subprocess.Popen([*command, "-m", "unitok", *arguments], env=environment)
+    # Who stops us means the ranks: they save a checkpoint, and only then do we end. Ctrl-C reaches them by itself.
+    handlers = {
+        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate()),
+        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+    }
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     if code:
         raise UserError(f"`unitok {' '.join(arguments[:2])}` on {ranks} ranks ended with exit code {code}")
