@@ -1,5 +1,6 @@
 """Run a function on several ranks: forks of this process, so that torch and deepspeed are imported only once."""
 
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -31,6 +32,10 @@ def run_ranks(
     A SystemExit gives the result ("exit", code). With `may_die` a killed rank gives None and ends the others.
     """
     torch.set_num_threads(1)  # a fork must not inherit a thread pool in use
+    # Nor may it ever free what an earlier run in this process left behind: a process group would join its threads,
+    # which a fork does not have.
+    gc.collect()
+    gc.freeze()
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
