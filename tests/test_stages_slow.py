@@ -60,8 +60,8 @@ def test_two_ranks_log_what_one_process_logs(
     options.append(f"engine.zero_stage={zero}")
     log = run_ranks(2, run_stage, stage, files[stage], tmp_path, 2, options, None, mix_by_rank, timeout=300)[0]
     found = differences(log, expected)
-    # Losses to 1e-4. Gradient norms, the adaptive weight and the mean logit, which passes zero, amplify rounding:
-    # up to 2.4e-4 was measured where every loss agreed to 3e-6.
+    # Losses to 1e-4. One run in several had one value off by 2.4e-4 (ZeRO 2, accumulation 2; its loss agreed to 3e-6);
+    # which value was not recorded. That it is one of these diagnostics is a guess: LOG.md, open points.
     diagnostic = {name for name in found if name.startswith(("grad_norm", "adversarial"))}
     assert len(log) == STEPS and max(found[name] for name in found.keys() - diagnostic) < 1e-4, found
     assert all(found[name] < 2e-3 for name in diagnostic), found
