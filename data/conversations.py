@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 from unitok.core.errors import DataError
 
 IMAGE_MARK = "<image>"
+BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
+MARKS = (IMAGE_MARK, BEGIN_IMAGE, END_IMAGE)  # pieces of the text tokenizer with a meaning of their own
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 _LOGGED_RECORDS = 10
 _LOGGER = logging.getLogger(__name__)

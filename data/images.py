@@ -3,6 +3,7 @@
 from typing import Any, Literal
 
 import torch
+from pydantic import Field
 
 from unitok.core.config import Config
 from unitok.core.rng import numpy_rng
@@ -20,7 +21,7 @@ class ImageDataConfig(Config):
     source: str = "shapes:train?num=16000&seed=0"
     augment: Literal["none", "crop"] = "none"
     cache: bool = False
-    max_bad_fraction: float = 0.01
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
 
 
 class ImageBatches:
@@ -39,7 +40,7 @@ class ImageBatches:
         return [text for index in range(len(self.source)) for text in self.source.texts(index)]
 
     def load(self, indices: list[int], epoch: int) -> dict[str, Any]:
-        """`pixels` float32 `[B, 3, H, W]` in [-1, 1] and one caption per image."""
+        """`pixels` float32 `[B, 3, H, W]` in [-1, 1] and one caption per image ("" where it has none)."""
         pixels, captions = zip(*(self._one(index, epoch) for index in indices), strict=True)
         return {"pixels": torch.stack(pixels), "captions": list(captions)}
 

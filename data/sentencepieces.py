@@ -1,9 +1,12 @@
 """Training and reading small sentencepiece models: the text side of the demo and of small own data sets."""
 
 import io
-from collections.abc import Iterable
+import os
+import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from unitok.core.checkpoint import on_main
 from unitok.core.errors import ConfigError, DataError, UserError
 
 PAD, UNK, BOS, EOS = 0, 1, 2, 3
@@ -19,7 +22,10 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, symbo
 
     corpus = sorted(set(texts))
     if not corpus:
-        raise DataError("no text to train a sentencepiece model on: the source has no captions or conversations")
+        raise DataError(
+            "no text to train a sentencepiece model on: the source has no captions (a tokenizer without the text side "
+            "needs none: model.text_tower=null loss.contrastive=0)"
+        )
     model = io.BytesIO()
     try:
         spm.SentencePieceTrainer.train(
@@ -47,7 +53,37 @@ def train_sentencepiece(texts: Iterable[str], path: Path, vocab_size: int, symbo
             f"vocab_size={vocab_size}: sentencepiece cannot train on {len(corpus)} texts with it ({str(error).strip()})"
         ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(model.getvalue())
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_bytes(model.getvalue())
+    os.replace(temporary, path)
+    return path
+
+
+def run_sentencepiece(
+    folder: Path,
+    name: str,
+    resumed: Path | None,
+    texts: Callable[[], Iterable[str]],
+    vocab_size: int,
+    symbols: list[str] | None = None,
+) -> Path:
+    """`folder/name`, the text model of a run; call on every rank.
+
+    A new run trains it on its `texts()`, whatever an earlier one left there. A resumed run takes that of the run whose
+    folder is `resumed`: the weights belong to its pieces.
+    """
+    path = folder / name
+
+    def provide() -> None:
+        if resumed is None:
+            train_sentencepiece(texts(), path, vocab_size, symbols)
+            return
+        load_sentencepiece(resumed / name)
+        if resumed.resolve() != folder.resolve():
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(resumed / name, path)
+
+    on_main(provide)
     return path
 
 

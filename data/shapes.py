@@ -83,6 +83,11 @@ class Scene:
         return asdict(self)
 
 
+def is_scene_dict(data: Any) -> bool:
+    """Does this claim to be a scene? Whether it is one, `scene_from_dict` tells."""
+    return isinstance(data, Mapping) and {"objects", "ground"} <= data.keys()
+
+
 def scene_from_dict(data: Mapping[str, Any]) -> Scene:
     """The scene of a `to_dict()`; DataError when it is none."""
     try:

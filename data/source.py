@@ -6,7 +6,7 @@
 import json
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,12 +17,11 @@ from PIL import Image
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import numpy_rng
 from unitok.data.captions import QA, caption, questions, whole_captions
-from unitok.data.conversations import Conversation, parse_conversations
-from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, render, sample_scene, scene_from_dict
+from unitok.data.conversations import MARKS, Conversation, parse_conversations
+from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, is_scene_dict, render, sample_scene, scene_from_dict
 from unitok.data.shards import ShardReader
-from unitok.data.transforms import decode_image, load_image
+from unitok.data.transforms import IMAGE_EXTENSIONS, decode_image, load_image
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
 _KNOWN_FORMS = (
     'expected "shapes:train?num=8000&seed=0", a folder of .tar shards or a pattern of them, a folder of image files '
@@ -222,6 +221,14 @@ class JsonlSource(Source):
         return load_image(self.path.parent / name)
 
 
+def good_samples(source: Any, limit: int | None = None) -> Iterator[tuple[int, Any]]:
+    """(index, sample) of the readable ones of the first `limit` samples: no stand-in for a bad one."""
+    for index in range(len(source) if limit is None else min(limit, len(source))):
+        sample = source[index]
+        if index not in getattr(source, "bad", {}):
+            yield index, sample
+
+
 def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
     """Words from a sample's txt (one caption a line) and json; DataError when one is malformed."""
     try:
@@ -231,7 +238,7 @@ def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
         raise DataError(f"{where}: text is not UTF-8") from None
     # A caption may stand in both files; it counts once.
     words.captions = list(dict.fromkeys([line.strip() for line in lines if line.strip()] + words.captions))
-    return words
+    return _without_marks(words, where)
 
 
 def load_json_object(text: str, where: str) -> dict[str, Any]:
@@ -247,9 +254,11 @@ def load_json_object(text: str, where: str) -> dict[str, Any]:
 
 def words_from_json(data: dict[str, Any], where: str) -> Words:
     """Words from a sample's JSON; keys that are not words become its meta."""
-    captions = data.get("captions", [])
-    captions = [data["caption"], *captions] if "caption" in data else captions
-    if not isinstance(captions, list) or not all(isinstance(item, str) and item.strip() for item in captions):
+    several = data.get("captions", [])
+    if not isinstance(several, list):
+        raise DataError(f"{where}: captions is {str(several)[:80]!r}; expected a list of texts")
+    captions = [data["caption"], *several] if "caption" in data else several
+    if not all(isinstance(item, str) and item.strip() for item in captions):
         raise DataError(f"{where}: captions are {str(captions)[:80]!r}; expected texts that are not empty")
     asked = data.get("questions", [])
     if not isinstance(asked, list):
@@ -257,9 +266,19 @@ def words_from_json(data: dict[str, Any], where: str) -> Words:
     talks = parse_conversations(data["conversations"], where) if data.get("conversations") else []
     reserved = ("caption", "captions", "questions", "conversations", "image")
     meta = {key: value for key, value in data.items() if key not in reserved}
-    if "scene" in meta:
+    if is_scene_dict(meta.get("scene")):  # the word is common: another data set may mean something else by it
         meta["scene"] = scene_from_dict(meta["scene"])
-    return Words(list(captions), [_question(item, where) for item in asked], talks, meta)
+    return _without_marks(Words(list(captions), [_question(item, where) for item in asked], talks, meta), where)
+
+
+def _without_marks(words: Words, where: str) -> Words:
+    """DataError when captions or questions hold a mark: it would be read as an image that is not there."""
+    texts = [*words.captions, *(text for item in words.questions for text in (item.question, item.answer))]
+    for text in texts:
+        for mark in MARKS:
+            if mark in text:
+                raise DataError(f"{where}: {text[:80]!r} holds {mark}, which stands for images; take it out")
+    return words
 
 
 def _question(item: Any, where: str) -> QA:
@@ -274,7 +293,7 @@ def _question(item: Any, where: str) -> QA:
 def words_to_json(words: Words) -> dict[str, Any]:
     """JSON-able form of words, which `words_from_json` reads back."""
     out = dict(words.meta)
-    if "scene" in out:
+    if isinstance(out.get("scene"), Scene):
         out["scene"] = out["scene"].to_dict()
     out["captions"] = words.captions
     out["questions"] = [question._asdict() for question in words.questions]

@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from unitok.core.errors import UserError
 
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 # What PIL raises on broken or oversized files, beside OSError (which UnidentifiedImageError is).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 

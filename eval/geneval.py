@@ -15,6 +15,7 @@ from PIL import Image
 
 from unitok.core.errors import DataError
 from unitok.core.rng import derive_seed
+from unitok.data.source import good_samples
 from unitok.eval.codes import random_code_images, reconstruct_images
 from unitok.eval.geneval_score import OFFICIAL_RULE, Detected, GenEvalRule, score_detections, summarise
 from unitok.eval.progress import batches, progress
@@ -264,11 +265,15 @@ def reconstruction_ceiling(
         DataError: no sample has GenEval metadata.
     """
     count = min(len(source), len(source) if limit is None else limit)
-    samples = [sample for sample in (source[index] for index in range(count)) if (sample.meta or {}).get("geneval")]
+    samples = [sample for _, sample in good_samples(source, count) if _is_metadata((sample.meta or {}).get("geneval"))]
     if not samples:
         raise DataError(f"none of the {count} samples has GenEval metadata; the ceiling needs a shapes source")
     images = reconstruct_images(tokenizer, [sample.image for sample in samples], batch_size, device)
     return _without_rows(score_images(images, [sample.meta["geneval"] for sample in samples], detect, rule))
+
+
+def _is_metadata(value: Any) -> bool:
+    return isinstance(value, Mapping) and "include" in value
 
 
 def _without_rows(scores: dict[str, Any]) -> dict[str, Any]:

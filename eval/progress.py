@@ -3,7 +3,10 @@
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from itertools import islice
+from typing import Any, TypeVar
+
+from unitok.data.source import good_samples
 
 T = TypeVar("T")
 
@@ -34,3 +37,11 @@ def _plain_lines(items: Iterable[T], label: str, total: int) -> Iterator[T]:
 def batches(count: int, batch_size: int) -> list[range]:
     """Cuts `range(count)` into consecutive ranges of at most `batch_size`."""
     return [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+
+
+def sample_batches(source: Any, count: int, batch_size: int, label: str) -> Iterator[list[Any]]:
+    """The readable ones of the first `count` samples, `batch_size` at a time, with progress."""
+    found = (sample for _, sample in good_samples(source, count))
+    for rows in progress(batches(count, batch_size), label):
+        if batch := list(islice(found, len(rows))):
+            yield batch

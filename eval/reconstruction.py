@@ -1,6 +1,5 @@
 """Reconstruction: how much of an image survives the codes."""
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,10 +7,10 @@ from PIL import Image
 
 from unitok.core.errors import DataError
 from unitok.data.detector import agrees, detect
-from unitok.data.shapes import scene_from_dict
+from unitok.data.shapes import Scene
 from unitok.data.transforms import to_pil
 from unitok.eval.codes import CodeCounter, evaluation_mode, images_to_pixels
-from unitok.eval.progress import batches, progress
+from unitok.eval.progress import sample_batches
 
 PSNR_CEILING_DB = 100.0  # of two equal images, whose PSNR is infinite
 
@@ -63,8 +62,7 @@ def evaluate_reconstruction(
     psnr, similarity, agreement = [], [], []
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with evaluation_mode(tokenizer):
-        for rows in progress(batches(count, batch_size), "reconstruction"):
-            samples = [source[row] for row in rows]
+        for samples in sample_batches(source, count, batch_size, "reconstruction"):
             pixels = images_to_pixels([sample.image for sample in samples], config.image_size, device)
             codes = tokenizer.encode(pixels)
             decoded = tokenizer.decode(codes).float()
@@ -79,17 +77,15 @@ def evaluate_reconstruction(
         "ssim": torch.cat(similarity).mean().item(),
         **_agreement(agreement),
         **counter.summary(),
-        "num_images": count,
+        "num_images": len(agreement),
         "pairs": pairs,
     }
 
 
 def _scene_kept(sample: Any, original: Image.Image, reconstruction: Image.Image) -> tuple[bool, bool] | None:
     scene = (sample.meta or {}).get("scene")
-    if scene is None:
+    if not isinstance(scene, Scene):
         return None
-    if isinstance(scene, Mapping):  # as stored in shards and folders
-        scene = scene_from_dict(scene)
     return agrees(scene, detect(original)), agrees(scene, detect(reconstruction))
 
 

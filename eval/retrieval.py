@@ -6,7 +6,7 @@ import torch
 
 from unitok.core.errors import DataError
 from unitok.eval.codes import evaluation_mode, images_to_pixels
-from unitok.eval.progress import batches, progress
+from unitok.eval.progress import batches, sample_batches
 
 
 def evaluate_retrieval(
@@ -31,8 +31,8 @@ def evaluate_retrieval(
     count = min(len(source), len(source) if limit is None else limit)
     features, captions = [], []
     with evaluation_mode(tokenizer):
-        for rows in progress(batches(count, batch_size), "retrieval"):
-            samples = [sample for sample in (source[row] for row in rows) if sample.captions]
+        for batch in sample_batches(source, count, batch_size, "retrieval"):
+            samples = [sample for sample in batch if sample.captions]
             if not samples:
                 continue
             captions += [sample.captions[0] for sample in samples]

@@ -9,6 +9,7 @@ from PIL import Image
 
 from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
+from unitok.data.source import good_samples
 from unitok.eval.progress import batches, progress
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
 
@@ -43,10 +44,9 @@ def choose_questions(
         DataError: the source has no question.
     """
     chosen: list[Question] = []
-    for index in range(len(source)):
+    for index, sample in good_samples(source):
         if limit is not None and len(chosen) >= limit:
             break
-        sample = source[index]
         rng = numpy_rng("vqa", seed, sample.key)
         for kind, text, answer in _in_turn(list(sample.questions or []), rng)[:per_image]:
             worded = text if rephrase is None else rephrase(text, rng)

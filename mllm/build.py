@@ -1,6 +1,7 @@
 """Making a unified model: backbone (new or pretrained), text tokenizer, and the visual tokenizer's codebooks."""
 
-from collections.abc import Iterable
+import difflib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,14 +9,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from unitok.core.config import Config
-from unitok.core.distributed import barrier, is_main
 from unitok.core.errors import ConfigError
 from unitok.core.signature import config_from_signature
-from unitok.data.sentencepieces import train_sentencepiece
+from unitok.data.conversations import MARKS
+from unitok.data.sentencepieces import run_sentencepiece
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.model import UniTokMLLM
-from unitok.mllm.processor import BEGIN_IMAGE, END_IMAGE, UniTokTextTokenizer, special_ids
-from unitok.mllm.sequence import IMAGE_MARK
+from unitok.mllm.processor import UniTokTextTokenizer, special_ids
 from unitok.tokenizer import UniTok
 
 # What the visual tokenizer, the backbone and the text tokenizer determine is not set by hand.
@@ -35,19 +35,23 @@ class BackboneConfig(Config):
     text_vocab_size: int = 512
 
 
-def build_text_tokenizer(settings: BackboneConfig, texts: Iterable[str], symbols: list[str], folder: Path):
-    """The backbone's own tokenizer with the image marks added, or a sentencepiece model trained on `texts`."""
+def build_text_tokenizer(
+    settings: BackboneConfig,
+    texts: Callable[[], Iterable[str]],
+    symbols: list[str],
+    folder: Path,
+    resumed: Path | None = None,
+) -> PreTrainedTokenizerBase:
+    """The backbone's own tokenizer with the image marks added, or a sentencepiece model trained on `texts()` (kept in
+    `folder`; that of the run in `resumed` when one is resumed)."""
     if settings.path is not None:
         tokenizer = AutoTokenizer.from_pretrained(settings.path)
-        tokenizer.add_special_tokens({"additional_special_tokens": [IMAGE_MARK, BEGIN_IMAGE, END_IMAGE]})
+        tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-    path = folder / "tokenizer.model"
-    if is_main() and not path.is_file():
-        marks = [IMAGE_MARK, BEGIN_IMAGE, END_IMAGE]
-        train_sentencepiece(texts, path, settings.text_vocab_size, [*marks, *symbols])
-    barrier()
+    pieces = [*MARKS, *symbols]
+    path = run_sentencepiece(folder, "tokenizer.model", resumed, texts, settings.text_vocab_size, pieces)
     return UniTokTextTokenizer(vocab_file=str(path))
 
 
@@ -75,6 +79,11 @@ def build_model(
 
 def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBase) -> Any:
     if backbone.path is not None:
+        if backbone.config:
+            raise ConfigError(
+                f"backbone.path={backbone.path} and backbone.config are both set: the sizes of a pretrained backbone "
+                f"are its own; remove backbone.config"
+            )
         config = AutoConfig.from_pretrained(backbone.path)
         config.vocab_size = max(config.vocab_size, len(text_tokenizer))
         return config
@@ -92,9 +101,13 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
         )
     model_type = given.pop("model_type")
     known = AutoConfig.for_model(model_type)
-    unknown = [name for name in given if not hasattr(known, name)]
-    if unknown:
-        raise ConfigError(f"backbone.config.{unknown[0]}: {model_type} has no such setting")
+    for name in given:
+        if not hasattr(known, name):
+            near = difflib.get_close_matches(name, known.to_dict(), n=1, cutoff=0.0)[0]
+            raise ConfigError(
+                f"unknown key 'backbone.config.{name}' for {model_type}; the nearest known key is "
+                f"'backbone.config.{near}'"
+            )
     return AutoConfig.for_model(model_type, **given, **derived)
 
 

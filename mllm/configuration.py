@@ -7,6 +7,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unitok.core.errors import ConfigError
 
+IGNORE = -100  # label of a text position that is not learnt
 EmbedderCache = Literal["consistent", "released"]
 
 

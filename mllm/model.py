@@ -18,7 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import ModelOutput
 
 from unitok.core.errors import DataError
-from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.depth import DepthTransformer
 from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
@@ -27,7 +27,6 @@ from unitok.tokenizer.projection import ProjectionAttention
 from unitok.tokenizer.quantizer import check_codes
 
 _LOGGER = logging.getLogger(__name__)
-IGNORE = -100  # label of a text position that is not learnt
 
 
 @dataclass

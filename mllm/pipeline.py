@@ -1,5 +1,6 @@
 """Everything a user needs from one export folder: pictures from text, and conversations about pictures."""
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from PIL import Image
 
 from unitok.core.errors import UserError
 from unitok.core.pretrained import check_model_folder, load_model_folder
+from unitok.data.conversations import IMAGE_MARK
 from unitok.data.transforms import to_pil
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.processor import UniTokProcessor, split_messages
-from unitok.mllm.sequence import IMAGE_MARK, pad_left
+from unitok.mllm.sequence import pad_left
 from unitok.tokenizer import UniTok
 
+_LOGGER = logging.getLogger(__name__)
 TOKENIZER_FOLDER = "visual_tokenizer"
 
 
@@ -87,11 +90,23 @@ class UniTokPipeline:
     def _generate_batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]) -> torch.Tensor:
         builder = self.processor.builder
         rows = [builder.text_to_image_prompt(prompt) for prompt in prompts]
+        self._check_prompts(rows, prompts, self.model.config.num_image_positions)
         if settings["guidance_scale"] > 1:
             rows += [builder.text_to_image_prompt("", unconditional=True)] * len(prompts)
         input_ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
         device = self.model.device
         return self.model.generate_codes(input_ids.to(device), mask.to(device), seeds=seeds, **settings)
+
+    def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:
+        """UserError when a prompt and its `new` ids do not fit the backbone; a warning when one has unknown words."""
+        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        for row, text in zip(rows, texts, strict=True):
+            if limit is not None and len(row) + new > limit:
+                raise UserError(
+                    f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
+                )
+            if self.processor.tokenizer.unk_token_id in row:
+                _LOGGER.warning("%.200r has characters that the text tokenizer does not know; they are ignored", text)
 
     @torch.no_grad()
     def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, **generate: Any) -> str:
@@ -114,6 +129,7 @@ class UniTokPipeline:
             prompts.append(self.processor.builder.chat(turns, prompt=True).ids)
             images += own
         tokenizer = self.processor.tokenizer
+        self._check_prompts(prompts, [messages[-1]["content"] for messages in conversations], max_new_tokens)
         input_ids, mask = pad_left(prompts, tokenizer.pad_token_id)
         device = self.model.device
         codes = self.tokenizer.encode(self.processor.pixels(images).to(device)) if images else None

@@ -9,13 +9,14 @@ from PIL import Image
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 
-from unitok.core.errors import DataError, UserError
-from unitok.data.conversations import Turn
+from unitok.core.errors import CheckpointError, DataError, UserError
+from unitok.core.pretrained import read_json
+from unitok.data.conversations import BEGIN_IMAGE, END_IMAGE, IMAGE_MARK, Turn
+from unitok.data.sentencepieces import load_sentencepiece
 from unitok.data.transforms import eval_transform
 from unitok.mllm.configuration import UniTokMLLMConfig
-from unitok.mllm.sequence import IMAGE_MARK, Sequence, SequenceBuilder, chat_template, pad_left
+from unitok.mllm.sequence import Sequence, SequenceBuilder, chat_template, pad_left
 
-BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
 PROCESSOR_FILE = "processor_config.json"
 
 
@@ -26,6 +27,7 @@ class UniTokTextTokenizer(SentencePieceBackend):
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
+        load_sentencepiece(Path(vocab_file))  # one clear error for a missing or damaged file
         defaults = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         super().__init__(vocab_file=vocab_file, **(defaults | kwargs))
 
@@ -43,7 +45,7 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of an export folder or of a backbone's folder."""
     config_file = folder / "tokenizer_config.json"
-    settings = json.loads(config_file.read_text()) if config_file.is_file() else {}
+    settings = read_json(config_file) if config_file.is_file() else {}
     if settings.get("tokenizer_class") == UniTokTextTokenizer.__name__:
         return UniTokTextTokenizer.from_pretrained(folder)
     return AutoTokenizer.from_pretrained(folder)
@@ -109,9 +111,11 @@ class UniTokProcessor:
             raise UserError(
                 f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)"
             )
-        settings = json.loads((folder / PROCESSOR_FILE).read_text())
+        image_size = read_json(folder / PROCESSOR_FILE).get("image_size")
+        if not isinstance(image_size, int):
+            raise CheckpointError(f"{folder / PROCESSOR_FILE}: image_size is {image_size!r}, expected a number")
         config = UniTokMLLMConfig.from_pretrained(folder)
-        return cls(load_text_tokenizer(folder), config, settings["image_size"])
+        return cls(load_text_tokenizer(folder), config, image_size)
 
 
 def split_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], list[Image.Image]]:

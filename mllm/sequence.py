@@ -17,11 +17,8 @@ import torch
 from torch import Tensor
 
 from unitok.core.errors import DataError, UserError
-from unitok.data.conversations import Turn
-from unitok.mllm.configuration import UniTokMLLMConfig
-
-IGNORE = -100
-IMAGE_MARK = "<image>"
+from unitok.data.conversations import IMAGE_MARK, Turn
+from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 
 
 class TextTokenizer(Protocol):
@@ -128,7 +125,11 @@ class SequenceBuilder:
 
     def _text(self, text: str) -> list[int]:
         if text not in self._cache:
-            self._cache[text] = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+            ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+            marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
+            if marks & set(ids):
+                raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
+            self._cache[text] = ids
         return self._cache[text]
 
     def _image(self, sequence: Sequence, learn: bool) -> Sequence:

@@ -1,27 +1,29 @@
 """Stage two as a training task: mixed batches of text-to-image, captioning and chat over code shards."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 
 from unitok.core.config import Config
 from unitok.core.distributed import all_reduce_sum_, world_size
-from unitok.core.errors import ConfigError, DataError
-from unitok.core.loop import TrainConfig
+from unitok.core.errors import CheckpointError, DataError
+from unitok.core.loop import TrainConfig, resumed_folder
 from unitok.core.optim import OptimizerConfig
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
 from unitok.data.codes import CodeSample, CodeSource
-from unitok.data.conversations import Turn
+from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
+from unitok.mllm.configuration import IGNORE
 from unitok.mllm.model import LossSums, UniTokMLLM
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
-from unitok.mllm.sequence import IGNORE, IMAGE_MARK, Sequence, SequenceBuilder, pad_right
+from unitok.mllm.sequence import Sequence, SequenceBuilder, pad_right
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
 
@@ -29,9 +31,9 @@ from unitok.tokenizer.extract import fingerprint
 class MixtureConfig(Config):
     """Relative shares of the three tasks; a sample that lacks what its task needs goes to text to image."""
 
-    text_to_image: float = 0.6
-    caption: float = 0.1
-    chat: float = 0.3
+    text_to_image: float = Field(0.6, ge=0)
+    caption: float = Field(0.1, ge=0)
+    chat: float = Field(0.3, ge=0)
 
 
 class MllmDataConfig(Config):
@@ -44,19 +46,19 @@ class MllmDataConfig(Config):
 
     codes: str = "runs/codes"
     mixture: MixtureConfig = MixtureConfig()
-    unconditional: float = 0.1
-    questions_per_image: int = 4
+    unconditional: float = Field(0.1, ge=0, le=1)
+    questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
-    max_length: int = 2048
+    max_length: int = Field(2048, ge=1)
 
 
 class SamplerDefaults(Config):
     """How images are sampled unless told otherwise: `image_sampler` in the export's generation_config.json."""
 
-    guidance_scale: float = 5.0
-    temperature: float = 0.9
-    top_k: int = 2048
-    top_p: float = 0.96
+    guidance_scale: float = Field(5.0, ge=0)
+    temperature: float = Field(0.9, gt=0)
+    top_k: int = Field(2048, ge=0)
+    top_p: float = Field(0.96, gt=0, le=1)
 
 
 class MllmTrainConfig(TrainConfig):
@@ -67,9 +69,9 @@ class MllmTrainConfig(TrainConfig):
     backbone: BackboneConfig = BackboneConfig()
     data: MllmDataConfig = MllmDataConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, weight_decay=0.0)
-    ema_decay: float | None = None
-    loss_normalisation: str = "tokens"
-    image_weight: float = 1.0
+    ema_decay: float | None = Field(None, ge=0, lt=1)
+    loss_normalisation: Literal["tokens", "modality"] = "tokens"
+    image_weight: float = Field(1.0, ge=0)
     sampler: SamplerDefaults = SamplerDefaults()
     gradient_checkpointing: bool = False
 
@@ -95,8 +97,6 @@ class MllmTask(Task):
     headline = ("loss", "image", "text")
 
     def __init__(self, config: MllmTrainConfig) -> None:
-        if config.loss_normalisation not in ("tokens", "modality"):
-            raise ConfigError(f"loss_normalisation={config.loss_normalisation!r}: expected 'tokens' or 'modality'")
         self.config = config
         self.visual = load_model_folder(UniTok, config.tokenizer).eval().requires_grad_(False)
         sizes = self.visual.config
@@ -121,7 +121,8 @@ class MllmTask(Task):
         settings = config.model
         symbols = [text.strip() for text in (settings.user_prefix, settings.assistant_prefix) if text.strip()]
         folder = Path(config.output_dir)
-        self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts(), symbols, folder)
+        resumed = resumed_folder(config)
+        self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts, symbols, folder, resumed)
         torch.manual_seed(derive_seed("mllm", config.seed))
         model = build_model(settings, config.backbone, self.text_tokenizer, self.visual)
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
@@ -236,6 +237,18 @@ class MllmTask(Task):
             "image_accuracy": sums.image_correct.sum() * (counts["parts"] / counts["image"]),
             "text_accuracy": sums.text_correct * (counts["parts"] / counts["text"]),
         }
+
+    def extra_state(self) -> dict[str, Any]:
+        return {"visual_tokenizer": self.source.header["tokenizer"]}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on."""
+        saved, present = state["visual_tokenizer"], self.source.header["tokenizer"]
+        if saved != present:
+            raise CheckpointError(
+                f"{self.config.output_dir}: the checkpoint was trained on codes of visual tokenizer {saved}, "
+                f"{self.config.data.codes} holds those of {present}; take another output_dir"
+            )
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write the whole export folder: model, processor, visual tokenizer."""

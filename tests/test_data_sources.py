@@ -166,7 +166,11 @@ def test_bad_samples_are_replaced_whatever_was_read_before(tmp_path, caplog):
         '{"questions": [{"type": "color", "question": "q"}]}',
         '{"questions": 5}',
         '{"conversations": [{"role": "user", "content": "hi"}]}',
-        '{"scene": {"key": 1}}',
+        '{"scene": {"objects": [1], "ground": 3}}',
+        '{"captions": "one text"}',
+        '{"captions": 3, "caption": "a square"}',
+        '{"caption": "a photo of <image>"}',
+        '{"questions": [{"type": "color", "question": "what is <boi>?", "answer": "x"}]}',
     ],
 )
 def test_malformed_words_are_bad_samples(tmp_path, words):

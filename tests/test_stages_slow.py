@@ -19,9 +19,8 @@ from unitok.core.engine import whole_parameters
 from unitok.core.loop import train
 from unitok.core.runlog import read_log
 from unitok.core.sampling import SampleOrder
-from unitok.data.conversations import Turn
+from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm import UniTokMLLM
-from unitok.mllm.sequence import IMAGE_MARK
 from unitok.mllm.task import MllmTask
 from unitok.tokenizer import UniTok
 

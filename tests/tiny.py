@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from unitok.data.conversations import IMAGE_MARK
 from unitok.data.sentencepieces import train_sentencepiece
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.processor import BEGIN_IMAGE, END_IMAGE, UniTokTextTokenizer
-from unitok.mllm.sequence import IMAGE_MARK
 from unitok.tokenizer import UniTok, UniTokConfig
 
 TEXTS = [

@@ -1,12 +1,15 @@
 """Configuration of the UniTok tokenizer: one flat, validated set of sizes (paper: arXiv 2502.20321, section 3)."""
 
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+import difflib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
 
 from transformers import PretrainedConfig
 
 from unitok.core.errors import ConfigError
 
+TextTokenizerKind = Literal["clip", "sentencepiece"]
 DOWNSAMPLING = 16  # stem, two convolutional stages and the strided convolution before the blocks halve the image each
 
 
@@ -19,7 +22,38 @@ class TextTowerConfig:
     width: int = 768
     heads: int = 12
     layers: int = 12
-    tokenizer: Literal["clip", "sentencepiece"] = "clip"
+    tokenizer: TextTokenizerKind = "clip"
+
+
+_POSITIVE = (
+    "image_size", "stem_width", "width", "depth", "num_heads", "num_codebooks", "codebook_size", "code_dim", "embed_dim"
+)  # fmt: skip
+
+
+def _check_positive(sizes: Mapping[str, Any]) -> None:
+    for name, value in sizes.items():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
+
+
+def _check_text_tower(tower: Any) -> None:
+    """ConfigError unless `tower` is None or fits TextTowerConfig."""
+    if tower is None:
+        return
+    known = [field.name for field in fields(TextTowerConfig)]
+    if not isinstance(tower, Mapping):
+        raise ConfigError(f"text_tower={tower!r}: expected null or the keys {', '.join(known)}")
+    for name in tower:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"unknown key 'text_tower.{name}'; the nearest known key is 'text_tower.{near}'")
+    values = asdict(TextTowerConfig(**tower))
+    kind = values.pop("tokenizer")
+    if kind not in get_args(TextTokenizerKind):
+        raise ConfigError(f"text_tower.tokenizer={kind!r}: expected one of {', '.join(get_args(TextTokenizerKind))}")
+    _check_positive({f"text_tower.{name}": value for name, value in values.items()})
+    if values["width"] % values["heads"]:
+        raise ConfigError(f"text_tower.width={values['width']} does not divide into heads={values['heads']}")
 
 
 class UniTokConfig(PretrainedConfig):
@@ -80,10 +114,13 @@ class UniTokConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("num_codebooks", "codebook_size", "code_dim", "width", "num_heads", "image_size"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name}={value!r}: expected a whole number of at least 1")
+        sizes = {name: getattr(self, name) for name in _POSITIVE}
+        for name in ("stage_widths", "stage_depths", "decoder_stage_depths"):
+            if len(getattr(self, name)) != 2:
+                raise ConfigError(f"{name}={getattr(self, name)}: expected two numbers, one a stage")
+            sizes |= {f"{name}[{index}]": value for index, value in enumerate(getattr(self, name))}
+        _check_positive(sizes)
+        _check_text_tower(self.text_tower)
         if self.codebook_size < 2:
             raise ConfigError(f"codebook_size={self.codebook_size}: a codebook needs at least 2 entries")
         if self.image_size % DOWNSAMPLING:

@@ -2,12 +2,13 @@
 
 import hashlib
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
 
 from unitok.data.codes import CodeSample, write_codes
-from unitok.data.source import Source
+from unitok.data.source import Source, good_samples
 from unitok.data.transforms import eval_transform
 from unitok.tokenizer.model import UniTok
 
@@ -30,9 +31,10 @@ def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int 
     config = tokenizer.eval().config
 
     def samples() -> Iterator[CodeSample]:
-        starts = range(0, len(source), batch_size)
-        for start in tqdm(starts, desc="encode", unit="batch", disable=None if progress else True):
-            batch = [source[index] for index in range(start, min(start + batch_size, len(source)))]
+        found = (sample for _, sample in good_samples(source))
+        bar = tqdm(total=len(source), desc="encode", unit="image", disable=None if progress else True)
+        while batch := list(islice(found, batch_size)):
+            bar.update(len(batch))
             pixels = torch.stack([eval_transform(sample.image, config.image_size) for sample in batch])
             codes = tokenizer.encode(pixels.to(tokenizer.device)).cpu()
             for sample, code in zip(batch, codes, strict=True):

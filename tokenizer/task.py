@@ -5,19 +5,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from pydantic import Field
 from torch import Tensor, nn
 
 from unitok.core.config import Config
-from unitok.core.distributed import all_reduce_sum_, barrier, is_main
+from unitok.core.distributed import all_reduce_sum_
 from unitok.core.engine import clamp_parameter_
 from unitok.core.errors import ConfigError
-from unitok.core.loop import TrainConfig
+from unitok.core.loop import TrainConfig, resumed_folder
 from unitok.core.optim import OptimizerConfig
 from unitok.core.rng import derive_seed
 from unitok.core.signature import config_from_signature
 from unitok.core.task import Network, Task
 from unitok.data.images import ImageBatches, ImageDataConfig
-from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
+from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
 from unitok.tokenizer.adversarial import PatchDiscriminator, adaptive_weight
 from unitok.tokenizer.configuration import TextTowerConfig, UniTokConfig
 from unitok.tokenizer.losses import contrastive_loss, hinge_discriminator_loss, reconstruction_loss
@@ -31,23 +32,23 @@ UniTokSizes = config_from_signature(UniTokConfig, "UniTokSizes")
 class LossWeights(Config):
     """Weights of the generator's losses (paper, section 3.1; defaults as in the released training code)."""
 
-    l1: float = 0.2
-    l2: float = 1.0
-    adversarial: float = 0.4
-    contrastive: float = 1.0
-    vq: float = 1.0
-    entropy: float = 0.0
+    l1: float = Field(0.2, ge=0)
+    l2: float = Field(1.0, ge=0)
+    adversarial: float = Field(0.4, ge=0)
+    contrastive: float = Field(1.0, ge=0)
+    vq: float = Field(1.0, ge=0)
+    entropy: float = Field(0.0, ge=0)
 
 
 class DiscriminatorConfig(Config):
     """The adversarial part. It starts at `start_step` and its weight grows linearly over `warmup_steps`."""
 
     enabled: bool = True
-    start_step: int = 0
-    warmup_steps: int = 0
+    start_step: int = Field(0, ge=0)
+    warmup_steps: int = Field(0, ge=0)
     adaptive: bool = True
-    channels: int = 32
-    num_layers: int = 3
+    channels: int = Field(32, ge=1)
+    num_layers: int = Field(3, ge=1)
     optimizer: OptimizerConfig = OptimizerConfig(lr=2e-4, betas=(0.5, 0.9), weight_decay=0.0)
 
 
@@ -59,7 +60,7 @@ class TokenizerTrainConfig(TrainConfig):
     loss: LossWeights = LossWeights()
     discriminator: DiscriminatorConfig = DiscriminatorConfig()
     optimizer: OptimizerConfig = OptimizerConfig(lr=5e-4, weight_decay=0.02)
-    ema_decay: float | None = 0.9999
+    ema_decay: float | None = Field(0.9999, ge=0, lt=1)
     gradient_checkpointing: bool = False
 
 
@@ -75,6 +76,12 @@ class TokenizerTask(Task):
             raise ConfigError(
                 "loss.contrastive > 0 needs a text tower: set model.text_tower, or loss.contrastive=0 to do without"
             )
+        if config.discriminator.optimizer.start_step not in (0, config.discriminator.start_step):
+            raise ConfigError(
+                f"discriminator.optimizer.start_step={config.discriminator.optimizer.start_step} contradicts "
+                f"discriminator.start_step={config.discriminator.start_step}; set the latter only"
+            )
+        UniTokConfig(**config.model.model_dump())  # sizes that contradict each other are refused before data are read
         self.batches = ImageBatches(config.data, config.model.image_size, config.seed)
         self.text_file: Path | None = None
         self.model: UniTok | None = None
@@ -105,11 +112,9 @@ class TokenizerTask(Task):
 
     def _sentencepiece_file(self, tower: dict[str, Any]) -> Path:
         """Train the caption tokenizer once per run and set the tower's vocabulary size to what it really has."""
-        path = Path(self.config.output_dir) / TEXT_MODEL_FILE
-        if is_main() and not path.is_file():
-            vocab_size = tower.get("vocab_size", TextTowerConfig.vocab_size)
-            train_sentencepiece(self.batches.all_captions(), path, vocab_size - 2)
-        barrier()
+        folder, resumed = Path(self.config.output_dir), resumed_folder(self.config)
+        pieces = tower.get("vocab_size", TextTowerConfig.vocab_size) - 2
+        path = run_sentencepiece(folder, TEXT_MODEL_FILE, resumed, self.batches.all_captions, pieces)
         tower["vocab_size"] = load_sentencepiece(path).get_piece_size() + 2
         return path
 
@@ -132,7 +137,8 @@ class TokenizerTask(Task):
         loss = weights.vq * out.vq_loss
         metrics = {"vq": out.vq_loss}
         if text_ids is not None:
-            contrastive = contrastive_loss(out.image_embedding, out.text_embedding, out.logit_scale)
+            has_text = torch.tensor([bool(text) for text in batch["captions"]], device=generator.device)
+            contrastive = contrastive_loss(out.image_embedding, out.text_embedding, out.logit_scale, has_text)
             loss = loss + weights.contrastive * contrastive
             metrics["contrastive"] = contrastive
         if out.entropy_loss is not None:

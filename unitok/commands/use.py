@@ -8,8 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from unitok.core.errors import UserError
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+from unitok.data.transforms import IMAGE_EXTENSIONS
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
@@ -84,15 +83,20 @@ def chat(arguments: argparse.Namespace) -> int:
             question = input(prompt).strip()
         except EOFError:
             return 0
-        if question:
+        if not question:
+            continue
+        try:
             print(ask(question), flush=True)
+        except UserError as error:  # one bad line does not end the conversation
+            messages.pop()
+            print(f"unitok: error: {error}", file=sys.stderr, flush=True)
 
 
 def output_files(out: str | None, names: Sequence[str]) -> list[Path]:
     """Where results go: `out` names a file for a single result, else a folder that is made; None is here."""
     if out is not None and Path(out).suffix:
-        if Path(out).suffix.lower() not in IMAGE_SUFFIXES:
-            raise UserError(f"--out {out}: expected a folder or a file ending in {', '.join(IMAGE_SUFFIXES)}")
+        if Path(out).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
+            raise UserError(f"--out {out}: expected a folder or a file ending in .{', .'.join(IMAGE_EXTENSIONS)}")
         if len(names) > 1:
             raise UserError(f"--out {out}: one file for {len(names)} images; give a folder")
         Path(out).parent.mkdir(parents=True, exist_ok=True)
@@ -101,12 +105,15 @@ def output_files(out: str | None, names: Sequence[str]) -> list[Path]:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {out}: is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    taken: dict[str, int] = {}
-    files = []
+    files: list[Path] = []
+    taken: set[str] = set()
     for name in names:  # equal names get a number
-        taken[name] = taken.get(name, 0) + 1
-        path = Path(name)
-        files.append(folder / (name if taken[name] == 1 else f"{path.stem}_{taken[name]}{path.suffix}"))
+        path, number = Path(name), 1
+        while name in taken:
+            number += 1
+            name = f"{path.stem}_{number}{path.suffix}"
+        taken.add(name)
+        files.append(folder / name)
     return files
 
 

@@ -152,8 +152,15 @@ def prune(folder: Path, keep_last: int) -> None:
         shutil.rmtree(path)
 
 
+# Settings of how a run is run and shown, not of what is trained.
+RUNNING = (
+    "output_dir", "resume", "tracker", "num_workers", "device", "log_every", "save_every", "eval_every", "keep_last"
+)  # fmt: skip
+
+
 def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
-    """Refuse to resume under settings that would change what the steps mean. Other changes are a warning.
+    """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
+    step is left to make them true.
 
     Args:
         saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
@@ -176,10 +183,15 @@ def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any]) -
             f"checkpoint {path} was trained on {saved['num_samples']} samples, now there are {present['num_samples']}; "
             "resume with the same data"
         )
-    ignored = {*keys, "engine.micro_batch_size", "output_dir", "resume", "tracker", "num_workers"}
-    changed = [key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored]
+    ignored = {*keys, *RUNNING, "engine.micro_batch_size"}
+    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored)
+    if changed and saved["step"] >= new["steps"]:
+        raise CheckpointError(
+            f"checkpoint {path} is of step {saved['step']} and no step is left (steps={new['steps']}), but these "
+            f"settings have changed: {', '.join(changed)}; take another output_dir"
+        )
     if changed:
-        logger.warning("resuming %s with changed settings: %s", path, ", ".join(sorted(changed)))
+        logger.warning("resuming %s with changed settings: %s", path, ", ".join(changed))
 
 
 def on_main(function: Callable[[], Result]) -> Result:

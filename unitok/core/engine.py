@@ -31,11 +31,6 @@ class EngineConfig(Config):
     gradient_clipping: float = Field(1.0, ge=0)
     zero3_persistence: int = Field(100_000, ge=0)
 
-    @property
-    def global_batch_size(self) -> int:
-        """Samples of one optimizer step over all ranks."""
-        return self.micro_batch_size * self.accumulation_steps * world_size()
-
 
 def deepspeed_config(config: EngineConfig) -> dict[str, Any]:
     """The DeepSpeed configuration that `config` stands for."""

@@ -14,8 +14,12 @@ from unitok.core.errors import UserError
 def local_ranks(most: int) -> int:
     """One rank per GPU, or per CPU core where there is none: on small networks two ranks of one thread train faster
     than one rank of two threads."""
-    available = torch.cuda.device_count() if torch.cuda.is_available() else len(os.sched_getaffinity(0))
-    return max(1, min(most, available))
+    return max(1, min(most, torch.cuda.device_count() if torch.cuda.is_available() else _cores()))
+
+
+def _cores() -> int:
+    """Cores this process may use (macOS knows only how many there are)."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
@@ -23,7 +27,7 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
 
     A rank gets its share of the cores. Every rank's output goes where ours goes.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // ranks)
+    threads = max(1, _cores() // ranks)
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
     process = subprocess.Popen([*command, "-m", "unitok", *arguments], env=environment)

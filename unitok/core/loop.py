@@ -175,6 +175,15 @@ def _resume(run: _Run) -> None:
             print(f"resuming {run.task.name} from {run.last_checkpoint} (step {run.step})", flush=True)
 
 
+def resumed_folder(config: TrainConfig) -> Path | None:
+    """The output folder of the run that will be resumed; None for a new run. Beside its checkpoints it holds what a
+    task made at its start."""
+    if config.resume not in ("auto", "never"):
+        return Path(config.resume).resolve().parent.parent
+    folder = Path(config.output_dir)
+    return folder if checkpoint.latest_complete(folder / "checkpoints") is not None else None
+
+
 def _find_checkpoint(run: _Run) -> Path | None:
     config = run.config
     if config.resume not in ("auto", "never"):

@@ -1,13 +1,14 @@
 """Optimizer settings, the learning rate as a pure function of the step, and which parameters decay."""
 
 import math
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 from torch import nn
 
 from unitok.core.config import Config
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
 NO_DECAY_NAMES = ("logit_scale", "codebook", "codebooks")
 
 
@@ -15,7 +16,7 @@ class OptimizerConfig(Config):
     """AdamW and its schedule. Before `start_step` the rate is 0; warm-up and decay count from there."""
 
     lr: float = Field(1e-3, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.05, ge=0)
     schedule: Literal["cosine", "constant", "linear"] = "cosine"

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
@@ -13,6 +13,17 @@ from unitok.core.errors import CheckpointError
 ModelT = TypeVar("ModelT", bound=PreTrainedModel)
 
 
+def read_json(file: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; CheckpointError when there is none."""
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{file}: damaged, not JSON ({error}); copy it again") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: holds a {type(data).__name__}, expected an object; copy it again")
+    return data
+
+
 def check_model_folder(folder: Path, model_type: str) -> None:
     """CheckpointError unless `folder` is a model folder of that type."""
     config_file = folder / "config.json"
@@ -20,10 +31,9 @@ def check_model_folder(folder: Path, model_type: str) -> None:
         raise CheckpointError(f"{folder}: no such model folder")
     if not config_file.is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
-    try:
-        found = json.loads(config_file.read_text()).get("model_type")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise CheckpointError(f"{config_file}: not a valid configuration ({error})") from error
+    for file in sorted(folder.glob("*.json")):
+        read_json(file)  # transformers gives a traceback for a damaged one
+    found = read_json(config_file).get("model_type")
     if found != model_type:
         raise CheckpointError(f"{folder}: holds a model of type {found!r}, expected {model_type!r}")
     if not list(folder.glob("*.safetensors")):

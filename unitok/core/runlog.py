@@ -62,19 +62,19 @@ class RunLog:
 
     def progress(self, step: int, metrics: dict[str, float], samples: int) -> None:
         """Show where the run is: a bar on a terminal, else a plain line every few seconds."""
-        shown = {name: metrics[name] for name in self.headline if name in metrics}
+        shown = {name: f"{metrics[name]:.4g}" for name in self.headline if name in metrics}
+        now = time.monotonic()
+        done = max(1, step - self._start_step)
+        rate = samples / max(1, step) * done / max(now - self._begin, 1e-9)
         if self._bar is not None:
-            self._bar.set_postfix({name: f"{value:.4g}" for name, value in shown.items()}, refresh=False)
+            self._bar.set_postfix(shown | {"samples/s": f"{rate:.1f}"}, refresh=False)
             self._bar.update(step - self._bar.n)
             return
-        now = time.monotonic()
         if now - self._last_print < self.interval and step < self.total_steps:
             return
         self._last_print = now
-        done = max(1, step - self._start_step)
         left = (now - self._begin) / done * (self.total_steps - step)
-        rate = samples / max(1, step) * done / max(now - self._begin, 1e-9)
-        values = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        values = "  ".join(f"{name} {value}" for name, value in shown.items())
         print(f"step {step}/{self.total_steps}  {values}  {rate:.1f} samples/s  {_clock_text(left)} left", flush=True)
 
     def message(self, text: str) -> None:
