@@ -93,7 +93,10 @@ def load_sentencepiece(path: Path):
 
     if not path.is_file():
         raise UserError(f"{path}: no such sentencepiece model")
+    content = path.read_bytes()
+    if not content:
+        raise UserError(f"{path}: not a sentencepiece model (the file is empty)")
     try:
-        return spm.SentencePieceProcessor(model_proto=path.read_bytes())
+        return spm.SentencePieceProcessor(model_proto=content)
     except RuntimeError as error:
         raise UserError(f"{path}: not a sentencepiece model ({error})") from error

@@ -107,7 +107,7 @@ def test_chat_answers_a_question_and_holds_a_conversation(run, capsys, monkeypat
     question = ["chat", "what color is the circle?", "--image", str(run / "red.png"), *model_of(run)]
     assert main([*question, "--max-new-tokens", "4"]) == 0
     capsys.readouterr()
-    lines = iter(["what color is it?", "", "how many objects are there?"])
+    lines = iter(["what color is it?", "", "what <image> is it?", "how many objects are there?"])
 
     def read(prompt: str = "") -> str:
         try:
@@ -117,7 +117,9 @@ def test_chat_answers_a_question_and_holds_a_conversation(run, capsys, monkeypat
 
     monkeypatch.setattr("builtins.input", read)
     assert main(["chat", "--image", str(run / "red.png"), *model_of(run), "--max-new-tokens", "4"]) == 0
-    assert len(capsys.readouterr().out.split("\n")) == 3  # two answers, each on its line
+    printed = capsys.readouterr()
+    assert len(printed.out.split("\n")) == 3  # two answers, each on its line
+    assert "<image>" in printed.err  # a bad line does not end the conversation
 
 
 def test_reconstruct(run):
@@ -185,7 +187,22 @@ def test_data_commands(run, capsys):
         (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.code_dim=5"], "code_dim"),
         (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.codebook_size=1"], "codebook_size"),
         (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.image_size=65"], "image_size"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.text_tower.widht=8"], "text_tower.width"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.text_tower.heads=7"], "heads=7"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.stage_depths=[1]"], "stage_depths"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "loss.l1=-1"], "loss.l1"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "ema_decay=1.5"], "ema_decay"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "optimizer.betas=[0.9,1.0]"], "betas"),
+        (
+            ["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "discriminator.optimizer.start_step=7"],
+            "discriminator.start_step",
+        ),
         (["train", "tokenizer", "--config", "RUN/absent.yaml"], "absent.yaml"),
+        (["train", "mllm", "--config", "mllm/shapes.yaml", "loss_normalisation=mean"], "loss_normalisation"),
+        (["train", "mllm", "--config", "mllm/shapes.yaml", "data.mixture.chat=-0.1"], "data.mixture.chat"),
+        (["train", "mllm", "--config", "mllm/shapes.yaml", "sampler.top_p=0"], "sampler.top_p"),
+        (["generate", "a <boi> circle", "--model", "MODEL"], "<boi>"),
+        (["chat", "what? <image>", "--model", "MODEL"], "<image>"),
         (["train", "mllm", "--config", "mllm/shapes.yaml", "tokenizer=RUN/nowhere"], "nowhere"),
         (["data", "codes", "--tokenizer", "RUN/nowhere", "--shards", "RUN/images", "--out", "RUN/c"], "nowhere"),
         (["data", "check", "RUN/nothing"], "nothing"),
@@ -224,6 +241,39 @@ def test_damaged_weights_are_named(run, capsys):
     weights.write_bytes(weights.read_bytes()[:1000])
     assert main(["generate", "a circle", "--model", str(broken)]) == 2
     assert "broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["config.json", "processor_config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.model"],
+)
+def test_damaged_files_of_an_export_are_named(run, tmp_path, name, capsys):
+    import shutil
+
+    broken = shutil.copytree(run / "mllm" / "export", tmp_path / "model")
+    assert (broken / name).is_file()
+    for content in ("", '{"a": ', "[1]"):
+        (broken / name).write_text(content)
+        assert main(["generate", "a circle", "--model", str(broken)]) == 2
+        err = capsys.readouterr().err.splitlines()
+        assert len(err) == 1 and name in err[0], err
+
+
+def test_a_new_run_trains_its_text_model_anew(run, tmp_path):
+    """What an earlier run left in the folder belongs to other texts; a resumed run keeps its own."""
+    from unitok.data.sentencepieces import run_sentencepiece
+
+    stale = tmp_path / "tokenizer.model"
+    stale.write_bytes(b"cut sho")
+    run_sentencepiece(tmp_path, stale.name, None, lambda: ["a photo of a circle", "two squares"], 60)
+    fresh = stale.read_bytes()
+    assert fresh != b"cut sho"
+
+    def never() -> list[str]:
+        raise AssertionError("a resumed run needs no texts")
+
+    run_sentencepiece(tmp_path / "copy", stale.name, tmp_path, never, 60)
+    assert (tmp_path / "copy" / stale.name).read_bytes() == fresh
 
 
 def test_codes_of_another_tokenizer_are_refused(run, capsys):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from unitok.core.ema import Ema
 from unitok.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
 from unitok.core.runlog import RunLog, read_log, truncate_log
 from unitok.core.sampling import SampleOrder, batches
+from unitok.core.signals import StopSignals
 from unitok.core.task import Network
 
 
@@ -151,6 +153,34 @@ def test_changed_settings_are_refused(tmp_path: Path) -> None:
         run_toy(ToyTask(), tmp_path, steps=3, resume="never")
     with pytest.raises(CheckpointError, match="not a complete checkpoint"):
         run_toy(ToyTask(), tmp_path, steps=3, resume=str(tmp_path / "nowhere"))
+
+
+def test_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
+    """Its weights would be exported under a configuration that never trained them."""
+    run_toy(ToyTask(), tmp_path, steps=2)
+    written = (tmp_path / "config.yaml").read_text()
+    with pytest.raises(CheckpointError, match="no step is left .*engine.gradient_clipping.*another output_dir"):
+        run_toy(ToyTask(), tmp_path, steps=2, engine_gradient_clipping=0.5)
+    assert (tmp_path / "config.yaml").read_text() == written
+    run_toy(ToyTask(), tmp_path, steps=2, log_every=2)  # how it is shown may change
+
+
+def test_signals_of_the_first_seconds_count_once() -> None:
+    """A launcher and the terminal both signal the ranks; only a later wish ends a rank before it has saved."""
+    seen: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
+    try:
+        with StopSignals(grace_seconds=60) as patient:
+            for _ in range(3):
+                signal.raise_signal(signal.SIGTERM)
+            assert patient.requested and not seen
+        with StopSignals(grace_seconds=-1) as hasty:
+            signal.raise_signal(signal.SIGTERM)
+            assert hasty.requested and not seen
+            signal.raise_signal(signal.SIGTERM)
+            assert seen == [signal.SIGTERM]
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_checkpoints_hold_no_runnable_code(tmp_path: Path) -> None:

@@ -52,6 +52,23 @@ def test_contrastive_loss_of_two_pairs_by_hand():
     assert contrastive_loss(image, text, torch.zeros(1)).item() == pytest.approx(sum(rows) / 2, abs=1e-6)
 
 
+def test_rows_without_a_caption_are_left_out_of_the_contrastive_loss():
+    torch.manual_seed(0)
+    image, text = (F.normalize(torch.randn(5, 8), dim=-1).requires_grad_() for _ in range(2))
+    scale, kept = torch.tensor([1.3], requires_grad=True), torch.tensor([True, False, True, True, False])
+    ours = contrastive_loss(image, text, scale, kept)
+    alone = contrastive_loss(image[kept], text[kept], scale)
+    torch.testing.assert_close(ours, alone)
+    for one, other in zip(
+        torch.autograd.grad(ours, [image, text, scale]), torch.autograd.grad(alone, [image, text, scale]), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    everything = contrastive_loss(image, text, scale, torch.ones(5, dtype=torch.bool))
+    torch.testing.assert_close(everything, contrastive_loss(image, text, scale))
+    nothing = contrastive_loss(image, text, scale, torch.zeros(5, dtype=torch.bool))
+    assert nothing.item() == 0 and torch.autograd.grad(nothing, image)[0].abs().sum() == 0
+
+
 # ---- adversarial
 
 
