@@ -59,11 +59,10 @@ def test_two_ranks_log_what_one_process_logs(
     options.append(f"engine.zero_stage={zero}")
     log = run_ranks(2, run_stage, stage, files[stage], tmp_path, 2, options, None, mix_by_rank, timeout=300)[0]
     found = differences(log, expected)
-    # Losses to 1e-4. One run in several had one value off by 2.4e-4 (ZeRO 2, accumulation 2; its loss agreed to 3e-6);
-    # which value was not recorded. That it is one of these diagnostics is a guess: LOG.md, open points.
-    diagnostic = {name for name in found if name.startswith(("grad_norm", "adversarial"))}
-    assert len(log) == STEPS and max(found[name] for name in found.keys() - diagnostic) < 1e-4, found
-    assert all(found[name] < 2e-3 for name in diagnostic), found
+    # Gradient norms have kinks where a pixel meets its target: L1's gradient is the sign of a difference that rounding
+    # decides. Measured with accumulation 2: 1.9e-4 from one step to the next, and at most 4e-7 with loss.l1=0.
+    assert len(log) == STEPS and max(v for name, v in found.items() if not name.startswith("grad_norm")) < 1e-4, found
+    assert all(value < 1e-3 for name, value in found.items() if name.startswith("grad_norm")), found
     if stage == "tokenizer":
         present = [{"adversarial", "adversarial_weight", "discriminator"} <= record.keys() for record in log]
         assert present == [False] * START + [True] * (STEPS - START)
