@@ -19,7 +19,7 @@ from unitok.core.errors import DataError
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
 from unitok.data.shards import ShardReader, write_shards
-from unitok.data.source import Words, load_json_object, words_from_json, words_to_json
+from unitok.data.words import Words, load_json_object, words_from_json, words_to_json
 
 FORMAT_VERSION = 1
 HEADER_FILE = "header.json"

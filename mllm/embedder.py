@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
+from unitok.tokenizer.quantizer import lookup
 
 
 class CodeEmbedder(nn.Module):
@@ -45,10 +46,7 @@ class CodeEmbedder(nn.Module):
         """Normalised codebook vectors `[B, L, C]`; DataError when K does not fit."""
         if codes_BKL.dim() != 3 or codes_BKL.shape[1] != self.num_codebooks:
             raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={self.num_codebooks}, L]")
-        offsets_K1 = torch.arange(self.num_codebooks, device=codes_BKL.device).unsqueeze(-1) * self.codebook_size
-        rows_BLK = (codes_BKL + offsets_K1).transpose(1, 2)
-        table = F.normalize(self.codebooks.float(), dim=-1).flatten(0, 1)
-        return F.embedding(rows_BLK, table).flatten(2).to(self.mlp[1].weight.dtype)
+        return lookup(codes_BKL, F.normalize(self.codebooks.float(), dim=-1)).to(self.mlp[1].weight.dtype)
 
     def forward(self, codes_BKL: Tensor, cache: ProjectionCache | None = None, start: int = 0) -> Tensor:
         """Codes `[B, K, L]` -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of that code."""

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from unitok.core.config import Config
 from unitok.core.distributed import all_reduce_sum_, world_size
 from unitok.core.errors import CheckpointError, DataError
-from unitok.core.loop import TrainConfig, resumed_folder
 from unitok.core.optim import OptimizerConfig
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
+from unitok.core.run import TrainConfig, resumed_folder
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
 from unitok.data.codes import CodeSample, CodeSource
@@ -214,6 +214,8 @@ class MllmTask(Task):
             "image": max(image, 1.0),
             "share": image / max(image + text, 1.0),
             "parts": len(batches) * world_size(),
+            "has_image": image > 0,
+            "has_text": text > 0,
         }
 
     def micro_step(
@@ -230,13 +232,14 @@ class MllmTask(Task):
         else:
             loss = (weight * image + text) / 2
         engine.backward(loss)
-        return {
-            "loss": loss.detach(),
-            "image": image.detach(),
-            "text": text.detach(),
-            "image_accuracy": sums.image_correct.sum() * (counts["parts"] / counts["image"]),
-            "text_accuracy": sums.text_correct * (counts["parts"] / counts["text"]),
-        }
+        metrics = {"loss": loss.detach()}
+        if counts["has_image"]:  # of the whole step, so all ranks and micro-batches log the same names
+            metrics["image"] = image.detach()
+            metrics["image_accuracy"] = sums.image_correct.sum() * (counts["parts"] / counts["image"])
+        if counts["has_text"]:
+            metrics["text"] = text.detach()
+            metrics["text_accuracy"] = sums.text_correct * (counts["parts"] / counts["text"])
+        return metrics
 
     def extra_state(self) -> dict[str, Any]:
         return {"visual_tokenizer": self.source.header["tokenizer"]}

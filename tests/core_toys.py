@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from unitok.core.distributed import all_reduce_sum_, rank, world_size
 from unitok.core.engine import EngineConfig
-from unitok.core.loop import TrainConfig, train
+from unitok.core.loop import train
 from unitok.core.optim import OptimizerConfig
 from unitok.core.rng import torch_rng
+from unitok.core.run import TrainConfig
 from unitok.core.runlog import read_log
 from unitok.core.task import Network, Task
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from unitok.core.config import load_config
 from unitok.core.distributed import rank
-from unitok.core.loop import TrainConfig, train
+from unitok.core.loop import train
+from unitok.core.run import TrainConfig
 from unitok.core.runlog import read_log
 from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -198,6 +199,7 @@ def test_data_commands(run, capsys):
             "discriminator.start_step",
         ),
         (["train", "tokenizer", "--config", "RUN/absent.yaml"], "absent.yaml"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "eval_every=5", *TINY_TOKENIZER], "eval_every"),
         (["train", "mllm", "--config", "mllm/shapes.yaml", "loss_normalisation=mean"], "loss_normalisation"),
         (["train", "mllm", "--config", "mllm/shapes.yaml", "data.mixture.chat=-0.1"], "data.mixture.chat"),
         (["train", "mllm", "--config", "mllm/shapes.yaml", "sampler.top_p=0"], "sampler.top_p"),
@@ -294,6 +296,66 @@ def test_every_command_has_help():
     for name, command in subparsers[0].choices.items():
         assert len(command.format_help()) > 100, name
         assert command.format_help().startswith("usage: unitok")
+
+
+def test_train_on_a_pretrained_backbone_and_conversations_alone(run, tmp_path, capsys):
+    """`backbone.path` with its own tokenizer, on a JSONL file that holds no caption: only answers are learnt."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    from unitok.core.pretrained import load_model_folder
+    from unitok.core.runlog import read_log
+    from unitok.mllm import UniTokMLLM
+
+    words = ["<unk>", "<s>", "</s>", "what", "is", "it", "?", "red", "USER", "ASSISTANT", ":"]
+    plain = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    plain.pre_tokenizer = pre_tokenizers.Whitespace()
+    own = PreTrainedTokenizerFast(tokenizer_object=plain, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    backbone = LlamaForCausalLM(LlamaConfig(vocab_size=len(words), **sizes))
+    for one in (own, backbone):
+        one.save_pretrained(tmp_path / "llama")
+    talk = [{"role": "user", "content": "what is it ?"}, {"role": "assistant", "content": "red"}]
+    record = json.dumps({"image": str(run / "red.png"), "conversations": talk})
+    (tmp_path / "talks.jsonl").write_text(f"{record}\n" * 4)
+    export, codes = run / "tokenizer" / "export", tmp_path / "codes"
+    shards = ["--shards", str(tmp_path / "talks.jsonl"), "--out", str(codes)]
+    assert main(["data", "codes", "--tokenizer", str(export), *shards]) == 0
+    train = ["train", "mllm", "--config", "mllm/shapes.yaml", *TINY_MODEL[:-1], f"tokenizer={export}"]
+    train += [f"data.codes={codes}", f"output_dir={tmp_path / 'out'}", f"backbone.path={tmp_path / 'llama'}"]
+    assert main([*train, "backbone.config={hidden_size: 8}"]) == 2
+    assert "backbone.config" in capsys.readouterr().err
+    assert main([*train, "backbone.config={}", "optimizer.lr=0"]) == 0
+    log = read_log(tmp_path / "out" / "log.jsonl")
+    assert len(log) == 2 and all(record["text"] > 0 and "image" not in record for record in log)
+    model = load_model_folder(UniTokMLLM, tmp_path / "out" / "export")
+    assert model.config.text_config.vocab_size == len(words) + 3 + 0  # the three marks; no pad: it is the end
+    kept = model.backbone.embed_tokens.weight[: len(words)]
+    assert kept.equal(backbone.model.embed_tokens.weight), "the pretrained embeddings were not taken"
+
+
+@pytest.mark.slow
+def test_quick_demo_writes_everything_and_goes_on_after_a_stop(tmp_path):
+    """`unitok demo --quick`: stopped in its first stage, then run to the end."""
+    out = tmp_path / "demo"
+    command = [sys.executable, "-m", "unitok", "demo", "--quick", "--out", str(out)]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 1/"):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.communicate(timeout=120)[0]
+    assert process.returncode == 2 and "stopped before step 4" in rest, rest
+    assert [path.name for path in (out / "tokenizer" / "checkpoints").iterdir()] != []
+    assert not (out / "results.json").exists()
+    spent = json.loads((out / "spent.json").read_text())["seconds"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "resuming tokenizer from" in done.stdout
+    results = json.loads((out / "results.json").read_text())
+    assert {"tokenizer", "vqa", "geneval", "wall_seconds", "peak_memory_mb"} <= results.keys()
+    assert results["wall_seconds"] > spent > 0
+    assert (out / "model" / "config.json").is_file() and (out / "report.html").stat().st_size > 10_000
 
 
 @pytest.mark.slow

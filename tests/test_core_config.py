@@ -9,8 +9,8 @@ from torch import nn
 from unitok.core.config import Config, config_path, load_config, save_config
 from unitok.core.engine import EngineConfig, deepspeed_config
 from unitok.core.errors import ConfigError
-from unitok.core.loop import TrainConfig
 from unitok.core.optim import OptimizerConfig, lr_at, parameter_groups
+from unitok.core.run import TrainConfig
 
 
 class Part(Config):

@@ -18,7 +18,8 @@ from unitok.data.check import check_source
 from unitok.data.codes import CodeSample, CodeSource, write_codes
 from unitok.data.conversations import Turn, import_llava, parse_conversations, validate_conversation
 from unitok.data.shards import ShardReader, write_shards
-from unitok.data.source import open_source, words_to_json
+from unitok.data.source import open_source
+from unitok.data.words import words_to_json
 
 SHAPES = "shapes:val?num=25&seed=4"
 TALK = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a square"}]

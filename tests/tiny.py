@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -139,3 +140,15 @@ def assert_same_gradients(
         torch.testing.assert_close(
             gradient, reference[name], msg=lambda text, name=name: f"{name}: {text}", **tolerance
         )
+
+
+MLLM_VARIANTS = [
+    {},
+    {"depth_shared_head": False},
+    {"depth_width": 24, "depth_num_heads": 3, "depth_intermediate_size": 20},
+    {"image_position_embedding": True},
+    {"num_codebooks": 1, "code_dim": 6, "depth_shared_head": False},
+]
+every_mllm_variant = pytest.mark.parametrize(
+    "changes", MLLM_VARIANTS, ids=["plain", "own heads", "narrow", "positions", "one"]
+)

@@ -103,11 +103,7 @@ class MultiCodebookQuantizer(nn.Module):
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         """Normalised code vectors `[B, L, K * D]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
         check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
-        batch, _, length = codes_BKL.shape
-        # One gather over the flattened codebooks: entry (k, v) stands in row k * V + v.
-        offsets_K1 = torch.arange(self.num_codebooks, device=codes_BKL.device).unsqueeze(-1) * self.codebook_size
-        rows_BLK = (codes_BKL + offsets_K1).transpose(1, 2)
-        return F.embedding(rows_BLK, self.normalised_codebooks().flatten(0, 1)).reshape(batch, length, -1)
+        return lookup(codes_BKL, self.normalised_codebooks())
 
     def _chunks(self, features_BLC: Tensor) -> Tensor:
         if features_BLC.shape[-1] != self.num_codebooks * self.code_dim:
@@ -117,6 +113,15 @@ class MultiCodebookQuantizer(nn.Module):
             )
         chunks_KND = features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim).transpose(0, 1)
         return F.normalize(chunks_KND, dim=-1)
+
+
+def lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
+    """The entries of codes `[B, K, L]`, side by side: `[B, L, K * D]`."""
+    # One gather over the flattened codebooks: entry (k, v) stands in row k * V + v.
+    num_codebooks, size, _ = codebooks_KVD.shape
+    offsets_K1 = torch.arange(num_codebooks, device=codes_BKL.device).unsqueeze(-1) * size
+    rows_BLK = (codes_BKL + offsets_K1).transpose(1, 2)
+    return F.embedding(rows_BLK, codebooks_KVD.flatten(0, 1)).flatten(2)
 
 
 def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> None:

@@ -12,9 +12,9 @@ from unitok.core.config import Config
 from unitok.core.distributed import all_reduce_sum_
 from unitok.core.engine import clamp_parameter_
 from unitok.core.errors import ConfigError
-from unitok.core.loop import TrainConfig, resumed_folder
 from unitok.core.optim import OptimizerConfig
 from unitok.core.rng import derive_seed
+from unitok.core.run import TrainConfig, resumed_folder
 from unitok.core.signature import config_from_signature
 from unitok.core.task import Network, Task
 from unitok.data.images import ImageBatches, ImageDataConfig

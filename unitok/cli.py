@@ -190,6 +190,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
         one = kinds.add_parser(kind, help=text)
         one.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
         _add_eval_options(one, kind, "questions" if kind == "vqa" else "prompts")
+        if kind == "vqa":
+            one.add_argument("--paraphrase", action="store_true", help="ask in other words, as the demo does")
         if kind == "geneval":
             one.add_argument("--prompts", metavar="FILE", help="GenEval metadata (JSONL); default: shapes prompts")
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")

@@ -3,6 +3,8 @@
 import json
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,20 +32,36 @@ QUICK = {
 def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     """Train, evaluate and report into `out`; returns the figures that stand in `out/results.json`.
 
-    The final export is `out/model`. An interrupted demo goes on where its last checkpoint was.
+    The final export is `out/model`. An interrupted demo goes on where its last checkpoint was; its time is then that of
+    all calls together.
     """
-    started = time.monotonic()
     out.mkdir(parents=True, exist_ok=True)
-    with MemoryWatch() as memory:
+    with _counted(out) as spent:
         source = _train_tokenizer(out, seed, quick)
         _extract(out, source)
         _train_model(out, seed, quick)
         results = _evaluate(out, seed, quick)
-    results |= {"wall_seconds": round(time.monotonic() - started, 1), "peak_memory_mb": round(memory.peak_mb, 1)}
+    results |= {"wall_seconds": round(spent["seconds"], 1), "peak_memory_mb": round(spent["peak_mb"], 1)}
     write_results(out / "results.json", results)
     write_report(out)
     _print(out, results)
     return results
+
+
+@contextmanager
+def _counted(out: Path) -> Iterator[dict[str, float]]:
+    """Seconds and largest memory of this call and of those before it, which `out/spent.json` remembers."""
+    record = out / "spent.json"
+    spent = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "peak_mb": 0.0}
+    started = time.monotonic()
+    watch = MemoryWatch()
+    try:
+        with watch:
+            yield spent
+    finally:
+        spent["seconds"] += time.monotonic() - started
+        spent["peak_mb"] = max(spent["peak_mb"], watch.peak_mb)
+        record.write_text(json.dumps(spent) + "\n")
 
 
 def _section(title: str) -> None:

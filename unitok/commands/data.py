@@ -13,7 +13,8 @@ def shapes(arguments: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from unitok.data.shards import write_shards
-    from unitok.data.source import open_source, words_to_json
+    from unitok.data.source import open_source
+    from unitok.data.words import words_to_json
 
     if arguments.num < 1:
         raise UserError(f"--num {arguments.num}: expected at least 1")

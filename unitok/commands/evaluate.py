@@ -34,14 +34,18 @@ def retrieval(arguments: argparse.Namespace) -> int:
 
 def vqa(arguments: argparse.Namespace) -> int:
     """Accuracy by type of question, beside always giving the most frequent answer."""
+    from unitok.data.captions import paraphrase
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
     if _only_planned(arguments, f"visual question answering on {source.name}"):
         return 0
     pipeline = _pipeline(arguments)
-    figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=arguments.batch_size)
-    return _finish(arguments, "vqa", figures, {"questions": figures["num_questions"]})
+    rephrase = paraphrase if arguments.paraphrase else None
+    size = arguments.batch_size
+    figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
+    counts = {"questions": figures["num_questions"]}
+    return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
 
 
 def geneval(arguments: argparse.Namespace) -> int:

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Sequence
 
 from unitok.core.config import load_config
-from unitok.core.loop import TrainConfig
+from unitok.core.run import TrainConfig
 
 
 def train(arguments: argparse.Namespace) -> int:

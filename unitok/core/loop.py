@@ -1,22 +1,18 @@
 """The training loop: one for all tasks. It owns accumulation, the finite check, logging, saving and signals."""
 
 import contextlib
-import logging
 import random
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import Field
 from torch import Tensor, nn
 
-import unitok
 from unitok.core import checkpoint
-from unitok.core.config import Config, save_config
+from unitok.core.config import Config
 from unitok.core.distributed import (
     all_gather_object,
     all_reduce_sum_,
@@ -28,75 +24,17 @@ from unitok.core.distributed import (
     shutdown_distributed,
     world_size,
 )
-from unitok.core.ema import Ema
-from unitok.core.engine import EngineConfig, GradientGuard, build_engine, set_learning_rate, whole_parameters
+from unitok.core.engine import set_learning_rate, whole_parameters
 from unitok.core.errors import ConfigError, NonFiniteError
-from unitok.core.optim import lr_at, parameter_groups
+from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
-from unitok.core.runlog import RunLog, Tracker
+from unitok.core.run import Run, TrainConfig, identity, resume, set_up
+from unitok.core.runlog import RunLog
 from unitok.core.sampling import SampleOrder, batches
 from unitok.core.signals import StopSignals
-from unitok.core.task import Network, Task
+from unitok.core.task import Task
 
-logger = logging.getLogger("unitok")
 Evaluator = Callable[[dict[str, nn.Module], int], dict[str, float]]
-
-
-class TrainConfig(Config):
-    """Settings of a run that every task has.
-
-    save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay.
-    resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
-    device: "auto", "cpu" or "cuda".
-    """
-
-    output_dir: str
-    steps: int = Field(1000, ge=1)
-    seed: int = 0
-    engine: EngineConfig = EngineConfig()
-    log_every: int = Field(1, ge=1)
-    save_every: int = Field(0, ge=0)
-    keep_last: int = Field(2, ge=1)
-    eval_every: int = Field(0, ge=0)
-    tracker: Tracker = "none"
-    num_workers: int = Field(0, ge=0)
-    resume: str = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-
-
-@dataclass
-class _Run:
-    """Everything that a step needs."""
-
-    task: Task
-    config: TrainConfig
-    resolved: dict[str, Any]
-    networks: dict[str, Network]
-    engines: dict[str, Any]
-    guards: dict[str, GradientGuard]
-    emas: dict[str, Ema]
-    device: torch.device
-    log: RunLog | None = None
-    step: int = 0
-    samples: int = 0
-    metrics: dict[str, float] = field(default_factory=dict)
-    last_checkpoint: Path | None = None
-
-    @property
-    def checkpoints(self) -> Path:
-        return Path(self.config.output_dir) / "checkpoints"
-
-    @property
-    def global_micro_batch(self) -> int:
-        return self.config.engine.micro_batch_size * world_size()
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        return {name: engine.module for name, engine in self.engines.items()}
-
-    def active(self) -> dict[str, Any]:
-        """The engines that are stepped at this step."""
-        return {name: engine for name, engine in self.engines.items() if self.step >= self.networks[name].start_step}
 
 
 def train(
@@ -113,11 +51,16 @@ def train(
     Returns the last logged metrics. Raises ConfigError, CheckpointError, DataError, NonFiniteError. On SIGTERM or
     SIGINT it saves a checkpoint and raises SystemExit(0).
     """
+    if config.eval_every and not evaluators:
+        raise ConfigError(
+            f"eval_every={config.eval_every}: the command line has nothing to evaluate during training; leave it at 0 "
+            "and use `unitok eval` on the export (callers of `train` give `evaluators`)"
+        )
     device = init_distributed(config.device)
-    run: _Run | None = None
+    run: Run | None = None
     try:
-        run = _set_up(task, config, resolved_config or config, device)
-        _resume(run)
+        run = set_up(task, config, resolved_config or config, device)
+        resume(run)
         if is_main():
             run.log = RunLog(Path(config.output_dir), config.steps, task.headline, config.tracker, run.resolved)
             run.log.start(run.step, run.samples)
@@ -134,82 +77,7 @@ def train(
         shutdown_distributed()
 
 
-def _set_up(task: Task, config: TrainConfig, resolved: Config | dict[str, Any], device: torch.device) -> _Run:
-    resolved = resolved.model_dump(mode="json") if isinstance(resolved, Config) else resolved
-    torch.manual_seed(derive_seed("build", config.seed))
-    networks = task.build()
-    for name, network in networks.items():
-        _refuse_cast_codebooks(name, network, config.engine)
-    engines, guards, emas = {}, {}, {}
-    for name, network in networks.items():
-        groups = parameter_groups(network.module, network.optimizer)
-        engines[name] = build_engine(network.module, groups, network.optimizer, config.engine)
-        guards[name] = GradientGuard(engines[name], config.engine)
-        if network.ema_decay is not None:
-            emas[name] = Ema(engines[name].module, network.ema_decay)
-        engines[name].train()
-    return _Run(task, config, resolved, networks, engines, guards, emas, device)
-
-
-def _refuse_cast_codebooks(name: str, network: Network, engine: EngineConfig) -> None:
-    found = [key for key, _ in network.module.named_parameters() if "codebook" in key]
-    if engine.precision == "bf16" and (network.holds_codebooks or found):
-        raise ConfigError(
-            f"engine.precision=bf16 would cast the codebooks of network {name!r} to bf16; use engine.precision=autocast"
-        )
-
-
-def _resume(run: _Run) -> None:
-    config = run.config
-    run.last_checkpoint = checkpoint.on_main(lambda: _find_checkpoint(run))
-    if run.last_checkpoint is not None:
-        path = run.last_checkpoint
-        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), _identity(run)))
-        state = checkpoint.load_checkpoint(path, run.engines, run.emas)
-        run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
-        run.task.load_extra_state(state["extra_state"])
-    if is_main():
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        save_config(run.resolved, Path(config.output_dir) / "config.yaml")
-        if run.last_checkpoint is not None:
-            print(f"resuming {run.task.name} from {run.last_checkpoint} (step {run.step})", flush=True)
-
-
-def resumed_folder(config: TrainConfig) -> Path | None:
-    """The output folder of the run that will be resumed; None for a new run. Beside its checkpoints it holds what a
-    task made at its start."""
-    if config.resume not in ("auto", "never"):
-        return Path(config.resume).resolve().parent.parent
-    folder = Path(config.output_dir)
-    return folder if checkpoint.latest_complete(folder / "checkpoints") is not None else None
-
-
-def _find_checkpoint(run: _Run) -> Path | None:
-    config = run.config
-    if config.resume not in ("auto", "never"):
-        path = Path(config.resume)
-        checkpoint.verify(path)
-        return path
-    path = checkpoint.latest_complete(run.checkpoints)
-    if path is not None and config.resume == "never":
-        raise ConfigError(f"resume=never, but {path} exists; delete it, take another output_dir, or use resume=auto")
-    if path is not None:
-        checkpoint.verify(path)
-    return path
-
-
-def _identity(run: _Run) -> dict[str, Any]:
-    """What a checkpoint says of the run, beside the position."""
-    return {
-        "config": run.resolved,
-        "world_size": world_size(),
-        "global_micro_batch": run.global_micro_batch,
-        "num_samples": run.task.num_samples,
-        "code_version": unitok.__version__,
-    }
-
-
-def _steps(run: _Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
+def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
     """Run the remaining steps. Returns True if a signal asked to stop before the end."""
     config, task = run.config, run.task
     accumulation = config.engine.accumulation_steps
@@ -249,7 +117,7 @@ def _seed_micro_step(seed: int, step: int, index: int) -> None:
     random.seed(value)
 
 
-def _agree(run: _Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignals) -> tuple[dict[str, float], bool]:
+def _agree(run: Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignals) -> tuple[dict[str, float], bool]:
     """One all-reduce: mean metrics over ranks and micro-batches, whether all is finite, whether any rank must stop."""
     names = list(micro_metrics[0])
     rows = [torch.stack([_scalar(m[name], run.device) for name in names]) for m in micro_metrics]
@@ -270,7 +138,7 @@ def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     return torch.as_tensor(value, device=device).detach().double().reshape(())
 
 
-def _stop_non_finite(run: _Run, infinite: list[str]) -> None:
+def _stop_non_finite(run: Run, infinite: list[str]) -> None:
     """Raise on every rank, before any optimizer step. Collective: it asks all ranks which gradients are at fault."""
     own = [f"{name}.{key}" for name in run.active() for key in run.guards[name].names()]
     parameters = list(dict.fromkeys(key for keys in all_gather_object(own) for key in keys))
@@ -285,7 +153,7 @@ def _stop_non_finite(run: _Run, infinite: list[str]) -> None:
     )
 
 
-def _optimizer_step(run: _Run) -> dict[str, float]:
+def _optimizer_step(run: Run) -> dict[str, float]:
     """Step every network that has started. Returns the learning rates and gradient norms to log."""
     logged: dict[str, float] = {}
     for index, name in enumerate(run.networks):
@@ -303,7 +171,7 @@ def _optimizer_step(run: _Run) -> dict[str, float]:
 
 
 def _finish_step(
-    run: _Run, metrics: dict[str, float], rates: dict[str, float], evaluators: dict[str, Evaluator], stop: bool
+    run: Run, metrics: dict[str, float], rates: dict[str, float], evaluators: dict[str, Evaluator], stop: bool
 ) -> None:
     """Log, evaluate and save after step `run.step` (already counted)."""
     config = run.config
@@ -321,7 +189,7 @@ def _finish_step(
         _save(run)
 
 
-def _evaluate(run: _Run, evaluators: dict[str, Evaluator]) -> dict[str, float]:
+def _evaluate(run: Run, evaluators: dict[str, Evaluator]) -> dict[str, float]:
     torch.manual_seed(derive_seed("evaluate", run.config.seed, run.step))
     results: dict[str, float] = {}
     with _inference_modules(run) as modules:
@@ -332,7 +200,7 @@ def _evaluate(run: _Run, evaluators: dict[str, Evaluator]) -> dict[str, float]:
 
 
 @contextlib.contextmanager
-def _inference_modules(run: _Run) -> Iterator[dict[str, nn.Module]]:
+def _inference_modules(run: Run) -> Iterator[dict[str, nn.Module]]:
     """The modules with averaged weights (where there are any), in eval mode and without gradients."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -347,9 +215,9 @@ def _inference_modules(run: _Run) -> Iterator[dict[str, nn.Module]]:
                 module.train()
 
 
-def _save(run: _Run) -> None:
+def _save(run: Run) -> None:
     state = {
-        **_identity(run),
+        **identity(run),
         "step": run.step,
         "samples_seen": run.samples,
         "metrics": run.metrics,
@@ -361,7 +229,7 @@ def _save(run: _Run) -> None:
         checkpoint.prune(run.checkpoints, run.config.keep_last)
 
 
-def _export(run: _Run) -> None:
+def _export(run: Run) -> None:
     """Write `export/` on rank 0 with whole (averaged) weights."""
     with _inference_modules(run) as modules, contextlib.ExitStack() as stack:
         for module in modules.values():
@@ -371,12 +239,12 @@ def _export(run: _Run) -> None:
         barrier()
 
 
-def _message(run: _Run, text: str) -> None:
+def _message(run: Run, text: str) -> None:
     if run.log is not None:
         run.log.message(text)
 
 
-def _tear_down(run: _Run) -> None:
+def _tear_down(run: Run) -> None:
     """Let go of everything that would outlive the run: log, hooks of DeepSpeed, process group."""
     if run.log is not None:
         run.log.close()

@@ -1,0 +1,158 @@
+"""A run: its settings, its state, building it and taking it up again from a checkpoint."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import nn
+
+import unitok
+from unitok.core import checkpoint
+from unitok.core.config import Config, save_config
+from unitok.core.distributed import is_main, world_size
+from unitok.core.ema import Ema
+from unitok.core.engine import EngineConfig, GradientGuard, build_engine
+from unitok.core.errors import ConfigError
+from unitok.core.optim import parameter_groups
+from unitok.core.rng import derive_seed
+from unitok.core.runlog import RunLog, Tracker
+from unitok.core.task import Network, Task
+
+
+class TrainConfig(Config):
+    """Settings of a run that every task has.
+
+    save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay.
+    resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
+    device: "auto", "cpu" or "cuda".
+    """
+
+    output_dir: str
+    steps: int = Field(1000, ge=1)
+    seed: int = 0
+    engine: EngineConfig = EngineConfig()
+    log_every: int = Field(1, ge=1)
+    save_every: int = Field(0, ge=0)
+    keep_last: int = Field(2, ge=1)
+    eval_every: int = Field(0, ge=0)
+    tracker: Tracker = "none"
+    num_workers: int = Field(0, ge=0)
+    resume: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass
+class Run:
+    """Everything that a step needs."""
+
+    task: Task
+    config: TrainConfig
+    resolved: dict[str, Any]
+    networks: dict[str, Network]
+    engines: dict[str, Any]
+    guards: dict[str, GradientGuard]
+    emas: dict[str, Ema]
+    device: torch.device
+    log: RunLog | None = None
+    step: int = 0
+    samples: int = 0
+    metrics: dict[str, float] = field(default_factory=dict)
+    last_checkpoint: Path | None = None
+
+    @property
+    def checkpoints(self) -> Path:
+        return Path(self.config.output_dir) / "checkpoints"
+
+    @property
+    def global_micro_batch(self) -> int:
+        return self.config.engine.micro_batch_size * world_size()
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return {name: engine.module for name, engine in self.engines.items()}
+
+    def active(self) -> dict[str, Any]:
+        """The engines that are stepped at this step."""
+        return {name: engine for name, engine in self.engines.items() if self.step >= self.networks[name].start_step}
+
+
+def set_up(task: Task, config: TrainConfig, resolved: Config | dict[str, Any], device: torch.device) -> Run:
+    """Networks, engines and averages of a new run, the same on every rank."""
+    resolved = resolved.model_dump(mode="json") if isinstance(resolved, Config) else resolved
+    torch.manual_seed(derive_seed("build", config.seed))
+    networks = task.build()
+    for name, network in networks.items():
+        _refuse_cast_codebooks(name, network, config.engine)
+    engines, guards, emas = {}, {}, {}
+    for name, network in networks.items():
+        groups = parameter_groups(network.module, network.optimizer)
+        engines[name] = build_engine(network.module, groups, network.optimizer, config.engine)
+        guards[name] = GradientGuard(engines[name], config.engine)
+        if network.ema_decay is not None:
+            emas[name] = Ema(engines[name].module, network.ema_decay)
+        engines[name].train()
+    return Run(task, config, resolved, networks, engines, guards, emas, device)
+
+
+def _refuse_cast_codebooks(name: str, network: Network, engine: EngineConfig) -> None:
+    found = [key for key, _ in network.module.named_parameters() if "codebook" in key]
+    if engine.precision == "bf16" and (network.holds_codebooks or found):
+        raise ConfigError(
+            f"engine.precision=bf16 would cast the codebooks of network {name!r} to bf16; use engine.precision=autocast"
+        )
+
+
+def resume(run: Run) -> None:
+    """Take up the run from its checkpoint, if there is one, and write its config.yaml. Every rank calls.
+
+    Raises CheckpointError for one that is corrupt or of another run.
+    """
+    config = run.config
+    run.last_checkpoint = checkpoint.on_main(lambda: _find_checkpoint(run))
+    if run.last_checkpoint is not None:
+        path = run.last_checkpoint
+        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), identity(run)))
+        state = checkpoint.load_checkpoint(path, run.engines, run.emas)
+        run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
+        run.task.load_extra_state(state["extra_state"])
+    if is_main():
+        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+        save_config(run.resolved, Path(config.output_dir) / "config.yaml")
+        if run.last_checkpoint is not None:
+            print(f"resuming {run.task.name} from {run.last_checkpoint} (step {run.step})", flush=True)
+
+
+def resumed_folder(config: TrainConfig) -> Path | None:
+    """The output folder of the run that will be resumed; None for a new run. Beside its checkpoints it holds what a
+    task made at its start."""
+    if config.resume not in ("auto", "never"):
+        return Path(config.resume).resolve().parent.parent
+    folder = Path(config.output_dir)
+    return folder if checkpoint.latest_complete(folder / "checkpoints") is not None else None
+
+
+def _find_checkpoint(run: Run) -> Path | None:
+    config = run.config
+    if config.resume not in ("auto", "never"):
+        path = Path(config.resume)
+        checkpoint.verify(path)
+        return path
+    path = checkpoint.latest_complete(run.checkpoints)
+    if path is not None and config.resume == "never":
+        raise ConfigError(f"resume=never, but {path} exists; delete it, take another output_dir, or use resume=auto")
+    if path is not None:
+        checkpoint.verify(path)
+    return path
+
+
+def identity(run: Run) -> dict[str, Any]:
+    """What a checkpoint says of the run, beside the position."""
+    return {
+        "config": run.resolved,
+        "world_size": world_size(),
+        "global_micro_batch": run.global_micro_batch,
+        "num_samples": run.task.num_samples,
+        "code_version": unitok.__version__,
+    }
