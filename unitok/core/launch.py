@@ -1,14 +1,18 @@
-"""Starting our own commands on several ranks of this machine, as `torchrun` would."""
+"""Starting our own commands on several ranks of this machine."""
 
 import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 
 import torch
 
+from unitok.core.distributed import free_port
 from unitok.core.errors import UserError
+
+END_SECONDS = 20.0  # for a rank to end by itself when another has failed
 
 
 def local_ranks(most: int) -> int:
@@ -23,23 +27,58 @@ def _cores() -> int:
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
-    """Run `unitok ARGUMENTS` on `ranks` ranks and wait; UserError with the exit code when it fails.
+    """Run `unitok ARGUMENTS` on `ranks` ranks of this machine and wait; UserError with the exit code when one fails.
 
-    A rank gets its share of the cores. Every rank's output goes where ours goes.
+    A rank gets its share of the cores, and its output goes where ours goes. When one fails the others are stopped.
+    Unlike torchrun's, these ranks can be asked to stop without a traceback: a signal to us is passed on, they save a
+    checkpoint and end, and only then do we return.
     """
-    threads = max(1, _cores() // ranks)
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
-    process = subprocess.Popen([*command, "-m", "unitok", *arguments], env=environment)
-    # Who stops us means the ranks: they save a checkpoint, and only then do we end. Ctrl-C reaches them by itself.
-    handlers = {
-        signal.SIGTERM: signal.signal(signal.SIGTERM, lambda number, frame: process.terminate()),
-        signal.SIGINT: signal.signal(signal.SIGINT, lambda number, frame: None),
+    environment = os.environ | {
+        "OMP_NUM_THREADS": str(max(1, _cores() // ranks)),
+        "WORLD_SIZE": str(ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
     }
+    processes: list[subprocess.Popen] = []
+
+    def pass_on(number: int, _frame: object) -> None:
+        # Ctrl-C reaches the ranks by itself: the terminal signals the whole group.
+        for process in processes if number == signal.SIGTERM else ():
+            process.terminate()
+
+    handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        code = process.wait()
+        for rank in range(ranks):
+            own = environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(subprocess.Popen([sys.executable, "-m", "unitok", *arguments], env=own))
+        code = _wait(processes)
     finally:
+        _end(processes)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if code:
         raise UserError(f"`unitok {' '.join(arguments[:2])}` on {ranks} ranks ended with exit code {code}")
+
+
+def _wait(processes: Sequence[subprocess.Popen]) -> int:
+    """0 once all have ended well, or the exit code of the first that did not."""
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = next((code for code in codes if code), 0)
+        if failed or None not in codes:
+            return failed
+        time.sleep(0.1)
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    """Stop those that still run: a rank alone would wait for the others for ever."""
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    for process in processes:
+        try:
+            process.wait(timeout=END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
