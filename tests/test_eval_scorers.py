@@ -15,6 +15,7 @@ from unitok.eval.geneval import load_prompts
 from unitok.eval.geneval_score import GenEvalRule, relative_position, score_detections, summarise
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
 
+FIXTURES = Path(__file__).parent / "fixtures"
 REFERENCE = Path(os.environ.get("UNITOK_REFERENCE", Path(__file__).resolve().parents[2] / "shared"))
 
 
@@ -30,11 +31,9 @@ def prompt(tag, *include, exclude=()):
     return {"tag": tag, "prompt": "p", "include": list(include), "exclude": list(exclude)}
 
 
-def reference_cases(*names):
-    path = REFERENCE.joinpath(*names)
-    if not path.is_file():
-        pytest.skip(f"no recorded cases: set UNITOK_REFERENCE to a folder that holds {'/'.join(names)}")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+def recorded_cases(name):
+    """What the official scorers said of made-up detections and answers."""
+    return [json.loads(line) for line in (FIXTURES / name).read_text().splitlines()]
 
 
 def test_recorded_geneval_cases():
@@ -44,14 +43,14 @@ def test_recorded_geneval_cases():
         found = re.compile(r"found (.*) target$", re.MULTILINE)
         return found.sub(lambda match: " and ".join(sorted(match[1].split(" and "))), reason)
 
-    for case in reference_cases("fixtures", "geneval_scorer.jsonl"):
+    for case in recorded_cases("geneval_scorer.jsonl"):
         things = [Thing(item["cls"], item["box"], item["color"], item["score"]) for item in case["detections"]]
         correct, reason = score_detections(things, case["metadata"])
         assert (correct, without_order(reason)) == (case["correct"], without_order(case["reason"]))
 
 
 def test_recorded_vqa_cases():
-    for case in reference_cases("fixtures", "vqa_scorer.jsonl"):
+    for case in recorded_cases("vqa_scorer.jsonl"):
         assert normalise_answer(case["prediction"]) == case["prediction_normalised"]
         assert soft_accuracy(case["prediction"], case["answers"]) == pytest.approx(case["score"], abs=1e-9)
 
