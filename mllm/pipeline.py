@@ -106,7 +106,9 @@ class UniTokPipeline:
                     f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
                 )
             if self.processor.tokenizer.unk_token_id in row:
-                _LOGGER.warning("%.200r has characters that the text tokenizer does not know; they are ignored", text)
+                _LOGGER.warning(
+                    "%.200r has characters that the text tokenizer does not know; they are read as unknown", text
+                )
 
     @torch.no_grad()
     def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, **generate: Any) -> str:

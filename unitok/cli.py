@@ -101,7 +101,9 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo = commands.add_parser("demo", help="train both stages on the shapes world, evaluate, write a report")
     demo.add_argument("--out", default="runs/demo", metavar="DIR", help="run folder (default: %(default)s)")
-    demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and sampling (default: %(default)s)")
+    demo.add_argument(
+        "--seed", type=int, default=0, help="seed of weights, order, held-out data and sampling (default: %(default)s)"
+    )
     demo.add_argument(
         "--quick", action="store_true", help="a few steps only: shows that everything runs, learns nothing"
     )

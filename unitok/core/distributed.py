@@ -46,7 +46,11 @@ def barrier() -> None:
 def all_reduce_sum_(tensor: Tensor) -> Tensor:
     """Sum `tensor` over ranks in place and return it (no gradient flows through)."""
     if world_size() > 1:
-        dist.all_reduce(tensor)
+        # NCCL reduces tensors of the GPU only; counts are kept on the CPU
+        there = tensor.cuda() if dist.get_backend() == "nccl" else tensor
+        dist.all_reduce(there)
+        if there is not tensor:
+            tensor.copy_(there)
     return tensor
 
 

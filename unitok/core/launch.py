@@ -43,8 +43,8 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
     processes: list[subprocess.Popen] = []
 
     def pass_on(number: int, _frame: object) -> None:
-        # Ctrl-C reaches the ranks by itself: the terminal signals the whole group.
-        for process in processes if number == signal.SIGTERM else ():
+        # The terminal's Ctrl-C has reached the ranks already; they take both as one wish.
+        for process in processes:
             process.terminate()
 
     handlers = {number: signal.signal(number, pass_on) for number in (signal.SIGTERM, signal.SIGINT)}
