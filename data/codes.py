@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from unitok.core.errors import DataError
+from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
 from unitok.data.shards import ShardReader, write_shards
@@ -97,19 +98,23 @@ def _check_codes(codes: np.ndarray, header: Mapping[str, Any], key: str) -> None
         )
 
 
-class CodeSource:
-    """Map-style reader of a folder of code shards.
+class CodeSource(BadSamples):
+    """Map-style reader of a folder of code shards. `source[i]` raises for a bad sample; `first_good` goes on.
 
     Args:
         folder: what `write_codes` made.
         expect: header fields that must hold, such as the tokenizer's fingerprint and sizes.
+        max_bad_fraction: share of bad samples above which `first_good` stops.
 
     Raises:
         DataError: the folder is incomplete, of another format, or differs from `expect`; names the field and both
             values.
     """
 
-    def __init__(self, folder: Path | str, expect: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, folder: Path | str, expect: Mapping[str, Any] | None = None, max_bad_fraction: float = 0.01
+    ) -> None:
+        super().__init__(str(folder), max_bad_fraction)
         self.folder = Path(folder)
         self.header = _load_header(self.folder)
         for name, value in (expect or {}).items():
@@ -127,6 +132,9 @@ class CodeSource:
 
     def __len__(self) -> int:
         return len(self.reader)
+
+    def key(self, index: int) -> str:
+        return self.reader.keys[index]
 
     def __getitem__(self, index: int) -> CodeSample:
         members = self.reader.read(index)

@@ -83,6 +83,11 @@ def validate_conversation(turns: Sequence[Turn], num_images: int, where: str = "
     for number, turn in enumerate(turns):
         if not turn.content.replace(IMAGE_MARK, "").strip() and not (turn.role == "user" and turn.content.strip()):
             raise DataError(f"{where}: turn {number} ({turn.role}) is empty; expected text")
+        for mark in (BEGIN_IMAGE, END_IMAGE):
+            if mark in turn.content:
+                raise DataError(
+                    f"{where}: turn {number} holds {mark}, which only the model's layout may set; take it out"
+                )
         if turn.role == "assistant" and IMAGE_MARK in turn.content:
             raise DataError(f"{where}: turn {number} holds {IMAGE_MARK} in an answer; expected it in user turns only")
     marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)

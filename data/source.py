@@ -3,18 +3,18 @@
 `open_source` knows generated shapes scenes, folders of tar shards, folders of image files, and JSON lines.
 """
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import parse_qsl
 
 from PIL import Image
 
-from unitok.core.errors import DataError, UserError
+from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
+from unitok.data.bad import BadSamples
 from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, render, sample_scene
 from unitok.data.shards import ShardReader
@@ -26,8 +26,6 @@ _KNOWN_FORMS = (
     'expected "shapes:train?num=8000&seed=0", a folder of .tar shards or a pattern of them, a folder of image files '
     "with .txt beside them, or a .jsonl file"
 )
-_LOGGER = logging.getLogger(__name__)
-T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -38,23 +36,8 @@ class Sample(Words):
     image: Image.Image
 
 
-class Source(ABC):
-    """Map-style source that survives bad samples.
-
-    A bad sample (unreadable image, malformed text) is logged with its key and replaced by the next good one, whatever
-    was read before. When the share of bad samples found by this process exceeds `max_bad_fraction`, reading stops.
-    """
-
-    def __init__(self, name: str, max_bad_fraction: float = 0.01) -> None:
-        self.name, self.max_bad_fraction = name, max_bad_fraction
-        self.bad: dict[int, str] = {}  # index -> what is wrong
-
-    @abstractmethod
-    def __len__(self) -> int: ...
-
-    @abstractmethod
-    def key(self, index: int) -> str:
-        """The name of sample `index`."""
+class Source(BadSamples, ABC):
+    """Map-style source that survives bad samples (unreadable image, malformed text)."""
 
     @abstractmethod
     def _read_words(self, index: int) -> Words:
@@ -71,36 +54,15 @@ class Source(ABC):
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        return self._first_good(index, self.read)
+        return self.first_good(index, self.read)
 
     def words(self, index: int) -> Words:
         """Like `source[index]` without its image. A bad image is not noticed here."""
-        return self._first_good(index, self._read_words)
-
-    def _first_good(self, index: int, read: Callable[[int], T]) -> T:
-        for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if candidate in self.bad:
-                continue
-            try:
-                return read(candidate)
-            except (UserError, OSError) as error:
-                self._report_bad(candidate, error)
-        raise DataError(f"{self.name} has no readable sample")
+        return self.first_good(index, self._read_words)
 
     def texts(self, index: int) -> list[str]:
         """The captions of a sample, read without its image."""
         return self.words(index).captions
-
-    def _report_bad(self, index: int, error: Exception) -> None:
-        self.bad[index] = str(error)
-        _LOGGER.warning("%s: sample %s left out: %s", self.name, self.key(index), error)
-        share = len(self.bad) / len(self)
-        if share > self.max_bad_fraction:
-            raise DataError(
-                f"{self.name}: {len(self.bad)} of {len(self)} samples are bad, more than max_bad_fraction="
-                f"{self.max_bad_fraction}; the last one: {error}"
-            )
 
 
 class ShapesSource(Source):

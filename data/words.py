@@ -48,9 +48,11 @@ def words_from_json(data: dict[str, Any], where: str) -> Words:
     several = data.get("captions", [])
     if not isinstance(several, list):
         raise DataError(f"{where}: captions is {str(several)[:80]!r}; expected a list of texts")
-    captions = [data["caption"], *several] if "caption" in data else several
-    if not all(isinstance(item, str) and item.strip() for item in captions):
-        raise DataError(f"{where}: captions are {str(captions)[:80]!r}; expected texts that are not empty")
+    # null and blank text are no caption, as an empty .txt is none
+    captions = [item for item in (data.get("caption"), *several) if item is not None and item != ""]
+    if not all(isinstance(item, str) for item in captions):
+        raise DataError(f"{where}: captions are {str(captions)[:80]!r}; expected texts")
+    captions = [item for item in captions if item.strip()]
     asked = data.get("questions", [])
     if not isinstance(asked, list):
         raise DataError(f"{where}: questions is {str(asked)[:80]!r}; expected a list")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from unitok.core.config import Config
@@ -32,7 +33,7 @@ class BackboneConfig(Config):
 
     path: str | None = None
     config: dict[str, Any] = {}
-    text_vocab_size: int = 512
+    text_vocab_size: int = Field(512, ge=8)
 
 
 def build_text_tokenizer(

@@ -9,6 +9,10 @@ from unitok.core.errors import ConfigError
 
 IGNORE = -100  # label of a text position that is not learnt
 EmbedderCache = Literal["consistent", "released"]
+_AT_LEAST_1 = (
+    "num_codebooks", "codebook_size", "code_dim", "num_image_positions", "visual_width", "visual_num_heads",
+    "depth_num_layers", "depth_width", "depth_num_heads", "depth_intermediate_size"
+)  # fmt: skip
 
 
 class UniTokMLLMConfig(PretrainedConfig):
@@ -85,9 +89,12 @@ class UniTokMLLMConfig(PretrainedConfig):
         self._check()
 
     def _check(self) -> None:
-        for name in ("num_codebooks", "codebook_size", "code_dim", "num_image_positions", "depth_num_layers"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)}: expected at least 1")
+        for name in _AT_LEAST_1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name}={value}: expected at least 1")
+        if self.visual_mlp_ratio <= 0:
+            raise ConfigError(f"visual_mlp_ratio={self.visual_mlp_ratio}: expected a positive number")
         if self.visual_width % self.visual_num_heads:
             raise ConfigError(
                 f"visual_width={self.visual_width} does not divide into visual_num_heads={self.visual_num_heads} heads"

@@ -32,13 +32,26 @@ def filter_logits(logits: Tensor, temperature: float, top_k: int, top_p: float) 
 
 
 class CodeSampler:
-    """Draws one code per image; each image has its own random stream, so its picture does not depend on the batch."""
+    """Draws one code per image; each image has its own random stream, so its picture does not depend on the batch.
+
+    `temperature` holds for the first code of a position, `depth_temperature` (None: the same) for the others. The first
+    code mostly settles what stands there, the others how it looks: only the first choice should vary between images,
+    while the look should be the likeliest one, or the parts of one object fall apart.
+    """
 
     def __init__(
-        self, seeds: Sequence[int] | None, do_sample: bool, temperature: float, top_k: int, top_p: float
+        self,
+        seeds: Sequence[int] | None,
+        do_sample: bool,
+        temperature: float,
+        top_k: int,
+        top_p: float,
+        depth_temperature: float | None = None,
     ) -> None:
-        if do_sample and not 0 < temperature < math.inf:
-            raise UserError(f"temperature={temperature}: must be positive (use do_sample=False for the likeliest code)")
+        self.depth_temperature = temperature if depth_temperature is None else depth_temperature
+        for name, value in (("temperature", temperature), ("depth_temperature", self.depth_temperature)):
+            if do_sample and not 0 < value < math.inf:
+                raise UserError(f"{name}={value}: must be positive (use do_sample=False for the likeliest code)")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: expected a share in (0, 1]")
         if top_k < 0:
@@ -46,10 +59,12 @@ class CodeSampler:
         self.do_sample, self.temperature, self.top_k, self.top_p = do_sample, temperature, top_k, top_p
         self.generators = [torch.Generator().manual_seed(derive_seed("image", seed)) for seed in seeds or []]
 
-    def __call__(self, logits_BV: Tensor) -> Tensor:
+    def __call__(self, logits_BV: Tensor, index: int) -> Tensor:
+        """Codes `[B]` number `index` (0 to K - 1) of a position."""
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
-        probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)
+        temperature = self.depth_temperature if index else self.temperature
+        probs_BV = filter_logits(logits_BV.float(), temperature, self.top_k, self.top_p).softmax(dim=-1)
         # argmax(p / e) with e ~ Exp(1) draws from p, and needs only this image's own noise.
         noise = torch.stack([torch.empty(probs_BV.shape[-1]).exponential_(generator=g) for g in self.generators])
         return (probs_BV / noise.to(probs_BV.device)).argmax(dim=-1)
@@ -68,6 +83,7 @@ class CodeGenerationMixin:
         temperature: float = 1.0,
         top_k: int = 0,
         top_p: float = 1.0,
+        depth_temperature: float | None = None,
         num_positions: int | None = None,
         seeds: Sequence[int] | None = None,
         embedder_cache: str | None = None,
@@ -76,6 +92,7 @@ class CodeGenerationMixin:
 
         With `guidance_scale > 1` `input_ids` `[2B, T]` holds the conditional rows first and as many unconditional rows
         after them; logits are `uncond + scale * (cond - uncond)` and both rows continue with the same code.
+        `depth_temperature`: of all codes of a position but the first (None: `temperature`).
         `seeds`: one per image; the same seed gives the same image whatever else is in the batch.
         """
         num_positions = self.config.num_image_positions if num_positions is None else num_positions
@@ -94,7 +111,7 @@ class CodeGenerationMixin:
         seeds = list(range(images)) if seeds is None else list(seeds)
         if len(seeds) != images:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
-        sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p)
+        sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature)
         consistent = embedder_cache == "consistent"
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         state: dict[str, Any] = {"cache": None, "mask": mask_RT}
@@ -134,7 +151,7 @@ class CodeGenerationMixin:
             if guidance_scale is not None:
                 conditional, unconditional = logits.chunk(2)
                 logits = unconditional + guidance_scale * (conditional - unconditional)
-            code_B = sampler(logits)
+            code_B = sampler(logits, index)
             codes.append(code_B)
             inputs = torch.cat([code_B, code_B]) if guidance_scale is not None else code_B
         return torch.stack(codes, dim=-1)

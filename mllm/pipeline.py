@@ -65,6 +65,7 @@ class UniTokPipeline:
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
+        depth_temperature: float | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 32,
     ) -> list[Image.Image]:
@@ -77,7 +78,13 @@ class UniTokPipeline:
         seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        given = {
+            "guidance_scale": guidance_scale,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "depth_temperature": depth_temperature,
+        }
         settings = self.image_sampler | {name: value for name, value in given.items() if value is not None}
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):

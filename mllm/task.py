@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from unitok.core.config import Config
@@ -29,11 +29,18 @@ from unitok.tokenizer.extract import fingerprint
 
 
 class MixtureConfig(Config):
-    """Relative shares of the three tasks; a sample that lacks what its task needs goes to text to image."""
+    """Relative shares of the three tasks. A sample takes part in those that it has words for: captions for the first
+    two, questions or conversations for chat; one with none of them is a bad sample."""
 
     text_to_image: float = Field(0.6, ge=0)
     caption: float = Field(0.1, ge=0)
     chat: float = Field(0.3, ge=0)
+
+    @model_validator(mode="after")
+    def _some_task(self) -> "MixtureConfig":
+        if self.text_to_image + self.caption + self.chat <= 0:
+            raise ValueError("text_to_image, caption and chat are all 0; give at least one of them a share")
+        return self
 
 
 class MllmDataConfig(Config):
@@ -41,7 +48,8 @@ class MllmDataConfig(Config):
 
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
     questions make one conversation, in words drawn anew if `paraphrase` (made for the shapes world: its rules spoil
-    other questions); more than `max_length` ids are an error.
+    other questions). Samples that cannot be read, have no words for the mixture or more than `max_length` ids are left
+    out and logged; a share of them above `max_bad_fraction` ends the run.
     """
 
     codes: str = "runs/codes"
@@ -50,15 +58,20 @@ class MllmDataConfig(Config):
     questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
     max_length: int = Field(2048, ge=1)
+    max_bad_fraction: float = Field(0.01, ge=0, le=1)
 
 
 class SamplerDefaults(Config):
-    """How images are sampled unless told otherwise: `image_sampler` in the export's generation_config.json."""
+    """How images are sampled unless told otherwise: `image_sampler` in the export's generation_config.json.
+
+    `depth_temperature` is that of all codes of a position but the first (null: `temperature`).
+    """
 
     guidance_scale: float = Field(5.0, ge=0)
     temperature: float = Field(0.9, gt=0)
     top_k: int = Field(2048, ge=0)
     top_p: float = Field(0.96, gt=0, le=1)
+    depth_temperature: float | None = Field(None, gt=0)
 
 
 class MllmTrainConfig(TrainConfig):
@@ -94,6 +107,8 @@ class MllmTask(Task):
     """One network, "mllm"."""
 
     name = "mllm"
+    # places are told by the tokenizer's fingerprint in the codes' header and in the checkpoint
+    incidental = ("tokenizer", "data.codes", "data.max_bad_fraction", "gradient_checkpointing")
     headline = ("loss", "image", "text")
 
     def __init__(self, config: MllmTrainConfig) -> None:
@@ -107,7 +122,7 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        self.source = CodeSource(config.data.codes, expect=expected)
+        self.source = CodeSource(config.data.codes, expected, config.data.max_bad_fraction)
         self.builder: SequenceBuilder | None = None
         self._counts: dict[str, float] = {}
 
@@ -138,7 +153,7 @@ class MllmTask(Task):
         settings = self.config.model
         texts = {settings.instruction_suffix, settings.unconditional_text, settings.system_prompt}
         for index in range(len(self.source)):
-            sample = self.source.text(index)
+            sample = self.source.first_good(index, self.source.text)
             texts |= set(sample.captions)
             texts |= {text for question in sample.questions for text in (question.question, question.answer)}
             if self.config.data.paraphrase:
@@ -149,13 +164,8 @@ class MllmTask(Task):
 
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One right-padded batch; what each sample is used for depends on (seed, epoch, index) alone."""
-        samples = [self.source[index] for index in indices]
-        sequences = [self._sequence(s, index, epoch) for s, index in zip(samples, indices, strict=True)]
-        for sample, sequence in zip(samples, sequences, strict=True):
-            if len(sequence.ids) > self.config.data.max_length:
-                raise DataError(
-                    f"sample {sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}"
-                )
+        pairs = [self.source.first_good(index, lambda i: self._read(i, epoch)) for index in indices]
+        samples, sequences = zip(*pairs, strict=True)
         input_ids, attention_mask, labels = pad_right(sequences, self.pad_id)
         images = [s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image]
         # conversations need not name their image: a batch may have none, and still runs through the whole model
@@ -169,6 +179,14 @@ class MllmTask(Task):
             "learn_image": learn_image,
         }
 
+    def _read(self, index: int, epoch: int) -> tuple[CodeSample, Sequence]:
+        """Sample `index` and what is learnt from it; DataError when it is bad."""
+        sample = self.source[index]
+        sequence = self._sequence(sample, index, epoch)
+        if len(sequence.ids) > self.config.data.max_length:
+            raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
+        return sample, sequence
+
     def _sequence(self, sample: CodeSample, index: int, epoch: int) -> Sequence:
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
         shares = data.mixture
@@ -179,7 +197,9 @@ class MllmTask(Task):
         }
         total = sum(kinds.values())
         if total <= 0:
-            raise DataError(f"sample {sample.key} has nothing for the tasks of data.mixture: no caption or question")
+            raise DataError(
+                f"{sample.key} has nothing for the tasks of data.mixture: no caption, question or conversation"
+            )
         kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
         if kind == "chat":
             return self.builder.chat(self._conversation(sample, rng))

@@ -2,18 +2,24 @@
 
 import json
 import logging
+import math
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from core_toys import AdversarialTask, ToyNet, ToyTask, run_toy
 from torch import nn
 
-from unitok.core import checkpoint
+from unitok.core import checkpoint, launch
 from unitok.core.ema import Ema
 from unitok.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from unitok.core.loop import train
+from unitok.core.run import TrainConfig, locked
 from unitok.core.runlog import RunLog, read_log, truncate_log
 from unitok.core.sampling import SampleOrder, batches
 from unitok.core.signals import StopSignals
@@ -163,6 +169,129 @@ def test_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         run_toy(ToyTask(), tmp_path, steps=2, engine_gradient_clipping=0.5)
     assert (tmp_path / "config.yaml").read_text() == written
     run_toy(ToyTask(), tmp_path, steps=2, log_every=2)  # how it is shown may change
+
+
+def test_finished_run_may_lie_elsewhere(tmp_path: Path) -> None:
+    """What the task says it checks itself (here: where its data lie) may differ in a run that has no step left."""
+
+    class Placed(TrainConfig):
+        place: str = "here"
+
+    task = ToyTask()
+    task.incidental = ("place",)
+    settings = {"output_dir": str(tmp_path), "steps": 2}
+    train(task, Placed(**settings))
+    train(task, Placed(**settings, place="there"))
+    task.incidental = ()
+    with pytest.raises(CheckpointError, match="place"):
+        train(task, Placed(**settings, place="nowhere"))
+
+
+def test_resume_from_a_named_checkpoint(tmp_path: Path) -> None:
+    """In another folder it gives the straight run; in its own it would mix two runs where newer checkpoints lie."""
+    straight = run_toy(ToyTask(), tmp_path / "straight", steps=6, save_every=2, keep_last=3)
+    old = tmp_path / "straight" / "checkpoints" / "step_2"
+    branch = run_toy(ToyTask(), tmp_path / "branch", steps=6, save_every=2, resume=str(old))
+    assert branch == straight[2:]
+    weights = [torch.load(tmp_path / name / "export" / "net.pt", weights_only=True) for name in ("straight", "branch")]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(ConfigError, match=r"step_2 is of step 2, but .*step_6 is newer; take another output_dir"):
+        run_toy(ToyTask(), tmp_path / "straight", steps=6, resume=str(old))
+    assert old.is_dir() and (old.parent / "step_6").is_dir()
+
+
+def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process is training into it"):
+        run_toy(ToyTask(), tmp_path, steps=2)
+    run_toy(ToyTask(), tmp_path, steps=2)
+
+
+def test_interrupt_at_any_point_is_one_wish(tmp_path: Path) -> None:
+    """SIGINT while networks are built: one step, a checkpoint, exit code 0. While the export is written: all of it."""
+    straight = run_toy(ToyTask(), tmp_path / "straight", steps=3)
+
+    class Interrupted(ToyTask):
+        def __init__(self, where: str) -> None:
+            super().__init__()
+            self.where = where
+
+        def build(self) -> Any:
+            if self.where == "build":
+                signal.raise_signal(signal.SIGINT)
+            return super().build()
+
+        def export(self, modules: dict[str, Any], folder: Path) -> None:
+            if self.where == "export":
+                signal.raise_signal(signal.SIGINT)
+            super().export(modules, folder)
+
+    with pytest.raises(SystemExit) as stopped:
+        run_toy(Interrupted("build"), tmp_path / "run", steps=3)
+    assert stopped.value.code == 0
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
+    assert not (tmp_path / "run" / "export").exists()
+    assert run_toy(Interrupted("export"), tmp_path / "run", steps=3) == straight
+    assert (tmp_path / "run" / "export" / "net.pt").is_file()
+
+
+def test_export_cut_short_leaves_the_old_one(tmp_path: Path) -> None:
+    run_toy(ToyTask(), tmp_path, steps=2)
+    before = (tmp_path / "export" / "net.pt").read_bytes()
+
+    class Full(ToyTask):
+        def export(self, modules: dict[str, Any], folder: Path) -> None:
+            folder.mkdir()
+            (folder / "net.pt").write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        run_toy(Full(), tmp_path, steps=2)
+    assert (tmp_path / "export" / "net.pt").read_bytes() == before
+    run_toy(ToyTask(), tmp_path, steps=2)
+    assert {path.name for path in tmp_path.iterdir()} == {".lock", "checkpoints", "config.yaml", "export", "log.jsonl"}
+
+
+def test_tracker_shows_the_log(tmp_path: Path) -> None:
+    """TensorBoard's event files hold what log.jsonl holds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = run_toy(ToyTask(), tmp_path, steps=3, tracker="tensorboard")
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    shown = [(event.step, event.value) for event in events.Scalars("loss")]
+    assert shown == [(record["step"], pytest.approx(record["loss"], rel=1e-6)) for record in log]
+    assert {"lr", "grad_norm", "samples"} <= set(events.Tags()["scalars"])
+
+
+def test_cores_within_a_quota(tmp_path: Path) -> None:
+    for text, cores in (("150000 100000\n", 1.5), ("max 100000\n", math.inf), ("nonsense", math.inf)):
+        (tmp_path / "cpu.max").write_text(text)
+        assert launch.quota(tmp_path / "cpu.max") == cores
+    assert launch.quota(tmp_path / "none") == math.inf
+
+
+CHILD = (
+    "import time; from unitok.core.launch import follow_parent; follow_parent(); print(1, flush=True); time.sleep(99)"
+)
+LAUNCHER = f"""
+import os, subprocess, sys, time
+child = subprocess.Popen([sys.executable, "-c", {CHILD!r}], env=os.environ | {{"UNITOK_LAUNCHER": str(os.getpid())}})
+print(child.pid, flush=True)
+time.sleep(99)
+"""
+
+
+def test_a_rank_ends_with_its_launcher() -> None:
+    """Killed, the launcher cannot pass anything on; the rank sees that it is gone and gets its SIGTERM."""
+    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
+    child = psutil.Process(int(launcher.stdout.readline()))
+    assert launcher.stdout.readline() == "1\n" and child.is_running()
+    launcher.kill()
+    launcher.wait()
+    _, alive = psutil.wait_procs([child], timeout=20)
+    for process in alive:
+        process.kill()
+    assert not alive, "the rank still ran 20 seconds after its launcher"
 
 
 def test_signals_of_the_first_seconds_count_once() -> None:

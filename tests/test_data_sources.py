@@ -163,7 +163,8 @@ def test_bad_samples_are_replaced_whatever_was_read_before(tmp_path, caplog):
         "[1]",
         "{",
         '{"captions": [3]}',
-        '{"caption": ""}',
+        '{"caption": 3}',
+        '{"conversations": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "<eoi>"}]}',
         '{"questions": [{"type": "color", "question": "q"}]}',
         '{"questions": 5}',
         '{"conversations": [{"role": "user", "content": "hi"}]}',
@@ -179,6 +180,16 @@ def test_malformed_words_are_bad_samples(tmp_path, words):
     (folder / "im0.json").write_text(words)
     source = open_source(folder, max_bad_fraction=0.5)
     assert source[0].key == "im1" and list(source.bad) == [0]
+
+
+@pytest.mark.parametrize("words", ['{"caption": null}', '{"caption": ""}', '{"captions": [" ", null]}'])
+def test_no_caption_is_no_mistake(tmp_path, words):
+    """As with a .txt that is empty or absent."""
+    folder = fill_folder(tmp_path / "f", count=2)
+    (folder / "im0.txt").write_text("")
+    (folder / "im0.json").write_text(words)
+    source = open_source(folder)
+    assert source[0].key == "im0" and source[0].captions == [] and not source.bad
 
 
 def test_check_source_reports_counts_and_bad_samples(tmp_path):

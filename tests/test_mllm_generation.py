@@ -54,15 +54,16 @@ def test_cached_generation_equals_the_full_pass(changes, do_sample, monkeypatch)
     model = make_mllm(**changes)
     steps = record_steps(model, monkeypatch)
     seeds = [5, 6, 7]
-    codes = model.generate_codes(*pad_left(PROMPTS, PAD), do_sample=do_sample, seeds=seeds, temperature=0.8, top_k=9)
+    settings = {"do_sample": do_sample, "temperature": 0.8, "top_k": 9, "depth_temperature": 0.3}
+    codes = model.generate_codes(*pad_left(PROMPTS, PAD), seeds=seeds, **settings)
     num_codebooks = model.config.num_codebooks
     assert codes.shape == (3, num_codebooks, L) and codes.dtype == torch.int64
     logits = full_logits(model, PROMPTS, codes)
     stepwise = torch.stack(steps).view(L, num_codebooks, 3, -1).permute(2, 0, 1, 3)
     assert stepwise.std() > 0.1, "nearly uniform logits would agree whatever was fed"
     torch.testing.assert_close(stepwise, logits, atol=1e-5, rtol=1e-5)
-    sampler = CodeSampler(seeds, do_sample, temperature=0.8, top_k=9, top_p=1.0)
-    again = [[sampler(logits[:, place, k]) for k in range(num_codebooks)] for place in range(L)]
+    sampler = CodeSampler(seeds, top_p=1.0, **settings)
+    again = [[sampler(logits[:, place, k], k) for k in range(num_codebooks)] for place in range(L)]
     assert torch.equal(torch.stack([torch.stack(row, -1) for row in again], -1), codes)
 
 
@@ -160,12 +161,23 @@ def test_seeds_differ_and_do_not_depend_on_the_global_state():
 def test_samples_follow_the_probabilities():
     """One position, one codebook, many seeds: chi-square against the model's own distribution."""
     logits = torch.tensor([[1.0, 0.0, 2.0, -1.0, 0.5]])
-    expected = logits.softmax(-1)[0]
     count = 3000
-    drawn = CodeSampler(range(count), True, 1.0, 0, 1.0)(logits.expand(count, -1))
-    observed = torch.bincount(drawn, minlength=5).float()
-    chi_square = ((observed - count * expected) ** 2 / (count * expected)).sum()
-    assert chi_square < 18.5  # 4 degrees of freedom: 0.1 %
+    sampler = CodeSampler(range(count), True, 1.0, 0, 1.0, depth_temperature=0.5)
+    for index, temperature in ((0, 1.0), (1, 0.5), (7, 0.5)):
+        expected = (logits / temperature).softmax(-1)[0]
+        observed = torch.bincount(sampler(logits.expand(count, -1), index), minlength=5).float()
+        chi_square = ((observed - count * expected) ** 2 / (count * expected)).sum()
+        assert chi_square < 18.5  # 4 degrees of freedom: 0.1 %
+
+
+def test_depth_temperature_is_the_temperature_unless_given():
+    model, prompts = make_mllm(), pad_left(PROMPTS, PAD)
+    one, both, cold = (
+        model.generate_codes(*prompts, seeds=[1, 2, 3], temperature=0.7, **options)
+        for options in ({}, {"depth_temperature": 0.7}, {"depth_temperature": 0.01})
+    )
+    assert torch.equal(one, both)
+    assert torch.equal(one[:, 0, 0], cold[:, 0, 0]) and not torch.equal(one, cold)
 
 
 # ---- filtering
@@ -195,7 +207,7 @@ def test_top_k_keeps_ties_and_one_means_greedy():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0.0}, "temperature=0"), ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.5}, "top_p=1.5"),
+    [({"temperature": 0.0}, "temperature=0"), ({"depth_temperature": -1.0}, "depth_temperature=-1"), ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.5}, "top_p=1.5"),
      ({"top_k": -1}, "top_k=-1"), ({"embedder_cache": "fast"}, "embedder_cache='fast'"),
      ({"num_positions": -2}, "num_positions=-2")],
 )  # fmt: skip

@@ -298,6 +298,10 @@ def test_configuration_survives_json(tmp_path):
         ({"embedder_cache": "fast"}, "embedder_cache='fast'"),
         ({"depth_width": 30, "depth_num_heads": 4}, "depth_width=30 .* depth_num_heads=4"),
         ({"depth_width": 20, "depth_num_heads": 4}, "even"),
+        ({"visual_num_heads": 0}, "visual_num_heads=0"),
+        ({"visual_mlp_ratio": 0.0}, "visual_mlp_ratio=0.0"),
+        ({"depth_width": -16}, "depth_width=-16"),
+        ({"depth_intermediate_size": 0}, "depth_intermediate_size=0"),
         ({"visual_width": 6, "visual_num_heads": 1}, "visual_width=6 .*=12"),
     ],
 )

@@ -52,6 +52,10 @@ def _check_text_tower(tower: Any) -> None:
     if kind not in get_args(TextTokenizerKind):
         raise ConfigError(f"text_tower.tokenizer={kind!r}: expected one of {', '.join(get_args(TextTokenizerKind))}")
     _check_positive({f"text_tower.{name}": value for name, value in values.items()})
+    if values["context_length"] < 3:
+        raise ConfigError(
+            f"text_tower.context_length={values['context_length']}: expected at least 3, for start, a word and end"
+        )
     if values["width"] % values["heads"]:
         raise ConfigError(f"text_tower.width={values['width']} does not divide into heads={values['heads']}")
 
@@ -120,6 +124,10 @@ class UniTokConfig(PretrainedConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected two numbers, one a stage")
             sizes |= {f"{name}[{index}]": value for index, value in enumerate(getattr(self, name))}
         _check_positive(sizes)
+        if self.mlp_ratio <= 0:
+            raise ConfigError(f"mlp_ratio={self.mlp_ratio}: expected a positive number")
+        if self.num_query_tokens < 0:
+            raise ConfigError(f"num_query_tokens={self.num_query_tokens}: expected 0 or more")
         _check_text_tower(self.text_tower)
         if self.codebook_size < 2:
             raise ConfigError(f"codebook_size={self.codebook_size}: a codebook needs at least 2 entries")

@@ -68,6 +68,7 @@ class TokenizerTask(Task):
     """Two networks: "tokenizer" (UniTok) and, from its start step on, "discriminator"."""
 
     name = "tokenizer"
+    incidental = ("data.cache", "data.max_bad_fraction", "gradient_checkpointing")
     headline = ("loss", "reconstruction", "usage")
 
     def __init__(self, config: TokenizerTrainConfig) -> None:

@@ -166,7 +166,10 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     generate.add_argument("--num", type=positive_int, default=1, help="images per prompt (default: %(default)s)")
     generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
     generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off")
-    generate.add_argument("--temperature", type=float, metavar="T")
+    generate.add_argument("--temperature", type=float, metavar="T", help="high: varied, low: cautious")
+    generate.add_argument(
+        "--depth-temperature", type=float, metavar="T", help="of all codes of a position but the first: how things look"
+    )
     generate.add_argument("--from-file", metavar="FILE", help="one prompt per line")
     generate.set_defaults(run=("use", "generate"), positional="prompts")
 

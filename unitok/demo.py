@@ -1,6 +1,7 @@
 """The main job from end to end on the shapes world: both stages, chat, pictures, evaluation, report."""
 
 import json
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -36,12 +37,16 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
     all calls together.
     """
     out.mkdir(parents=True, exist_ok=True)
-    with _counted(out) as spent:
+    with _counted(out, "training"):
         source = _train_tokenizer(out, seed, quick)
         _extract(out, source)
         _train_model(out, seed, quick)
+    with _counted(out, "evaluation", anew=True) as spent:
         results = _evaluate(out, seed, quick)
-    results |= {"wall_seconds": round(spent["seconds"], 1), "peak_memory_mb": round(spent["peak_mb"], 1)}
+    results |= {
+        "wall_seconds": round(sum(part["seconds"] for part in spent.values()), 1),
+        "peak_memory_mb": round(max(part["peak_mb"] for part in spent.values()), 1),
+    }
     write_results(out / "results.json", results)
     write_report(out)
     _print(out, results)
@@ -49,19 +54,25 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
 
 
 @contextmanager
-def _counted(out: Path) -> Iterator[dict[str, float]]:
-    """Seconds and largest memory of this call and of those before it, which `out/spent.json` remembers."""
+def _counted(out: Path, part: str, anew: bool = False) -> Iterator[dict[str, dict[str, float]]]:
+    """Seconds and largest memory of every part, which `out/spent.json` remembers over calls.
+
+    What this call spends is added to `part`, or replaces it if `anew`: training goes on, an evaluation starts again.
+    """
     record = out / "spent.json"
-    spent = json.loads(record.read_text()) if record.is_file() else {"seconds": 0.0, "peak_mb": 0.0}
+    spent = json.loads(record.read_text()) if record.is_file() else {}
+    before = {"seconds": 0.0, "peak_mb": 0.0} if anew else spent.get(part, {"seconds": 0.0, "peak_mb": 0.0})
     started = time.monotonic()
     watch = MemoryWatch()
     try:
         with watch:
             yield spent
     finally:
-        spent["seconds"] += time.monotonic() - started
-        spent["peak_mb"] = max(spent["peak_mb"], watch.peak_mb)
-        record.write_text(json.dumps(spent) + "\n")
+        seconds = before["seconds"] + time.monotonic() - started
+        spent[part] = {"seconds": seconds, "peak_mb": max(before["peak_mb"], watch.peak_mb)}
+        temporary = record.with_suffix(".tmp")
+        temporary.write_text(json.dumps(spent) + "\n")
+        os.replace(temporary, record)
 
 
 def _section(title: str) -> None:

@@ -9,7 +9,10 @@ from unitok.core.run import TrainConfig
 
 def train(arguments: argparse.Namespace) -> int:
     """Train a stage from its configuration file and overrides."""
+    from unitok.core.launch import follow_parent
     from unitok.core.loop import train as run
+
+    follow_parent()
 
     config = stage_config(arguments.stage, arguments.config, arguments.overrides)
     if arguments.stage == "tokenizer":

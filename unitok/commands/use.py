@@ -48,6 +48,7 @@ def generate(arguments: argparse.Namespace) -> int:
         [prompt for prompt, _ in jobs],
         guidance_scale=arguments.guidance,
         temperature=arguments.temperature,
+        depth_temperature=arguments.depth_temperature,
         seed=[arguments.seed + number for _, number in jobs],
     )
     for image, target in zip(images, targets, strict=True):

@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -60,7 +60,7 @@ def save_checkpoint(
             save_file({key: value.contiguous() for key, value in average.items()}, partial / f"{name}.ema.safetensors")
         _write_json(partial / "state.json", {**state, "ema_updates": {name: e.updates for name, e in emas.items()}})
         _write_json(partial / MARKER, {"step": step, "files": _inventory(partial, sync=True)})
-        _replace_folder(partial, final)
+        replace_folder(partial, final)
     barrier()
     return final
 
@@ -75,6 +75,11 @@ def latest_complete(folder: Path) -> Path | None:
         elif path.is_dir():
             logger.warning("checkpoint %s was cut short (no %s): skipped", path, MARKER)
     return found[max(found)] if found else None
+
+
+def step_of(path: Path) -> int:
+    """The step that a complete checkpoint's folder is named after."""
+    return int(path.name.removeprefix("step_"))
 
 
 def verify(path: Path) -> None:
@@ -139,7 +144,7 @@ def _load_engine(engine: Any, folder: Path, reshard: bool) -> str | None:
 def prune(folder: Path, keep_last: int) -> None:
     """Delete all but the newest `keep_last` complete checkpoints (at least one stays), and older cut-short ones."""
     complete = sorted(
-        (int(path.name.removeprefix("step_")), path)
+        (step_of(path), path)
         for path in Path(folder).glob("step_*")
         if re.fullmatch(r"step_\d+", path.name) and (path / MARKER).is_file()
     )
@@ -158,12 +163,13 @@ RUNNING = (
 )  # fmt: skip
 
 
-def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
+def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any], incidental: Sequence[str] = ()) -> None:
     """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
     step is left to make them true.
 
     Args:
         saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
+        incidental: the task's settings that may differ, such as places whose content it checks itself.
     """
     keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
     old, new = _flatten(saved["config"]), _flatten(present["config"])
@@ -183,7 +189,7 @@ def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any]) -
             f"checkpoint {path} was trained on {saved['num_samples']} samples, now there are {present['num_samples']}; "
             "resume with the same data"
         )
-    ignored = {*keys, *RUNNING, "engine.micro_batch_size"}
+    ignored = {*keys, *RUNNING, *incidental, "engine.micro_batch_size"}
     changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored)
     if changed and saved["step"] >= new["steps"]:
         raise CheckpointError(
@@ -263,8 +269,9 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _replace_folder(source: Path, target: Path) -> None:
-    if target.exists():  # a run that went back and came to the same step again
+def replace_folder(source: Path, target: Path) -> None:
+    """Give a folder that is complete its name; what had that name before is deleted."""
+    if target.exists():
         shutil.rmtree(target)
     os.replace(source, target)
     _sync(target.parent)

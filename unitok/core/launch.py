@@ -1,17 +1,21 @@
 """Starting our own commands on several ranks of this machine."""
 
+import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from unitok.core.distributed import free_port
 from unitok.core.errors import UserError
 
+PARENT = "UNITOK_LAUNCHER"  # process id of the launcher, in the environment of its ranks
 END_SECONDS = 20.0  # for a rank to end by itself when another has failed
 
 
@@ -22,8 +26,33 @@ def local_ranks(most: int) -> int:
 
 
 def _cores() -> int:
-    """Cores this process may use (macOS knows only how many there are)."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use (macOS knows only how many there are), at most what its control group is given."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    allowed = quota(Path("/sys/fs/cgroup/cpu.max"))
+    return cores if math.isinf(allowed) else max(1, min(cores, math.ceil(allowed)))
+
+
+def quota(file: Path) -> float:
+    """Cores' worth of time that a cpu.max file ("QUOTA PERIOD" or "max PERIOD") allows; infinite without one."""
+    try:
+        allowed, period = file.read_text().split()
+        return math.inf if allowed == "max" else int(allowed) / int(period)
+    except (OSError, ValueError):
+        return math.inf
+
+
+def follow_parent() -> None:
+    """End this rank when the process that launched it has died: nobody would stop it any more."""
+    parent = os.environ.get(PARENT)
+    if parent is None:
+        return
+
+    def watch() -> None:
+        while os.getppid() == int(parent):
+            time.sleep(1.0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
@@ -36,6 +65,7 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
     environment = os.environ | {
         "OMP_NUM_THREADS": str(max(1, _cores() // ranks)),
         "WORLD_SIZE": str(ranks),
+        PARENT: str(os.getpid()),
         "LOCAL_WORLD_SIZE": str(ranks),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),

@@ -2,6 +2,7 @@
 
 import contextlib
 import random
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -28,7 +29,7 @@ from unitok.core.engine import set_learning_rate, whole_parameters
 from unitok.core.errors import ConfigError, NonFiniteError
 from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
-from unitok.core.run import Run, TrainConfig, identity, resume, set_up
+from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
 from unitok.core.sampling import SampleOrder, batches
 from unitok.core.signals import StopSignals
@@ -58,23 +59,23 @@ def train(
         )
     device = init_distributed(config.device)
     run: Run | None = None
-    try:
-        run = set_up(task, config, resolved_config or config, device)
-        resume(run)
-        if is_main():
-            run.log = RunLog(Path(config.output_dir), config.steps, task.headline, config.tracker, run.resolved)
-            run.log.start(run.step, run.samples)
-        with StopSignals() as signals:
-            stopped = _steps(run, evaluators or {}, signals)
-        if stopped:
-            _message(run, f"stopped at step {run.step}, resume with the same command")
-            raise SystemExit(0)
-        _export(run)
-        return run.metrics
-    finally:
-        if run is not None:
-            _tear_down(run)
-        shutdown_distributed()
+    with StopSignals() as signals, contextlib.ExitStack() as stack:
+        try:
+            checkpoint.on_main(lambda: stack.enter_context(locked(Path(config.output_dir))))
+            run = set_up(task, config, resolved_config or config, device)
+            resume(run)
+            if is_main():
+                run.log = RunLog(Path(config.output_dir), config.steps, task.headline, config.tracker, run.resolved)
+                run.log.start(run.step, run.samples)
+            if _steps(run, evaluators or {}, signals):
+                _message(run, f"stopped at step {run.step}, resume with the same command")
+                raise SystemExit(0)
+            _export(run)
+            return run.metrics
+        finally:
+            if run is not None:
+                _tear_down(run)
+            shutdown_distributed()
 
 
 def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
@@ -235,7 +236,11 @@ def _export(run: Run) -> None:
         for module in modules.values():
             stack.enter_context(whole_parameters(module))
         if is_main():
-            run.task.export(modules, Path(run.config.output_dir) / "export")
+            final = Path(run.config.output_dir) / "export"
+            partial = final.with_name("export.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            run.task.export(modules, partial)
+            checkpoint.replace_folder(partial, final)
         barrier()
 
 

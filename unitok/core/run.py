@@ -1,5 +1,8 @@
 """A run: its settings, its state, building it and taking it up again from a checkpoint."""
 
+import fcntl
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -41,6 +44,20 @@ class TrainConfig(Config):
     num_workers: int = Field(0, ge=0)
     resume: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from training into `folder`; ConfigError if one does. The lock ends with the process."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{folder}: another process is training into it; wait for it or take another output_dir"
+            ) from None
+        yield
 
 
 @dataclass
@@ -113,7 +130,8 @@ def resume(run: Run) -> None:
     run.last_checkpoint = checkpoint.on_main(lambda: _find_checkpoint(run))
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
-        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), identity(run)))
+        present, incidental = identity(run), run.task.incidental
+        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), present, incidental))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.task.load_extra_state(state["extra_state"])
@@ -138,6 +156,7 @@ def _find_checkpoint(run: Run) -> Path | None:
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
         checkpoint.verify(path)
+        _refuse_newer(run.checkpoints, path)
         return path
     path = checkpoint.latest_complete(run.checkpoints)
     if path is not None and config.resume == "never":
@@ -145,6 +164,17 @@ def _find_checkpoint(run: Run) -> Path | None:
     if path is not None:
         checkpoint.verify(path)
     return path
+
+
+def _refuse_newer(folder: Path, path: Path) -> None:
+    """ConfigError if `folder` holds checkpoints newer than `path`: going back would mix two runs in it."""
+    step = checkpoint.read_state(path)["step"]
+    newest = checkpoint.latest_complete(folder)
+    if newest is not None and checkpoint.step_of(newest) > step:
+        raise ConfigError(
+            f"resume={path} is of step {step}, but {newest} is newer; take another output_dir, or delete the newer "
+            "checkpoints to go back"
+        )
 
 
 def identity(run: Run) -> dict[str, Any]:

@@ -30,10 +30,12 @@ class Task(ABC):
     """What is trained. The loop calls, in this order, `build` once and then per step `load_batch` for every
     micro-batch, `prepare_step`, `micro_step` for every micro-batch, `after_step`.
 
-    name: names the run in messages. headline: the metrics that the progress line shows.
+    name: names the run in messages. headline: the metrics that the progress line shows. incidental: settings that a
+    resumed run may change freely (dotted names), because they do not matter or the task checks them itself.
     """
 
     name: str = "task"
+    incidental: tuple[str, ...] = ()
     headline: tuple[str, ...] = ("loss",)
 
     @abstractmethod

@@ -1,0 +1,84 @@
+"""What stage two makes of its code shards, bad samples included."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from stages import make_task, write_configs
+
+from unitok.core.errors import ConfigError, DataError
+from unitok.data.codes import CodeSource, write_codes
+from unitok.data.conversations import IMAGE_MARK, Turn
+from unitok.mllm.task import MixtureConfig
+
+WORDLESS, WORDY = 3, 5
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Configurations of the stages, and `codes`: shards with a sample without words and one with very many."""
+    folder = tmp_path_factory.mktemp("stages")
+    files = write_configs(folder)
+    source = CodeSource(folder / "codes")
+    samples = [source[index] for index in range(20)]
+    samples[WORDLESS].captions, samples[WORDLESS].questions = [], []
+    samples[WORDY].captions, samples[WORDY].questions = [], []
+    samples[WORDY].conversations = [[Turn("user", f"{IMAGE_MARK} what?"), Turn("assistant", "yes " * 3000)]]
+    files["codes"] = write_codes(samples, folder / "uneven", source.header)
+    return files
+
+
+def built(files: dict[str, Path], out: Path, *options: str) -> Any:
+    task, _ = make_task("mllm", files["mllm"], out, 1, [f"data.codes={files['codes']}", *options])
+    task.build()
+    return task
+
+
+def test_bad_samples_are_left_out_and_named(
+    files: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The next good one stands in, whatever was read before; the log names sample and reason once."""
+    task = built(files, tmp_path / "one", "data.max_bad_fraction=0.1")
+    with caplog.at_level(logging.WARNING):
+        batches = [task.load_batch(list(range(WORDLESS - 1, WORDY + 2)), epoch) for epoch in (0, 0)]
+    text = caplog.text
+    assert text.count("nothing for the tasks of data.mixture") == 1 and text.count("data.max_length is 2048") == 1
+    assert set(task.source.bad) == {WORDLESS, WORDY}
+    fresh = built(files, tmp_path / "two", "data.max_bad_fraction=0.1")
+    batches.append(fresh.load_batch(list(range(WORDLESS - 1, WORDY + 2)), 0))
+    for batch in batches[1:]:
+        assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
+    alone = fresh.load_batch([WORDLESS + 1], 0)["input_ids"][0]
+    for row in (1, 2):  # the sample without words has become the one after it
+        assert torch.equal(batches[0]["input_ids"][row][: len(alone)], alone)
+
+
+def test_too_many_bad_samples_end_the_run(files: dict[str, Path], tmp_path: Path) -> None:
+    task = built(files, tmp_path)
+    with pytest.raises(
+        DataError, match=r"1 of 20 samples are bad, more than max_bad_fraction=0.01; .*caption, question"
+    ):
+        task.load_batch([WORDLESS], 0)
+
+
+def test_a_sample_may_lack_what_one_task_needs(files: dict[str, Path], tmp_path: Path) -> None:
+    """Without captions it still chats: no share of the mixture is lost to an error."""
+    task = built(files, tmp_path, "data.max_length=100000", "data.max_bad_fraction=0")
+    for epoch in range(5):
+        assert (task.load_batch([WORDY], epoch)["labels"] != -100).sum() > 3000
+    assert not task.source.bad
+
+
+def test_a_mixture_of_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="text_to_image, caption and chat are all 0"):
+        MixtureConfig(text_to_image=0, caption=0, chat=0)
+
+
+def test_codes_of_another_tokenizer_are_refused_by_the_task(files: dict[str, Path], tmp_path: Path) -> None:
+    header = CodeSource(files["codes"]).header | {"tokenizer": "0" * 16}
+    samples = [CodeSource(files["codes"])[index] for index in range(2)]
+    other = write_codes(samples, tmp_path / "codes", header)
+    with pytest.raises((ConfigError, DataError), match="tokenizer of the codes is '0000000000000000'"):
+        make_task("mllm", files["mllm"], tmp_path / "out", 1, [f"data.codes={other}"])
