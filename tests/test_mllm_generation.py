@@ -207,9 +207,9 @@ def test_top_k_keeps_ties_and_one_means_greedy():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": 0.0}, "temperature=0"), ({"depth_temperature": -1.0}, "depth_temperature=-1"), ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.5}, "top_p=1.5"),
+    [({"temperature": 0.0}, "temperature=0"), ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.5}, "top_p=1.5"),
      ({"top_k": -1}, "top_k=-1"), ({"embedder_cache": "fast"}, "embedder_cache='fast'"),
-     ({"num_positions": -2}, "num_positions=-2")],
+     ({"num_positions": -2}, "num_positions=-2"), ({"depth_temperature": -1.0}, "depth_temperature=-1")],
 )  # fmt: skip
 def test_sampler_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
