@@ -29,17 +29,19 @@ class BadSamples:
     def key(self, index: int) -> str:
         """The name of sample `index`."""
 
-    def first_good(self, index: int, read: Callable[[int], T]) -> T:
+    def first_good(self, index: int, read: Callable[[int], T], always_bad: bool = True) -> T:
         """`read(index)`, or of the next index for which it raises neither UserError nor OSError.
 
+        always_bad: what was bad once is not read again. False if it depends on more than the index (an epoch's task).
         Raises DataError when too many samples are bad.
         """
         for step in range(len(self)):
             candidate = (index + step) % len(self)
+            if always_bad and candidate in self.bad:
+                continue
             try:
                 return read(candidate)
             except (UserError, OSError) as error:
-                # tried again each time: what is bad for one epoch's task may be good for another's
                 if candidate not in self.bad:
                     self._report_bad(candidate, error)
         raise DataError(f"{self.name} has no readable sample")

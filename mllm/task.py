@@ -164,7 +164,7 @@ class MllmTask(Task):
 
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One right-padded batch; what each sample is used for depends on (seed, epoch, index) alone."""
-        pairs = [self.source.first_good(index, lambda i: self._read(i, epoch)) for index in indices]
+        pairs = [self.source.first_good(index, lambda i: self._read(i, epoch), always_bad=False) for index in indices]
         samples, sequences = zip(*pairs, strict=True)
         input_ids, attention_mask, labels = pad_right(sequences, self.pad_id)
         images = [s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image]
