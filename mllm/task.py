@@ -48,13 +48,15 @@ class MllmDataConfig(Config):
 
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
     questions make one conversation, in words drawn anew if `paraphrase` (made for the shapes world: its rules spoil
-    other questions). Samples that cannot be read, have no words for the mixture or more than `max_length` ids are left
-    out and logged; a share of them above `max_bad_fraction` ends the run.
+    other questions). Of an image's captions one is drawn with a chance that grows with its number of words to the power
+    `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read, have no words for the
+    mixture or more than `max_length` ids are left out and logged; a share of them above `max_bad_fraction` ends it.
     """
 
     codes: str = "runs/codes"
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = Field(0.1, ge=0, le=1)
+    caption_detail: float = Field(0.0, ge=0)
     questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
     max_length: int = Field(2048, ge=1)
@@ -203,7 +205,8 @@ class MllmTask(Task):
         kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
         if kind == "chat":
             return self.builder.chat(self._conversation(sample, rng))
-        caption = sample.captions[int(rng.integers(len(sample.captions)))]
+        weights = [len(text.split()) ** data.caption_detail for text in sample.captions]
+        caption = sample.captions[int(rng.choice(len(weights), p=[weight / sum(weights) for weight in weights]))]
         if kind == "caption":
             return self.builder.caption(caption)
         return self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))

@@ -71,6 +71,18 @@ def test_a_sample_may_lack_what_one_task_needs(files: dict[str, Path], tmp_path:
     assert not task.source.bad
 
 
+def test_detailed_captions_are_drawn_more_often(files: dict[str, Path], tmp_path: Path) -> None:
+    """In proportion to their number of words to the power `caption_detail`; alike at 0."""
+    sample = CodeSource(files["codes"])[0]
+    sample.captions = ["a circle", "a big red circle"]
+    for detail, share in ((0, 0.5), (2, 0.8)):
+        options = ["data.mixture={text_to_image: 1, caption: 0, chat: 0}", f"data.caption_detail={detail}"]
+        task = built(files, tmp_path / str(detail), *options, "data.unconditional=0")
+        lengths = [len(task._sequence(sample, 0, epoch).ids) for epoch in range(600)]
+        assert len(set(lengths)) == 2
+        assert abs(lengths.count(max(lengths)) / 600 - share) < 0.07
+
+
 def test_a_mixture_of_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match="text_to_image, caption and chat are all 0"):
         MixtureConfig(text_to_image=0, caption=0, chat=0)
