@@ -35,7 +35,7 @@ TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_
 RELATIONS = ("left of", "right of", "above", "below")
 SPLITS = ("train", "val")
 
-BASE_SIZE = 64
+BASE_SIZE, MIN_SIZE = 64, 32
 RADIUS = (7.0, 13.0)
 GAP = 2.0  # between objects, and to the border
 GROUND = (235, 250)
@@ -133,8 +133,8 @@ def sample_scene(seed: int, split: str, index: int, size: int = BASE_SIZE) -> Sc
     """Scene `index` of a split. Splits never share a scene's random state, whatever the seeds."""
     if split not in SPLITS:
         raise DataError(f"shapes split {split!r} is unknown; expected one of {', '.join(SPLITS)}")
-    if size < 32:
-        raise DataError(f"shapes size {size} is too small to tell shapes apart; expected at least 32")
+    if size < MIN_SIZE:
+        raise DataError(f"shapes size {size} is too small to tell shapes apart; expected at least {MIN_SIZE}")
     rng = numpy_rng("shapes", split, seed, index)
     kind = "free" if rng.random() < FREE_SHARE else TAGS[rng.integers(len(TAGS))]
     kinds, colors = _kinds_and_colors(kind, rng)

@@ -16,7 +16,7 @@ from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
 from unitok.data.bad import BadSamples
 from unitok.data.captions import caption, questions, whole_captions
-from unitok.data.shapes import BASE_SIZE, SPLITS, Scene, render, sample_scene
+from unitok.data.shapes import BASE_SIZE, MIN_SIZE, SPLITS, Scene, render, sample_scene
 from unitok.data.shards import ShardReader
 from unitok.data.transforms import IMAGE_EXTENSIONS, decode_image, load_image
 from unitok.data.words import Words, load_json_object, parse_words, words_from_json
@@ -116,12 +116,18 @@ class ShardSource(Source):
         return decode_image(next(iter(members.values())), self.key(index))
 
 
+def _is_image(path: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.parts)  # such as macOS's ._NAME.png, which is no image
+    return not hidden and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+
+
 class FolderSource(Source):
-    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json."""
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json; sub-folders are read too."""
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:
         super().__init__(str(folder), max_bad_fraction)
-        self.files = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        self.folder = folder
+        self.files = sorted(path for path in folder.rglob("*") if _is_image(path.relative_to(folder)))
         if not self.files:
             raise DataError(f"{folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}) and no .tar; {_KNOWN_FORMS}")
 
@@ -129,7 +135,7 @@ class FolderSource(Source):
         return len(self.files)
 
     def key(self, index: int) -> str:
-        return self.files[index].stem
+        return self.files[index].relative_to(self.folder).with_suffix("").as_posix()
 
     def _read_words(self, index: int) -> Words:
         beside = [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
@@ -147,7 +153,7 @@ class JsonlSource(Source):
         super().__init__(str(path), max_bad_fraction)
         self.path = path
         try:
-            self.lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+            self.lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise DataError(f"cannot read {path} ({type(error).__name__}); expected JSON lines in UTF-8") from None
         if not self.lines:
@@ -157,7 +163,11 @@ class JsonlSource(Source):
         return len(self.lines)
 
     def key(self, index: int) -> str:
-        return f"{self.path.stem}-{index:06d}"
+        try:
+            name = self._record(index).get("id")
+        except DataError:
+            name = None
+        return str(name) if isinstance(name, str | int) else f"{self.path.stem}-{index:06d}"
 
     def _record(self, index: int) -> dict[str, Any]:
         return load_json_object(self.lines[index], f"{self.path}: record {index}")
@@ -221,6 +231,8 @@ def _open_shapes(spec: str, split: str | None) -> ShapesSource:
         if key not in settings or not value.isdecimal():
             raise DataError(f"{spec!r}: {key}={value} is not understood; expected {', '.join(settings)} with numbers")
         settings[key] = int(value)
+    if settings["size"] < MIN_SIZE:
+        raise DataError(f"{spec!r}: size is {settings['size']}; expected at least {MIN_SIZE}, to tell shapes apart")
     if settings["num"] < 1:
         raise DataError(f"{spec!r}: num is {settings['num']}; expected at least 1")
     return ShapesSource(chosen, **settings)

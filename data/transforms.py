@@ -20,8 +20,9 @@ def load_image(path: Path | str) -> Image.Image:
     path = Path(path)
     try:
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read image {path}: {error.strerror}; give an existing image file") from None
+    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"cannot read image {str(path)!r}: {reason}; give an existing image file") from None
     return decode_image(data, str(path))
 
 
@@ -40,9 +41,14 @@ def decode_image(data: bytes, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; what is transparent becomes white."""
+    """RGB of any mode; what is transparent becomes white, and 16 bits become 8. ValueError for floating point."""
     if image.mode == "RGB":
         return image
+    if image.mode == "F":
+        raise ValueError("an image of floating point numbers has no range of its own; convert it to 8 or 16 bits")
+    if image.mode.startswith("I"):  # PIL would cut everything above 255
+        grey = np.asarray(image, dtype=np.float64) / 257
+        return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")

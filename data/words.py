@@ -23,8 +23,8 @@ class Words:
 def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
     """Words from a sample's txt (one caption a line) and json; DataError when one is malformed."""
     try:
-        lines = text.decode("utf-8").splitlines() if text else []
-        words = words_from_json(load_json_object(data.decode("utf-8"), where), where) if data else Words()
+        lines = text.decode("utf-8-sig").splitlines() if text else []
+        words = words_from_json(load_json_object(data.decode("utf-8-sig"), where), where) if data else Words()
     except UnicodeDecodeError:
         raise DataError(f"{where}: text is not UTF-8") from None
     # A caption may stand in both files; it counts once.
@@ -38,6 +38,8 @@ def load_json_object(text: str, where: str) -> dict[str, Any]:
         data = json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{where} is not JSON ({error.msg} at character {error.pos})") from None
+    except RecursionError:
+        raise DataError(f"{where} is JSON nested too deeply to be read") from None
     if not isinstance(data, dict):
         raise DataError(f"{where} is a JSON {type(data).__name__}; expected an object")
     return data

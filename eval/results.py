@@ -118,6 +118,9 @@ def read_results(path: Path | str) -> dict[str, Any]:
         raise DataError(f"cannot read {path} ({type(error).__name__}); expected a results.json of a run") from None
     if not isinstance(results, dict):
         raise DataError(f"{path} holds a {type(results).__name__}; expected the JSON object of a results.json")
+    for part in ("tokenizer", "vqa", "geneval"):
+        if not isinstance(results.get(part, {}), dict):
+            raise DataError(f"{path}: {part} is {str(results[part])[:40]!r}; expected an object")
     return results
 
 

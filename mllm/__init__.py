@@ -1,13 +1,14 @@
 """The unified model: reads codes for understanding, predicts them for generation."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.model import UniTokMLLM
-from unitok.mllm.processor import UniTokProcessor
+from unitok.mllm.processor import UniTokProcessor, UniTokTextTokenizer
 
 AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True)
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokMLLM, exist_ok=True)
 AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLM, exist_ok=True)
+AutoTokenizer.register(UniTokMLLMConfig, slow_tokenizer_class=UniTokTextTokenizer, exist_ok=True)
 
 __all__ = ["UniTokMLLM", "UniTokMLLMConfig", "UniTokProcessor"]

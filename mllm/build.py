@@ -1,16 +1,19 @@
 """Making a unified model: backbone (new or pretrained), text tokenizer, and the visual tokenizer's codebooks."""
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unitok.core.config import Config
-from unitok.core.errors import ConfigError
+from unitok.core.errors import ConfigError, UserError
 from unitok.core.signature import config_from_signature
 from unitok.data.conversations import MARKS
 from unitok.data.sentencepieces import run_sentencepiece
@@ -46,7 +49,8 @@ def build_text_tokenizer(
     """The backbone's own tokenizer with the image marks added, or a sentencepiece model trained on `texts()` (kept in
     `folder`; that of the run in `resumed` when one is resumed)."""
     if settings.path is not None:
-        tokenizer = AutoTokenizer.from_pretrained(settings.path)
+        with _blamed_on(f"backbone.path={settings.path}: no usable text tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(settings.path)
         tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -71,11 +75,24 @@ def build_model(
         **special_ids(text_tokenizer),
         **settings.model_dump(),
     )
-    model = UniTokMLLM(config)
-    if backbone.path is not None:
-        _load_backbone(model, backbone.path)
+    with _blamed_on(f"backbone.{f'path={backbone.path}' if backbone.path else 'config'}: no usable backbone"):
+        model = UniTokMLLM(config)
+        if backbone.path is not None:
+            _load_backbone(model, backbone.path)
     model.attach_tokenizer(visual)
     return model
+
+
+@contextmanager
+def _blamed_on(what: str) -> Iterator[None]:
+    """What transformers finds wrong with a folder or with sizes, as one line about the setting `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ConfigError(f"{what} ({type(error).__name__}: {reason})") from error
 
 
 def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBase) -> Any:
@@ -85,7 +102,8 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
                 f"backbone.path={backbone.path} and backbone.config are both set: the sizes of a pretrained backbone "
                 f"are its own; remove backbone.config"
             )
-        config = AutoConfig.from_pretrained(backbone.path)
+        with _blamed_on(f"backbone.path={backbone.path}: no usable config.json"):
+            config = AutoConfig.from_pretrained(backbone.path)
         config.vocab_size = max(config.vocab_size, len(text_tokenizer))
         return config
     given = {"model_type": "llama", "max_position_embeddings": 4096} | backbone.config
@@ -101,6 +119,9 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
             f"backbone.config.{clash[0]}: comes from the text tokenizer; remove it from the configuration"
         )
     model_type = given.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1, cutoff=0.0)[0]
+        raise ConfigError(f"unknown backbone.config.model_type={model_type!r}; the nearest known one is {near!r}")
     known = AutoConfig.for_model(model_type)
     for name in given:
         if not hasattr(known, name):
@@ -109,7 +130,14 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
                 f"unknown key 'backbone.config.{name}' for {model_type}; the nearest known key is "
                 f"'backbone.config.{near}'"
             )
-    return AutoConfig.for_model(model_type, **given, **derived)
+    with _blamed_on("backbone.config: sizes that do not fit"):
+        config = AutoConfig.for_model(model_type, **given, **derived)
+    heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if shared and heads % shared:
+        raise ConfigError(
+            f"backbone.config.num_attention_heads={heads} does not divide into num_key_value_heads={shared} groups"
+        )
+    return config
 
 
 def _load_backbone(model: UniTokMLLM, path: str) -> None:

@@ -54,7 +54,7 @@ class CodeSampler:
                 raise UserError(f"{name}={value}: must be positive (use do_sample=False for the likeliest code)")
         if not 0 < top_p <= 1:
             raise UserError(f"top_p={top_p}: expected a share in (0, 1]")
-        if top_k < 0:
+        if top_k < 0 or top_k != int(top_k):
             raise UserError(f"top_k={top_k}: expected 0 (off) or a positive number")
         self.do_sample, self.temperature, self.top_k, self.top_p = do_sample, temperature, top_k, top_p
         self.generators = [torch.Generator().manual_seed(derive_seed("image", seed)) for seed in seeds or []]
@@ -93,7 +93,8 @@ class CodeGenerationMixin:
         With `guidance_scale > 1` `input_ids` `[2B, T]` holds the conditional rows first and as many unconditional rows
         after them; logits are `uncond + scale * (cond - uncond)` and both rows continue with the same code.
         `depth_temperature`: of all codes of a position but the first (None: `temperature`).
-        `seeds`: one per image; the same seed gives the same image whatever else is in the batch.
+        `seeds`: one per image; the same seed gives the same image whatever else is in the batch. None is 0 to B - 1:
+        like everything here, it does not depend on a global generator.
         """
         num_positions = self.config.num_image_positions if num_positions is None else num_positions
         embedder_cache = embedder_cache or self.config.embedder_cache

@@ -124,16 +124,17 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
                 )
             self.embedder.codebooks.copy_(tokenizer.quantizer.normalised_codebooks())
             source, target = tokenizer.post_quant_proj.state_dict(), self.embedder.projection.state_dict()
-            same = source.keys() == target.keys() and all(source[name].shape == target[name].shape for name in source)
-            if same:
+            shapes = [{name: list(value.shape) for name, value in state.items()} for state in (source, target)]
+            if shapes[0] == shapes[1]:
                 self.embedder.projection.load_state_dict(source)
             else:
+                odd = next(n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
                 _LOGGER.warning(
-                    "the embedder's projection starts from random weights: the tokenizer's has another shape "
-                    "(visual_width=%d, visual_num_heads=%d here; width %d in the tokenizer)",
-                    self.config.visual_width,
-                    self.config.visual_num_heads,
-                    tokenizer.config.width,
+                    "the embedder's projection starts from random weights: its %s is %s, the tokenizer's %s "
+                    "(see model.visual_width, visual_num_heads, visual_mlp_ratio)",
+                    odd,
+                    shapes[1].get(odd),
+                    shapes[0].get(odd),
                 )
 
     def embed_codes(self, codes: Tensor) -> Tensor:
@@ -145,7 +146,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
 
         Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
-        is_image_BT = input_ids == self.config.image_token_id
+        is_image_BT = self._placeholders(input_ids)
         if codes is not None:
             check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
         self._check_placeholders(is_image_BT.sum(dim=1).tolist(), codes)
@@ -155,6 +156,11 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             return inputs_BTD
         vectors = self.embed_codes(codes).flatten(0, 1).to(inputs_BTD.dtype)
         return inputs_BTD.masked_scatter(is_image_BT.unsqueeze(-1), vectors)
+
+    def _placeholders(self, input_ids: Tensor) -> Tensor:
+        """Which of the ids `[B, T]` stand for image positions; none where the model has no such id."""
+        image_id = self.config.image_token_id
+        return torch.zeros_like(input_ids, dtype=torch.bool) if image_id is None else input_ids == image_id
 
     def _check_placeholders(self, counts: list[int], codes: Tensor | None) -> None:
         """`counts` of placeholders per row; each row must hold whole images, and all of them the given ones."""
@@ -180,10 +186,19 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         inputs_embeds: Tensor | None = None,
         past_key_values: Any = None,
         use_cache: bool | None = None,
+        labels: Tensor | None = None,
         logits_to_keep: int = 0,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Text logits `[B, T, vocab]` (the last `logits_to_keep` positions, 0 = all)."""
+        """Text logits `[B, T, vocab]` (the last `logits_to_keep` positions, 0 = all).
+
+        With `labels` `[B, T]` (not shifted, IGNORE where nothing is learnt) `loss` is the mean cross-entropy over text;
+        training, which learns codes too, uses `losses`.
+        """
+        if labels is not None and logits_to_keep:
+            raise DataError(f"labels need the logits of all positions, but logits_to_keep is {logits_to_keep}")
         if inputs_embeds is None:
             inputs_embeds = self.embed(input_ids, codes)
         outputs = self.backbone(
@@ -192,10 +207,21 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
         )
-        hidden_BTD = outputs.last_hidden_state
+        logits_BTV = self.lm_head(outputs.last_hidden_state[:, -logits_to_keep:])
+        loss = None
+        if labels is not None:
+            loss = F.cross_entropy(
+                logits_BTV[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=IGNORE
+            )
         return CausalLMOutputWithPast(
-            logits=self.lm_head(hidden_BTD[:, -logits_to_keep:]), past_key_values=outputs.past_key_values
+            loss=loss,
+            logits=logits_BTV,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
     def prepare_inputs_for_generation(self, input_ids: Tensor, codes: Tensor | None = None, **kwargs: Any) -> dict:
@@ -216,7 +242,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         """Rows repeated for beams and several answers: the images of a row are repeated together, not one by one."""
         rows_of_codes = None
         if codes is not None and expand_size > 1:
-            counts = (input_ids == self.config.image_token_id).sum(dim=1) // codes.shape[2]
+            counts = self._placeholders(input_ids).sum(dim=1) // codes.shape[2]
             rows_of_codes = codes.split(counts.tolist())
         input_ids, kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, input_ids=input_ids, **kwargs
@@ -284,7 +310,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         if codes is None:
             empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
             return hidden_BTD[:1, :0].flatten(0, 1), empty
-        is_image_BT = input_ids == self.config.image_token_id
+        is_image_BT = self._placeholders(input_ids)
         if bool(is_image_BT[:, 0].any()):
             raise DataError("a sequence begins with an image position: nothing stands before it to predict it from")
         learnt = learn_image.repeat_interleave(codes.shape[2])  # one flag per placeholder, in order of appearance

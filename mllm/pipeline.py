@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ class UniTokPipeline:
         whatever the batch. Sampler settings default to the export's generation_config.json.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = [seed + i for i in range(len(prompts))] if isinstance(seed, int) else list(seed)
+        if not isinstance(seed, Integral | Sequence):
+            raise UserError(f"seed={seed!r}: expected a whole number, or a list of one per prompt")
+        seeds = [int(seed) + i for i in range(len(prompts))] if isinstance(seed, Integral) else list(seed)
         if len(seeds) != len(prompts):
             raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
         given = {
@@ -127,6 +130,8 @@ class UniTokPipeline:
         self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int = 128, **generate: Any
     ) -> list[str]:
         """Answers to several conversations at once; greedy unless `do_sample=True` and friends are given."""
+        if max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
         prompts, images = [], []
         for messages in conversations:
             turns, own = split_messages(messages)

@@ -1,6 +1,7 @@
 """Text tokenizer and processor of the unified model: texts and images in, ids with expanded image placeholders out."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.core.pretrained import read_json
 from unitok.data.conversations import BEGIN_IMAGE, END_IMAGE, IMAGE_MARK, Turn
 from unitok.data.sentencepieces import load_sentencepiece
-from unitok.data.transforms import eval_transform
+from unitok.data.transforms import eval_transform, load_image
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.sequence import Sequence, SequenceBuilder, chat_template, pad_left
 
@@ -119,21 +120,44 @@ class UniTokProcessor:
 
 
 def split_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], list[Image.Image]]:
-    """Chat messages (string content, or parts of type "image" and "text") -> turns with `<image>` marks, and images."""
-    turns, images = [], []
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            turns.append(Turn(message["role"], content))
+    """Chat messages (string content, or parts of type "image" and "text") -> turns with `<image>` marks, and images.
+
+    Images are PIL images or paths of files. The text of a leading "system" message begins the first user turn, as in
+    training. Raises UserError for a message of another form.
+    """
+    turns: list[Turn] = []
+    images: list[Image.Image] = []
+    system = ""
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not {"role", "content"} <= message.keys():
+            raise UserError(f"message {number} is {str(message)[:80]!r}: expected a dict with role and content")
+        text = _message_text(message["content"], images, number)
+        if message["role"] == "system" and number == 0:
+            system = text.strip() + "\n"
             continue
-        text = ""
-        for part in content:
-            if part["type"] == "image":
-                images.append(part["image"])
-                text += IMAGE_MARK + "\n"
-            elif part["type"] == "text":
-                text += part["text"]
-            else:
-                raise UserError(f"message part of type {part['type']!r}: expected 'image' or 'text'")
-        turns.append(Turn(message["role"], text))
+        turns.append(Turn(message["role"], system + text))
+        system = ""
     return turns, images
+
+
+def _message_text(content: Any, images: list[Image.Image], number: int) -> str:
+    """The text of a message's content with marks for its images, which are added to `images`."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list | tuple):
+        raise UserError(f"message {number} has content {str(content)[:80]!r}: expected text or a list of parts")
+    text = ""
+    for part in content:
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if kind not in ("image", "text"):
+            raise UserError(f"message part of type {kind!r}: expected 'image' or 'text'")
+        value = part.get(kind)
+        if kind == "image" and isinstance(value, str | Path):
+            value = load_image(value)
+        if not isinstance(value, Image.Image if kind == "image" else str):
+            wanted = "a PIL image or the path of a file" if kind == "image" else "a text"
+            raise UserError(f"message {number} has a part of type {kind!r} with {str(value)[:80]!r}: expected {wanted}")
+        if kind == "image":
+            images.append(value)
+        text += IMAGE_MARK + "\n" if kind == "image" else value
+    return text

@@ -147,12 +147,15 @@ def chat_template(config: UniTokMLLMConfig) -> str:
     }
     quoted = {name: "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'" for name, text in literals.items()}
     template = (
-        "{{ bos_token }}{{ @system }}{% for message in messages %}"
-        "{% if message['role'] == 'user' %}{{ @user }}"
+        "{{ bos_token }}{{ @system }}{% set ns = namespace(system='') %}{% for message in messages %}"
+        "{% if message['role'] == 'system' and loop.first %}{% set ns.system = message['content'] | trim + '\n' %}"
+        "{% elif message['role'] == 'user' %}{{ @user }}{{ ns.system }}{% set ns.system = '' %}"
         "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{% for part in message['content'] %}{% if part['type'] == 'image' %}{{ @mark }}"
         "{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}"
         "{% if not loop.last or add_generation_prompt %}{{ @assistant }}{% endif %}"
+        "{% elif message['role'] != 'assistant' %}"
+        "{{ raise_exception('roles are user and assistant, after one system') }}"
         "{% else %}{{ ' ' }}{% if message['content'] is string %}{{ message['content'] }}{% else %}"
         "{{ message['content'][0]['text'] }}{% endif %}{{ eos_token }}{% endif %}{% endfor %}"
     )

@@ -40,6 +40,9 @@ TINY_MODEL = [
     "backbone.config={hidden_size: 32, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}",
 ]
 
+PLACES = ["tokenizer=TOKENIZER", "data.codes=RUN/codes"]
+STAGE_TWO = ["--config", "mllm/shapes.yaml", *PLACES, *TINY_MODEL]
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
@@ -207,6 +210,15 @@ def test_data_commands(run, capsys):
             ["train", "mllm", "--config", "mllm/shapes.yaml", "data.mixture={text_to_image: 0, caption: 0, chat: 0}"],
             "all 0",
         ),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "model.entropy_temperature=0"], "entropy_temp"),
+        (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "steps=!!int x"], "steps"),
+        (["train", "mllm", *STAGE_TWO, "backbone.path=/nowhere/llama"], "backbone.path=/nowhere/llama"),
+        (["train", "mllm", *STAGE_TWO, "backbone.config.model_type=nollama"], "nollama"),
+        (["train", "mllm", *STAGE_TWO, "backbone.config.hidden_size=x"], "backbone.config"),
+        (["train", "mllm", *STAGE_TWO, "backbone.config.hidden_size=33"], "backbone.config"),
+        (["train", "mllm", *STAGE_TWO, "backbone.config.hidden_act=foo"], "foo"),
+        (["train", "mllm", *STAGE_TWO, "backbone.config.num_key_value_heads=3"], "num_key_value_heads=3"),
+        (["data", "shapes", "--size", "16", "--out", "RUN/small"], "16"),
         (["train", "tokenizer", "--config", "RUN/absent.yaml"], "absent.yaml"),
         (["train", "tokenizer", "--config", "tokenizer/shapes.yaml", "eval_every=5", *TINY_TOKENIZER], "eval_every"),
         (["train", "mllm", "--config", "mllm/shapes.yaml", "loss_normalisation=mean"], "loss_normalisation"),
@@ -231,7 +243,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(run, command, named, capsys):
     places = {"RUN": run, "MODEL": run / "mllm" / "export", "TOKENIZER": run / "tokenizer" / "export"}
     for place, path in places.items():
         command = [
-            part.replace(place, str(path), 1) if part.startswith((place, f"tokenizer={place}")) else part
+            part.replace(place, str(path), 1)
+            if part.startswith((place, f"tokenizer={place}", f"data.codes={place}"))
+            else part
             for part in command
         ]
     overrides = [f"output_dir={run / 'mistake'}"] if command[0] == "train" else []
@@ -372,8 +386,7 @@ def test_wheel_generates_and_trains_from_another_folder(run, tmp_path):
     """The wheel with the libraries that it names, in an empty environment: nothing of this one is on its path."""
     own = ROOT / ".venv-uv" / "bin" / "uv"
     uv = str(own) if own.is_file() else shutil.which("uv")
-    if uv is None:
-        pytest.skip("needs uv to build and install the wheel: `make setup` puts it into .venv-uv")
+    assert uv is not None, "needs uv to build and install the wheel: `make setup` puts it into .venv-uv"
 
     def do(*command: str) -> str:
         done = subprocess.run(command, cwd=elsewhere, env=clean, text=True, capture_output=True)
@@ -401,3 +414,44 @@ def test_wheel_generates_and_trains_from_another_folder(run, tmp_path):
     places = ["output_dir=mllm", f"tokenizer={run / 'tokenizer' / 'export'}", f"data.codes={run / 'codes'}"]
     do(unitok, "train", "mllm", "--config", "mllm/shapes.yaml", *places, *TINY_MODEL)
     assert (elsewhere / "mllm" / "export" / "model.safetensors").is_file()
+
+
+def test_out_may_be_a_folder_with_a_dot(run, tmp_path):
+    folder = tmp_path / "v1.0"
+    prompts = ["generate", "a photo of a circle", "a photo of a square", *model_of(run)]
+    assert main([*prompts, "--out", str(folder)]) == 0
+    assert len(list(folder.glob("*.png"))) == 2
+    assert (
+        main(
+            [
+                "reconstruct",
+                str(run / "red.png"),
+                "--tokenizer",
+                str(run / "tokenizer" / "export"),
+                "--out",
+                str(folder),
+            ]
+        )
+        == 0
+    )
+    assert len(list(folder.glob("*.png"))) == 3
+
+
+def test_a_report_on_nonsense_is_refused(tmp_path, capsys):
+    (tmp_path / "results.json").write_text('{"tokenizer": 3}')
+    assert main(["report", str(tmp_path)]) == 2
+    assert "tokenizer" in capsys.readouterr().err
+
+
+def test_auto_classes_know_an_export(run):
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    import unitok.mllm
+    from unitok.mllm.processor import UniTokTextTokenizer
+
+    export = run / "mllm" / "export"
+    assert isinstance(AutoConfig.from_pretrained(export), unitok.mllm.UniTokMLLMConfig)
+    assert isinstance(AutoModelForCausalLM.from_pretrained(export), unitok.mllm.UniTokMLLM)
+    text = AutoTokenizer.from_pretrained(export)
+    assert isinstance(text, UniTokTextTokenizer)
+    assert text.decode(text("a photo of a circle", add_special_tokens=False)["input_ids"]) == "a photo of a circle"

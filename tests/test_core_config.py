@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from unitok.core.config import Config, config_path, load_config, save_config
+from unitok.core.config import Config, config_path, load_config, parse_value, save_config
 from unitok.core.engine import EngineConfig, deepspeed_config
 from unitok.core.errors import ConfigError
 from unitok.core.optim import OptimizerConfig, lr_at, parameter_groups
@@ -125,3 +125,17 @@ def test_train_config_refuses_bad_values() -> None:
         load_config(TrainConfig, None, ["output_dir=x", "engine.zero_stage=4"])
     with pytest.raises(ConfigError, match="'steps'"):
         load_config(TrainConfig, None, ["output_dir=x", "setps=3"])
+
+
+def test_yaml_without_surprises():
+    """YAML 1.1 makes a date of 2026-01-31, 64 of 0100 and 3723 of 1:2:3."""
+    for text, value in (("2026-01-31", "2026-01-31"), ("2026-13-45", "2026-13-45"), ("0100", 100), ("1:2:3", "1:2:3")):
+        assert parse_value(text) == value
+    assert [parse_value(text) for text in ("-7", "1_000", "1e-3", "0.5", "true", "null")] == [
+        -7,
+        1000,
+        1e-3,
+        0.5,
+        True,
+        None,
+    ]

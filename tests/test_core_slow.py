@@ -3,6 +3,8 @@
 import os
 import random
 import signal
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -267,3 +269,32 @@ class _Clamped(ToyTask):
 
     def after_step(self, modules: dict[str, Any], step: int) -> None:
         clamp_parameter_(modules["net"].second.bias, -0.01, 0.01)
+
+
+GROUP_RUN = """
+import sys
+from pathlib import Path
+from core_toys import ToyTask, run_toy
+class Slow(ToyTask):
+    def after_step(self, modules, step):
+        super().after_step(modules, step)
+        print("step", step, flush=True)
+if __name__ == "__main__":
+    run_toy(Slow(), Path(sys.argv[1]), steps=100000, num_workers=2)
+"""
+
+
+def test_a_signal_to_the_whole_group_finds_the_workers_alive(tmp_path: Path) -> None:
+    """As a scheduler or a terminal sends it: the loaders' processes get it too, and the run still ends well."""
+    (tmp_path / "main.py").write_text(GROUP_RUN)
+    command = [sys.executable, str(tmp_path / "main.py"), str(tmp_path / "out")]
+    paths = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": paths, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stdout:
+        if line == "step 5\n":
+            os.killpg(process.pid, signal.SIGTERM)
+            break
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert latest_complete(tmp_path / "out" / "checkpoints") is not None

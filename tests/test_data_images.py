@@ -115,3 +115,20 @@ def test_digits_export(tmp_path, digits_script, capsys):
         assert (yes_answer, no_answer) == ("yes", "no") and word in yes and word not in no
     assert digits_script.main([str(tmp_path / "a")]) == 2
     assert "not empty" in capsys.readouterr().err
+
+
+def test_sixteen_bits_become_eight(tmp_path):
+    """Scans are often stored so; cutting at 255 would make them white."""
+    levels = np.linspace(0, 65535, 64).reshape(8, 8)
+    Image.fromarray(levels.astype(np.uint16)).save(tmp_path / "scan.png")
+    read = np.asarray(load_image(tmp_path / "scan.png"), dtype=float)
+    np.testing.assert_allclose(read[..., 0], levels / 257, atol=0.51)
+    assert (read == read[..., :1]).all()
+    Image.fromarray(np.zeros((4, 4), dtype=np.float32)).save(tmp_path / "float.tiff")
+    with pytest.raises(UserError, match="float.tiff"):
+        load_image(tmp_path / "float.tiff")
+
+
+def test_a_path_with_a_null_byte_is_a_users_mistake():
+    with pytest.raises(UserError, match="null byte"):
+        load_image("a\0b.png")

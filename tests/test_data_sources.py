@@ -305,3 +305,28 @@ def test_the_world_needs_no_torch():
     code = "import sys, unitok.data.captions, unitok.data.detector, unitok.data.shards; print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
+
+
+def test_byte_order_marks_are_no_text(tmp_path):
+    folder = fill_folder(tmp_path / "f", count=2)
+    (folder / "im0.txt").write_text("a caption", encoding="utf-8-sig")
+    assert open_source(folder)[0].captions[0] == "a caption"
+    lines = [json.dumps({"image": str(folder / f"im{i}.png"), "caption": "one", "id": f"name-{i}"}) for i in range(2)]
+    (tmp_path / "x.jsonl").write_text("\n".join(lines), encoding="utf-8-sig")
+    source = open_source(tmp_path / "x.jsonl")
+    assert source[0].captions == ["one"] and [source[i].key for i in range(2)] == ["name-0", "name-1"]
+
+
+def test_sub_folders_are_read_and_hidden_files_are_not(tmp_path):
+    folder = fill_folder(tmp_path / "f", count=2)
+    fill_folder(folder / "more", count=1)
+    (folder / "._im0.png").write_bytes(b"resource fork")
+    source = open_source(folder)
+    assert [source[i].key for i in range(len(source))] == ["im0", "im1", "more/im0"] and not source.bad
+
+
+def test_deeply_nested_json_is_a_bad_sample(tmp_path):
+    folder = fill_folder(tmp_path / "f", count=2)
+    (folder / "im0.json").write_text('{"a": ' + "[" * 100_000 + "]" * 100_000 + "}")
+    source = open_source(folder, max_bad_fraction=0.5)
+    assert source[0].key == "im1" and "nested" in source.bad[0]

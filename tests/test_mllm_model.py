@@ -329,3 +329,27 @@ def test_no_weight_decay_names_exist():
 )
 def test_rows_are_split_where_padding_is_cheapest(lengths, parts):
     assert split_by_length(lengths) == parts
+
+
+def test_forward_keeps_transformers_promises():
+    """`labels` give the shifted loss, hidden states come when asked for."""
+    model = make_mllm()
+    ids = torch.tensor([[BOS, 20, 21, 22, 23]])
+    labels = ids.masked_fill(torch.tensor([[True, True, False, False, False]]), -100)
+    out = model(ids, labels=labels, output_hidden_states=True)
+    expected = F.cross_entropy(out.logits[0, 1:4], ids[0, 2:])
+    torch.testing.assert_close(out.loss, expected)
+    out.loss.backward()
+    assert model.lm_head.weight.grad.abs().sum() > 0 and len(out.hidden_states) == 3
+    assert model(ids).loss is None
+    with pytest.raises(DataError, match="logits_to_keep"):
+        model(ids, labels=labels, logits_to_keep=1)
+
+
+def test_a_model_without_a_placeholder_id_reads_and_draws():
+    model = make_mllm(image_token_id=None)
+    ids = torch.tensor([[BOS, 20, BOI]])
+    assert model(ids).logits.shape[:2] == (1, 3)
+    assert model.generate_codes(ids, do_sample=False).shape == (1, 3, 6)
+    with pytest.raises(DataError, match="placeholders"):
+        model(ids, codes=random_codes(model.config, 1, 6))

@@ -287,3 +287,32 @@ def test_processor_save_and_load(processor, tmp_path):
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
     with pytest.raises(UserError, match="processor_config.json"):
         UniTokProcessor.from_pretrained(tmp_path)
+
+
+def test_a_system_message_begins_the_first_user_turn(processor):
+    """In a prompt as in training data, and in the template."""
+    talk = [{"role": "system", "content": " Be brief. "}, *conversation("what color is the circle?")]
+    turns, _ = split_messages(talk)
+    assert [turn.role for turn in turns] == ["user"] and turns[0].content.startswith("Be brief.\n")
+    rendered = processor.apply_chat_template(talk)
+    assert "USER: Be brief.\n" in rendered and rendered.count(processor.tokenizer.eos_token) == 0
+    assert processor.apply_chat_template(talk[1:]) == rendered.replace("Be brief.\n", "")
+    with pytest.raises(Exception, match="roles are user and assistant"):
+        processor.apply_chat_template([*talk[1:], {"role": "tool", "content": "x"}])
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "user"},
+        {"role": "user", "content": 5},
+        {"role": "user", "content": [{"type": "text"}]},
+        {"role": "user", "content": [{"type": "image", "image": 7}]},
+        {"role": "user", "content": [{"type": "image", "image": "/nowhere/x.png"}]},
+        {"role": "user", "content": ["text"]},
+        "hello",
+    ],
+)
+def test_malformed_messages_are_refused(message):
+    with pytest.raises(UserError):
+        split_messages([message])

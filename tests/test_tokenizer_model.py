@@ -345,3 +345,16 @@ def test_gradient_checkpointing_changes_nothing(with_text):
 def test_no_weight_decay_names_exist(with_text):
     names = dict(with_text.named_parameters())
     assert with_text.no_weight_decay() - {"encoder.query_tokens"} <= names.keys()
+
+
+def test_a_tokenizer_loaded_in_half_precision_works(tmp_path):
+    """Projections and codebooks stay fp32; codes differ only where rounding of the encoder decides."""
+    tokenizer = make_tokenizer()
+    tokenizer.save_pretrained(tmp_path)
+    half = UniTok.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    assert half.quantizer.codebooks.dtype == torch.float32 and half.decoder.norm.weight.dtype == torch.bfloat16
+    pixels = torch.rand(2, 3, 32, 32) * 2 - 1
+    codes = half.encode(pixels.bfloat16())
+    assert codes.is_contiguous() and (codes == tokenizer.encode(pixels)).float().mean() > 0.6
+    shown = half.decode(tokenizer.encode(pixels)).float()
+    assert (shown - tokenizer.reconstruct(pixels)).abs().mean() < 0.02

@@ -124,8 +124,12 @@ class UniTokConfig(PretrainedConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected two numbers, one a stage")
             sizes |= {f"{name}[{index}]": value for index, value in enumerate(getattr(self, name))}
         _check_positive(sizes)
-        if self.mlp_ratio <= 0:
-            raise ConfigError(f"mlp_ratio={self.mlp_ratio}: expected a positive number")
+        for name in ("mlp_ratio", "entropy_temperature"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ConfigError(f"{name}={value}: expected a positive number")
+        if not self.commitment_weight >= 0:
+            raise ConfigError(f"commitment_weight={self.commitment_weight}: expected 0 or more")
         if self.num_query_tokens < 0:
             raise ConfigError(f"num_query_tokens={self.num_query_tokens}: expected 0 or more")
         _check_text_tower(self.text_tower)

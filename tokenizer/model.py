@@ -56,6 +56,8 @@ class UniTok(PreTrainedModel):
     base_model_prefix = "unitok"
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
+    # what decides the codes, and what makes vectors of them (the paper trains it in fp32)
+    _keep_in_fp32_modules_strict = ["quant_proj", "quantizer", "post_quant_proj", "fc_norm", "projection"]
     _no_split_modules = ["Block", "MbConvLNBlock", "InvertedBottleneck"]
 
     def __init__(self, config: UniTokConfig) -> None:
@@ -139,7 +141,7 @@ class UniTok(PreTrainedModel):
             quantized = self.quantizer(self.quant_proj(encoded_BLC.float()), with_entropy)
             features_BLC = self.post_quant_proj(quantized.quantized)
             image_BD = self._image_embedding(features_BLC)
-        reconstruction, last_hidden = self.decoder(features_BLC, tuple(pixels.shape[-2:]))
+        reconstruction, last_hidden = self._decode(features_BLC, tuple(pixels.shape[-2:]))
         return UniTokOutput(
             reconstruction=reconstruction,
             last_hidden=last_hidden,
@@ -165,7 +167,11 @@ class UniTok(PreTrainedModel):
         """Pixels `[B, 3, H, W]`, clamped to [-1, 1], of codes `[B, K, L]`; `image_shape` when not square."""
         with torch.autocast(codes.device.type, enabled=False):
             features_BLC = self.post_quant_proj(self.code_vectors(codes))
-        return self.decoder(features_BLC, image_shape)[0].clamp(-1, 1)
+        return self._decode(features_BLC, image_shape)[0].clamp(-1, 1)
+
+    def _decode(self, features_BLC: Tensor, image_shape: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+        # a model loaded in half precision keeps its projections in fp32, but not its decoder
+        return self.decoder(features_BLC.to(self.decoder.norm.weight.dtype), image_shape)
 
     def code_vectors(self, codes: Tensor) -> Tensor:
         """Concatenated normalised codebook vectors `[B, L, K * code_dim]` of codes `[B, K, L]`."""

@@ -87,7 +87,7 @@ class MultiCodebookQuantizer(nn.Module):
             usage.scatter_add_(1, codes_KN, torch.ones_like(codes_KN, dtype=usage.dtype))
             return QuantizerOutput(
                 quantized=through_KND.permute(1, 0, 2).reshape(batch, length, -1),
-                codes=codes_KN.view(-1, batch, length).transpose(0, 1),
+                codes=codes_KN.view(-1, batch, length).transpose(0, 1).contiguous(),
                 vq_loss=vq_loss,
                 entropy_loss=entropy,
                 usage=usage,
@@ -98,7 +98,7 @@ class MultiCodebookQuantizer(nn.Module):
         """Codes `[B, K, L]` of features `[B, L, K * D]`."""
         with torch.autocast(features_BLC.device.type, enabled=False):
             codes_KN = search(self._chunks(features_BLC), self.normalised_codebooks())
-        return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1)
+        return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous()
 
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         """Normalised code vectors `[B, L, K * D]` of codes `[B, K, L]`; DataError when K or a code does not fit."""

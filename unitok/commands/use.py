@@ -95,7 +95,7 @@ def chat(arguments: argparse.Namespace) -> int:
 
 def output_files(out: str | None, names: Sequence[str]) -> list[Path]:
     """Where results go: `out` names a file for a single result, else a folder that is made; None is here."""
-    if out is not None and Path(out).suffix:
+    if out is not None and Path(out).suffix.lower() in Image.registered_extensions() and not Path(out).is_dir():
         if Path(out).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
             raise UserError(f"--out {out}: expected a folder or a file ending in .{', .'.join(IMAGE_EXTENSIONS)}")
         if len(names) > 1:

@@ -24,9 +24,19 @@ class Config(BaseModel):
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML in which 1e-3 is a number (YAML 1.1 alone reads it as text)."""
+    """Safe YAML, unlike version 1.1 with 1e-3 as a number, 0100 as a hundred and 2026-01-31 as text."""
 
 
+def _without(resolvers: dict[str, list], *tags: str) -> dict[str, list]:
+    full = {f"tag:yaml.org,2002:{tag}" for tag in tags}
+    return {first: [pair for pair in pairs if pair[0] not in full] for first, pairs in resolvers.items()}
+
+
+_Loader.yaml_implicit_resolvers = _without(yaml.SafeLoader.yaml_implicit_resolvers, "timestamp", "int")
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"^[-+]?\d[\d_]*$"), list("-+0123456789"))
+_Loader.add_constructor(
+    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node).replace("_", ""))
+)
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
@@ -57,7 +67,7 @@ def load_config(
             raise ConfigError(f"override {override!r} is not of the form key=value (for example optimizer.lr=1e-3)")
         try:
             value = parse_value(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError) as error:  # ValueError: a value that its own tag contradicts (!!int x)
             raise ConfigError(f"override {override!r}: the value is not valid YAML ({_one_line(error)})") from error
         _set_dotted(values, key.strip(), value, cls)
     try:
@@ -105,7 +115,7 @@ def known_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise ConfigError(f"{path} is not valid YAML: {_one_line(error)}") from error
     if content is None:
         return {}

@@ -4,6 +4,7 @@ Samples are numbered by one global position p over all epochs: epoch p // N, ind
 Micro-batch m of a step covers G consecutive positions (G = micro-batch size x ranks), rank r its r-th contiguous part.
 """
 
+import signal
 from collections.abc import Iterator
 from typing import Any
 
@@ -62,6 +63,13 @@ class _Loads(torch.utils.data.Dataset):
         return self.task.load_batch(*request)
 
 
+def _leave_signals(_worker: int) -> None:
+    """A signal to the whole group means the loop: it needs its workers until the checkpoint is written. They end with
+    their parent."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(
     task: Task, order: SampleOrder, start: int, stop: int, micro_batch_size: int, num_workers: int
 ) -> Iterator[Any]:
@@ -80,5 +88,6 @@ def batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
+        worker_init_fn=_leave_signals,
         prefetch_factor=2,
     )
