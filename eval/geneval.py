@@ -238,12 +238,14 @@ def random_codes_score(
     detect: Detect,
     rule: GenEvalRule = OFFICIAL_RULE,
     seed: int = 0,
+    samples_per_prompt: int = 1,
     batch_size: int = 32,
     device: Any = "cpu",
 ) -> dict[str, Any]:
     """Baseline: images decoded from random codes, scored against the prompts. Returns `summarise`'s figures."""
-    images = random_code_images(tokenizer, len(metadata), seed, batch_size, device)
-    return _without_rows(score_images(images, metadata, detect, rule))
+    prompts = [entry for entry in metadata for _ in range(samples_per_prompt)]
+    images = random_code_images(tokenizer, len(prompts), seed, batch_size, device)
+    return _without_rows(score_images(images, prompts, detect, rule))
 
 
 def reconstruction_ceiling(

@@ -49,7 +49,7 @@ OFFICIAL_RULE = GenEvalRule()
 
 # For `unitok.data.detector`, whose score is the overlap with an ideal shape and no confidence. One threshold for every
 # task, high enough that blots decoded from random codes do not pass for objects (measured in LOG.md).
-SHAPES_RULE = GenEvalRule(threshold=0.82, counting_threshold=0.82)
+SHAPES_RULE = GenEvalRule(threshold=0.85, counting_threshold=0.85)
 
 
 def relative_position(box_a: Sequence[float], box_b: Sequence[float], threshold: float = 0.1) -> set[str]:

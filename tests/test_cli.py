@@ -397,6 +397,7 @@ def test_wheel_generates_and_trains_from_another_folder(run, tmp_path):
     clean = {name: value for name, value in os.environ.items() if name not in foreign} | {"OMP_NUM_THREADS": "1"}
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
+    shutil.rmtree(ROOT / "build", ignore_errors=True)  # setuptools would put what lies there into the wheel
     do(uv, "build", "--quiet", "--wheel", "--out-dir", str(tmp_path), str(ROOT))
     versions = ["--frozen", "--no-default-groups", "--no-emit-project", "--no-hashes", "--project", str(ROOT)]
     do(uv, "export", "--quiet", *versions, "--output-file", str(tmp_path / "versions.txt"))

@@ -157,6 +157,7 @@ def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         return pipeline.generate_images(texts, seed=seeds, batch_size=len(texts))
 
     scoring = {"detect": detect, "rule": SHAPES_RULE}
+    drawn = {"samples_per_prompt": GENEVAL_SAMPLES, "seed": seed, "device": tokenizer.device}
     geneval = evaluate_geneval(generate, metadata, GENEVAL_SAMPLES, out / "geneval", seed, batch_size=60, **scoring)
     save_reconstructions(out, reconstruction["pairs"])
     save_geneval_examples(out, geneval)
@@ -167,7 +168,7 @@ def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
         retrieval=retrieval,
         vqa=vqa,
         geneval=geneval,
-        random_codes=random_codes_score(tokenizer, metadata, seed=seed, device=tokenizer.device, **scoring),
+        random_codes=random_codes_score(tokenizer, metadata, **drawn, **scoring),
         reconstruction_ceiling=reconstruction_ceiling(tokenizer, source, device=tokenizer.device, **scoring),
         wall_seconds=0.0,
         protocol_block=protocol(
