@@ -231,9 +231,11 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         return inputs
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate, with `codes` `[I, K, L]` of the prompts' images; answers never hold a placeholder."""
-        if self.config.image_token_id is not None:
-            kwargs.setdefault("suppress_tokens", [self.config.image_token_id])
+        """transformers' generate, with `codes` `[I, K, L]` of the prompts' images. Answers never hold an image mark: as
+        text it would mean an image that is not there, also in the next turn."""
+        marks = (self.config.image_token_id, self.config.begin_image_id, self.config.end_image_id)
+        if present := [mark for mark in marks if mark is not None]:
+            kwargs.setdefault("suppress_tokens", present)
         return super().generate(*args, **kwargs)
 
     def _expand_inputs_for_generation(

@@ -321,13 +321,14 @@ def test_several_answers_to_one_prompt_see_its_own_images(text_case):
         assert torch.equal(beams[row, : len(alone)], alone)
 
 
-def test_text_never_contains_the_image_placeholder():
-    """Its vector would be asked of codes that do not exist."""
+@pytest.mark.parametrize("mark", [IMAGE, BOI, EOI])
+def test_text_never_contains_an_image_mark(mark):
+    """The placeholder's vector would be asked of codes that do not exist; the others are refused in the next turn."""
     model = make_mllm()
     with torch.no_grad():
-        model.lm_head.weight[IMAGE] = model.lm_head.weight[20] * 3
+        model.lm_head.weight[mark] = model.lm_head.weight[20] * 3
         model.lm_head.weight[20] *= 2
     for seed in range(3):
         torch.manual_seed(seed)
         out = generate(model, TEXT_PROMPTS, random_codes(model.config, 3, L), do_sample=True, max_new_tokens=12)
-        assert not (out == IMAGE).any()
+        assert not (out == mark).any()
