@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import BOI, BOS, EOS, IMAGE, PAD, make_mllm, random_codes
+from tiny import BOI, BOS, EOI, EOS, IMAGE, PAD, make_mllm, random_codes
 
 from unitok.core.errors import DataError, UserError
 from unitok.mllm.generation import CodeSampler, filter_logits
