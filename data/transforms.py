@@ -10,6 +10,13 @@ from PIL import Image, ImageOps
 
 from unitok.core.errors import UserError
 
+# What the released code does before its tokenizer: the shorter side becomes int(ratio * size), then a centre crop.
+RELEASED_PREPROCESS = {
+    "inference": (1.125, Image.Resampling.BILINEAR),  # its reconstruction script
+    "vae_val": (1.125, Image.Resampling.LANCZOS),  # reconstruction measures (rFID) during training
+    "clip_val": (1.0, Image.Resampling.BICUBIC),  # zero-shot classification
+}
+VQA_BACKGROUND = (122, 116, 104)  # what the released chat pads images with: CLIP's mean colour
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 # What PIL raises on broken or oversized files, beside OSError (which UnidentifiedImageError is).
 _DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -55,9 +62,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
-    """Shorter side to `size`, centre crop; an image of that size is not touched. [3, size, size]"""
+def eval_transform(image: Image.Image, size: int, preprocess: str = "plain") -> torch.Tensor:
+    """Shorter side to `size`, centre crop; an image of that size is not touched. [3, size, size]
+
+    `preprocess` names one of RELEASED_PREPROCESS instead, for the numbers of the released tokenizer.
+    """
     image = to_rgb(image)
+    if preprocess != "plain":
+        return _released(image, size, preprocess)
     width, height = image.size
     if (width, height) != (size, size):
         # The crop is taken in the source, in one resampling, so that no side is rounded.
@@ -65,6 +77,31 @@ def eval_transform(image: Image.Image, size: int) -> torch.Tensor:
         left, top = (width - side) / 2, (height - side) / 2
         image = _resize(image, size, (left, top, left + side, top + side))
     return to_pixels(image)
+
+
+def _released(image: Image.Image, size: int, preprocess: str) -> torch.Tensor:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as tv
+
+    if preprocess not in RELEASED_PREPROCESS:
+        known = ", ".join(("plain", *RELEASED_PREPROCESS))
+        raise UserError(f"preprocess={preprocess!r}: expected one of {known}")
+    ratio, resampling = RELEASED_PREPROCESS[preprocess]
+    image = tv.resize(image, int(ratio * size), InterpolationMode(resampling.name.lower()))
+    return tv.to_tensor(tv.center_crop(image, size)) * 2 - 1
+
+
+def pad_to_square(image: Image.Image, background: tuple[int, int, int] = VQA_BACKGROUND) -> Image.Image:
+    """The image in the middle of a square of its longer side."""
+    image, side = to_rgb(image), max(image.size)
+    square = Image.new("RGB", (side, side), background)
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square
+
+
+def padded_transform(image: Image.Image, size: int) -> torch.Tensor:
+    """As the released chat does: padded to a square, resized bilinearly. [3, size, size]"""
+    return to_pixels(pad_to_square(image).resize((size, size), Image.Resampling.BILINEAR))
 
 
 def train_transform(
@@ -111,9 +148,13 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(np.ascontiguousarray(array_HW3.transpose(2, 0, 1)))
 
 
-def to_pil(pixels: torch.Tensor) -> Image.Image:
-    """Pixels [3, H, W] in [-1, 1] (clamped) -> RGB image, rounded to the nearest of 256 values."""
+def to_pil(pixels: torch.Tensor, truncate: bool = False) -> Image.Image:
+    """Pixels [3, H, W] in [-1, 1] (clamped) -> RGB image, rounded to the nearest of 256 values.
+
+    `truncate`: to the next lower of them, as the released text-to-image scripts do.
+    """
     if pixels.ndim != 3 or pixels.shape[0] != 3:
         raise ValueError(f"to_pil got pixels of shape {tuple(pixels.shape)}; expected one image [3, H, W]")
-    levels = ((pixels.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    pixels = pixels.detach().float().cpu().clamp(-1, 1)
+    levels = ((pixels + 1) / 2 * 255).to(torch.uint8) if truncate else ((pixels + 1) * 127.5).round().to(torch.uint8)
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())

@@ -24,9 +24,10 @@ def evaluation_mode(module: Any):
         module.train(training)
 
 
-def images_to_pixels(images: Sequence[Image.Image], size: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """PIL images -> float pixels [B, 3, size, size] in [-1, 1]."""
-    return torch.stack([eval_transform(image, size) for image in images]).to(device)
+def images_to_pixels(images: Sequence[Image.Image], config: Any, device: torch.device | str = "cpu") -> torch.Tensor:
+    """PIL images -> float pixels [B, 3, size, size] in [-1, 1], as the tokenizer of this configuration wants them."""
+    preprocess = getattr(config, "preprocess", "plain")  # any tokenizer with an image_size can be measured
+    return torch.stack([eval_transform(image, config.image_size, preprocess) for image in images]).to(device)
 
 
 def decode_to_images(tokenizer: Any, codes_BKL: torch.Tensor) -> list[Image.Image]:
@@ -44,7 +45,7 @@ def reconstruct_images(
     out: list[Image.Image] = []
     with evaluation_mode(tokenizer):
         for rows in progress(batches(len(images), batch_size), "reconstructing"):
-            pixels = images_to_pixels([images[row] for row in rows], tokenizer.config.image_size, device)
+            pixels = images_to_pixels([images[row] for row in rows], tokenizer.config, device)
             out += decode_to_images(tokenizer, tokenizer.encode(pixels))
     return out
 

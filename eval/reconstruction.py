@@ -63,7 +63,7 @@ def evaluate_reconstruction(
     pairs: list[tuple[Image.Image, Image.Image]] = []
     with evaluation_mode(tokenizer):
         for samples in sample_batches(source, count, batch_size, "reconstruction"):
-            pixels = images_to_pixels([sample.image for sample in samples], config.image_size, device)
+            pixels = images_to_pixels([sample.image for sample in samples], config, device)
             codes = tokenizer.encode(pixels)
             decoded = tokenizer.decode(codes).float()
             counter.add(codes)

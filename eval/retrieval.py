@@ -36,7 +36,7 @@ def evaluate_retrieval(
             if not samples:
                 continue
             captions += [sample.captions[0] for sample in samples]
-            pixels = images_to_pixels([sample.image for sample in samples], tokenizer.config.image_size, device)
+            pixels = images_to_pixels([sample.image for sample in samples], tokenizer.config, device)
             features.append(tokenizer.encode_image(pixels, normalize=True).float())
         if not captions:
             raise DataError(f"none of the {count} samples has a caption; retrieval needs a source with captions")

@@ -1,11 +1,12 @@
 """Configuration of the unified model: a text backbone, the code embedder, the depth transformer and the layouts."""
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unitok.core.errors import ConfigError
+from unitok.tokenizer.configuration import QuantizerKind
 
 IGNORE = -100  # label of a text position that is not learnt
 EmbedderCache = Literal["consistent", "released"]
@@ -18,9 +19,10 @@ _AT_LEAST_1 = (
 class UniTokMLLMConfig(PretrainedConfig):
     """Sizes and sequence layout of the unified model.
 
-    Code sizes (`num_codebooks`, `codebook_size`, `code_dim`, `num_image_positions`) are those of the tokenizer whose
-    codes the model was trained on. `visual_*` describe the causal projection of code vectors, `depth_*` the transformer
-    over the K sub-codes (None: as the backbone). `image_token_id` is the placeholder that image vectors replace.
+    `quantizer` and the code sizes (`num_codebooks`, `codebook_size`, `code_dim`, `num_image_positions`) are those of
+    the tokenizer whose codes the model was trained on. `visual_*` describe the causal projection of code vectors,
+    `depth_*` the transformer over the K sub-codes (None: as the backbone). `image_token_id` is the placeholder that
+    image vectors replace.
 
     Layouts: text to image is `bos text suffix boi <img> eoi eos`; captions are `bos boi <img> eoi text eos`; in a chat
     the image stands where the turn names it, between the two marks only if `chat_image_marks`.
@@ -34,6 +36,7 @@ class UniTokMLLMConfig(PretrainedConfig):
     def __init__(
         self,
         text_config: dict[str, Any] | PretrainedConfig | None = None,
+        quantizer: QuantizerKind = "multi_codebook",
         num_codebooks: int = 8,
         codebook_size: int = 4096,
         code_dim: int = 8,
@@ -62,6 +65,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         if isinstance(text_config, dict):
             text_config = CONFIG_MAPPING[text_config.get("model_type", "llama")](**text_config)
         self.text_config = text_config if text_config is not None else CONFIG_MAPPING["llama"]()
+        self.quantizer = quantizer
         self.num_codebooks = num_codebooks
         self.codebook_size = codebook_size
         self.code_dim = code_dim
@@ -102,7 +106,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         if self.visual_width < self.code_width:
             raise ConfigError(
                 f"visual_width={self.visual_width} is narrower than a code vector: expected at least "
-                f"num_codebooks*code_dim={self.code_width}"
+                f"{'code_dim' if self.quantizer == 'residual' else 'num_codebooks*code_dim'}={self.code_width}"
             )
         depth_width = self.depth_width or self.text_config.hidden_size
         depth_heads = self.depth_num_heads or self.text_config.num_attention_heads
@@ -111,8 +115,10 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"depth_width={depth_width} does not divide into depth_num_heads={depth_heads} heads of an even width, "
                 f"which rotary positions need"
             )
-        if self.embedder_cache not in ("consistent", "released"):
-            raise ConfigError(f"embedder_cache={self.embedder_cache!r}: expected 'consistent' or 'released'")
+        for name, kind in (("embedder_cache", EmbedderCache), ("quantizer", QuantizerKind)):
+            if getattr(self, name) not in get_args(kind):
+                expected = " or ".join(map(repr, get_args(kind)))
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")
 
     @property
     def hidden_size(self) -> int:
@@ -120,5 +126,5 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     @property
     def code_width(self) -> int:
-        """Channels of one code vector (K chunks together)."""
-        return self.num_codebooks * self.code_dim
+        """Channels of one code vector: K chunks together, or the sum of K residual entries."""
+        return self.code_dim if self.quantizer == "residual" else self.num_codebooks * self.code_dim

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
-from unitok.tokenizer.quantizer import lookup
+from unitok.tokenizer.quantizer import lookup, residual_lookup
 
 
 class CodeEmbedder(nn.Module):
@@ -25,6 +25,7 @@ class CodeEmbedder(nn.Module):
         super().__init__()
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size
+        self.residual = config.quantizer == "residual"
         shape = (config.num_codebooks, config.codebook_size, config.code_dim)
         self.register_buffer("codebooks", torch.empty(shape))
         self.projection = AttentionProjection(
@@ -43,10 +44,15 @@ class CodeEmbedder(nn.Module):
         )
 
     def code_vectors(self, codes_BKL: Tensor) -> Tensor:
-        """Normalised codebook vectors `[B, L, C]`; DataError when K does not fit."""
+        """Vectors `[B, L, C]` as the tokenizer's own `code_vectors`; DataError when K does not fit."""
         if codes_BKL.dim() != 3 or codes_BKL.shape[1] != self.num_codebooks:
             raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={self.num_codebooks}, L]")
-        return lookup(codes_BKL, F.normalize(self.codebooks.float(), dim=-1)).to(self.mlp[1].weight.dtype)
+        found = residual_lookup if self.residual else lookup
+        return found(codes_BKL, self.entries()).to(self.mlp[1].weight.dtype)
+
+    def entries(self) -> Tensor:
+        """Codebooks `[K, V, D]` in fp32 as they are looked up (normalised again, where rounding has moved them)."""
+        return self.codebooks.float() if self.residual else F.normalize(self.codebooks.float(), dim=-1)
 
     def forward(self, codes_BKL: Tensor, cache: ProjectionCache | None = None, start: int = 0) -> Tensor:
         """Codes `[B, K, L]` -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of that code."""

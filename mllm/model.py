@@ -117,12 +117,17 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         """Take codebooks and, where the shapes agree, the projection out of the code space from a visual tokenizer."""
         with torch.no_grad():
             codebooks = tokenizer.quantizer.codebooks
+            if tokenizer.config.quantizer != self.config.quantizer:
+                raise DataError(
+                    f"the tokenizer's quantizer is {tokenizer.config.quantizer}, the model expects "
+                    f"{self.config.quantizer}"
+                )
             if codebooks.shape != self.embedder.codebooks.shape:
                 raise DataError(
                     f"the tokenizer's codebooks are {list(codebooks.shape)}, the model expects "
                     f"{list(self.embedder.codebooks.shape)} ([num_codebooks, codebook_size, code_dim])"
                 )
-            self.embedder.codebooks.copy_(tokenizer.quantizer.normalised_codebooks())
+            self.embedder.codebooks.copy_(tokenizer.quantizer.entries())
             source, target = tokenizer.post_quant_proj.state_dict(), self.embedder.projection.state_dict()
             shapes = [{name: list(value.shape) for name, value in state.items()} for state in (source, target)]
             if shapes[0] == shapes[1]:

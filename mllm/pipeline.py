@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
 from unitok.core.errors import UserError
@@ -182,7 +181,8 @@ def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:
     """UserError unless the tokenizer's codes are those the model was trained on: same sizes, same codebooks."""
     ours, theirs = model.config, tokenizer.config
     sizes = {
-        name: (getattr(ours, name), getattr(theirs, name)) for name in ("num_codebooks", "codebook_size", "code_dim")
+        name: (getattr(ours, name), getattr(theirs, name))
+        for name in ("quantizer", "num_codebooks", "codebook_size", "code_dim")
     }
     sizes["num_image_positions"] = (ours.num_image_positions, theirs.num_positions)
     advice = "use the tokenizer whose codes the model was trained on"
@@ -191,6 +191,6 @@ def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:
             raise UserError(
                 f"{name}: the model was trained on codes with {own}, the visual tokenizer has {other}; {advice}"
             )
-    own = F.normalize(model.embedder.codebooks.float().cpu(), dim=-1)
-    if not torch.allclose(own, tokenizer.quantizer.normalised_codebooks().cpu(), atol=2e-2):  # bf16 exports are rounded
+    own = model.embedder.entries().cpu()
+    if not torch.allclose(own, tokenizer.quantizer.entries().cpu(), atol=2e-2):  # bf16 exports are rounded
         raise UserError(f"the codebooks of the visual tokenizer are not those of the model; {advice}")

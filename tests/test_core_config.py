@@ -90,7 +90,7 @@ def test_parameter_groups_hold_every_parameter_once() -> None:
             self.tied = nn.Linear(3, 5, bias=False)
             self.tied.weight = self.embed.weight
             self.codebooks = nn.Parameter(torch.zeros(2, 3, 4))
-            self.logit_scale = nn.Parameter(torch.zeros(1, 1))
+            self.logit_scale = nn.Parameter(torch.zeros(1))
             self.frozen = nn.Parameter(torch.zeros(3, 3), requires_grad=False)
 
         def no_weight_decay(self) -> set[str]:
@@ -99,7 +99,7 @@ def test_parameter_groups_hold_every_parameter_once() -> None:
     net = Net()
     decayed, kept = parameter_groups(net, OptimizerConfig(weight_decay=0.1))
     assert (decayed["weight_decay"], kept["weight_decay"]) == (0.1, 0.0)
-    assert [id(p) for p in decayed["params"]] == [id(net.linear.weight)]
+    assert [id(p) for p in decayed["params"]] == [id(net.codebooks), id(net.linear.weight)]
     together = [id(p) for group in (decayed, kept) for p in group["params"]]
     assert sorted(together) == sorted(id(p) for p in net.parameters() if p.requires_grad)
 

@@ -197,11 +197,12 @@ def test_linear_projection_needs_no_divisible_width():
 
 def test_save_and_load_gives_the_same_bits(with_text, tmp_path):
     with_text.save_pretrained(tmp_path)
+    expected = {name: value.clone() for name, value in with_text.state_dict().items()}  # a pass counts usage
     for load in (UniTok.from_pretrained, lambda folder: load_model_folder(UniTok, folder)):
         loaded = load(tmp_path).eval()
-        state, expected = loaded.state_dict(), with_text.state_dict()
+        state = loaded.state_dict()
         assert state.keys() == expected.keys()
-        assert all(torch.equal(state[name], expected[name]) for name in state)
+        assert not [name for name in state if not torch.equal(state[name], expected[name])]
         pixels, texts = random_pixels(2, 3, 32, 32), ["a photo of a red circle", "is there a green triangle?"]
         ids = loaded.tokenize_text(texts)
         assert torch.equal(ids, with_text.tokenize_text(texts))
@@ -340,11 +341,6 @@ def test_gradient_checkpointing_changes_nothing(with_text):
     again, checkpointed = loss_and_gradients()
     assert torch.equal(loss, again)
     assert_same_gradients(checkpointed, plain, atol=1e-6, rtol=1e-5)
-
-
-def test_no_weight_decay_names_exist(with_text):
-    names = dict(with_text.named_parameters())
-    assert with_text.no_weight_decay() - {"encoder.query_tokens"} <= names.keys()
 
 
 def test_a_tokenizer_loaded_in_half_precision_works(tmp_path):

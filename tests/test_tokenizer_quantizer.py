@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from tiny import random_codes
 
 from unitok.core.errors import ConfigError, DataError
-from unitok.tokenizer import quantizer as module
 from unitok.tokenizer.quantizer import MultiCodebookQuantizer, entropy_loss, usage_statistics
 
 K, V, D = 3, 16, 4
@@ -58,17 +57,6 @@ def test_equals_a_loop_over_codebooks(quantizer, features):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
-def test_search_in_blocks_is_the_same_search(quantizer, features, monkeypatch):
-    """Uneven tails included; also one vector at a time, when not even one fits the limit."""
-    whole = quantizer(features)
-    for limit in (K * V * 5, K * V, 1):
-        monkeypatch.setattr(module, "SEARCH_ELEMENTS", limit)
-        blocked = quantizer(features)
-        assert torch.equal(blocked.codes, whole.codes)
-        assert torch.equal(blocked.quantized, whole.quantized)
-        assert torch.equal(quantizer.encode(features), whole.codes)
-
-
 def test_lookup_gives_the_quantized_vectors(quantizer, features):
     out = quantizer(features)
     torch.testing.assert_close(quantizer.lookup(out.codes), out.quantized, atol=1e-6, rtol=0)
@@ -88,7 +76,7 @@ def test_lookup_takes_the_right_entry_of_the_right_codebook(quantizer):
 def test_entropy_loss_equals_the_naive_formula(quantizer, features, temperature):
     """Softmax over negative squared distances, entropies summed entry by entry in double precision."""
     raw = features.detach().view(-1, K, D).transpose(0, 1).requires_grad_()
-    chunks, codebooks = F.normalize(raw, dim=-1), quantizer.normalised_codebooks()
+    chunks, codebooks = F.normalize(raw, dim=-1), quantizer.entries()
     ours = entropy_loss(chunks, codebooks, temperature)
     total = 0.0
     for k in range(K):
@@ -170,9 +158,10 @@ def test_empty_sizes_are_refused():
         MultiCodebookQuantizer(0, V, D)
 
 
-def test_fresh_entries_point_in_all_directions():
+@pytest.mark.parametrize("kind", ["uniform", "normal"])
+def test_fresh_entries_point_in_all_directions(kind):
     """Of whatever length: only the direction is used."""
     torch.manual_seed(0)
-    directions = MultiCodebookQuantizer(4, 64, 8).normalised_codebooks()
+    directions = MultiCodebookQuantizer(4, 64, 8, codebook_init=kind).entries()
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(4, 64))
     assert directions.mean(dim=1).norm(dim=-1).max() < 3 * 64**-0.5

@@ -10,6 +10,10 @@ from transformers import PretrainedConfig
 from unitok.core.errors import ConfigError
 
 TextTokenizerKind = Literal["clip", "sentencepiece"]
+ProjectionKind = Literal["attention", "linear"]
+QuantizerKind = Literal["multi_codebook", "residual"]
+CodebookInit = Literal["uniform", "normal"]
+Preprocess = Literal["plain", "inference", "vae_val", "clip_val"]
 DOWNSAMPLING = 16  # stem, two convolutional stages and the strided convolution before the blocks halve the image each
 
 
@@ -23,6 +27,14 @@ class TextTowerConfig:
     heads: int = 12
     layers: int = 12
     tokenizer: TextTokenizerKind = "clip"
+
+
+# The ViTamin sizes (arXiv 2404.02132, table 2) under the names that released checkpoints store.
+VITAMIN_SIZES: dict[str, dict[str, Any]] = {
+    "vitamin_small": {"stem_width": 64, "stage_widths": (64, 128), "width": 384, "depth": 14, "num_heads": 6},
+    "vitamin_base": {"stem_width": 128, "stage_widths": (128, 256), "width": 768, "depth": 14, "num_heads": 12},
+    "vitamin_large": {"stem_width": 160, "stage_widths": (160, 320), "width": 1024, "depth": 31, "num_heads": 16},
+}
 
 
 _POSITIVE = (
@@ -60,11 +72,23 @@ def _check_text_tower(tower: Any) -> None:
         raise ConfigError(f"text_tower.width={values['width']} does not divide into heads={values['heads']}")
 
 
+_CHOICES = {
+    "projection": ProjectionKind, "quantizer": QuantizerKind, "codebook_init": CodebookInit, "preprocess": Preprocess
+}  # fmt: skip
+
+
 class UniTokConfig(PretrainedConfig):
     """Sizes of encoder, projections, quantizer, decoder and text tower. The defaults are the released ViTamin-L.
 
     `code_dim` is the width of *one* chunk; the code space has `num_codebooks * code_dim` channels. `codebook_size` is
-    per codebook. `text_tower: null` gives a tokenizer without the contrastive side (open_clip is then not needed).
+    per codebook. With `quantizer: residual` every codebook codes what the ones before it left over, so `code_dim` is
+    the width of the whole code space. `num_codebooks: 1` is plain vector quantization.
+    `text_tower: null` gives a tokenizer without the contrastive side (open_clip is then not needed).
+    `codebook_init`: "uniform" entries within `code_dim**-0.5 / 36` as released, or "normal" ones of about unit length
+    (they turn more slowly under Adam, which keeps small codebooks from collapsing in short runs).
+    `drop_path`: stochastic depth of the last block, growing linearly from 0 at the first (training only).
+    `distill_dim`: width of a frozen teacher whose features the code features learn to predict; None without.
+    `preprocess`: how images become pixels for this tokenizer (`unitok.data.transforms.eval_transform`).
     Raises ConfigError where the sizes contradict each other.
     """
 
@@ -82,8 +106,9 @@ class UniTokConfig(PretrainedConfig):
         mlp_ratio: float = 2.0,
         decoder_stage_depths: tuple[int, int] = (4, 2),
         num_query_tokens: int = 0,
-        projection: Literal["attention", "linear"] = "attention",
+        projection: ProjectionKind = "attention",
         projection_causal: bool = False,
+        quantizer: QuantizerKind = "multi_codebook",
         num_codebooks: int = 8,
         codebook_size: int = 4096,
         code_dim: int = 8,
@@ -92,6 +117,10 @@ class UniTokConfig(PretrainedConfig):
         embed_dim: int = 768,
         text_tower: dict[str, Any] | TextTowerConfig | None = None,
         initializer_range: float = 0.02,
+        codebook_init: CodebookInit = "uniform",
+        drop_path: float = 0.0,
+        distill_dim: int | None = None,
+        preprocess: Preprocess = "plain",
         **kwargs: Any,
     ) -> None:
         self.image_size = image_size
@@ -106,6 +135,7 @@ class UniTokConfig(PretrainedConfig):
         self.num_query_tokens = num_query_tokens
         self.projection = projection
         self.projection_causal = projection_causal
+        self.quantizer = quantizer
         self.num_codebooks = num_codebooks
         self.codebook_size = codebook_size
         self.code_dim = code_dim
@@ -113,6 +143,10 @@ class UniTokConfig(PretrainedConfig):
         self.entropy_temperature = entropy_temperature
         self.embed_dim = embed_dim
         self.initializer_range = initializer_range
+        self.codebook_init = codebook_init
+        self.drop_path = drop_path
+        self.distill_dim = distill_dim
+        self.preprocess = preprocess
         self.text_tower = asdict(text_tower) if isinstance(text_tower, TextTowerConfig) else text_tower
         super().__init__(**kwargs)
         self._check()
@@ -142,18 +176,30 @@ class UniTokConfig(PretrainedConfig):
             )
         if self.width % self.num_heads:
             raise ConfigError(f"width={self.width} does not divide into num_heads={self.num_heads} heads")
-        if self.projection not in ("attention", "linear"):
-            raise ConfigError(f"projection={self.projection!r}: expected 'attention' or 'linear'")
+        for name, kind in _CHOICES.items():
+            if getattr(self, name) not in get_args(kind):
+                raise ConfigError(f"{name}={getattr(self, name)!r}: expected one of {', '.join(get_args(kind))}")
+        if not isinstance(self.drop_path, int | float) or not 0 <= self.drop_path < 1:
+            raise ConfigError(f"drop_path={self.drop_path!r}: expected 0 or more and less than 1")
+        if self.distill_dim is not None:
+            _check_positive({"distill_dim": self.distill_dim})
         if self.projection == "attention" and self.width % self.code_width:
             raise ConfigError(
-                f"num_codebooks*code_dim={self.num_codebooks}*{self.code_dim}={self.code_width} does not divide "
-                f"width={self.width}, which the attention projection needs (heads = width / code width)"
+                f"{self.code_width_text} does not divide width={self.width}, which the attention projection needs "
+                f"(heads = width / code width)"
             )
 
     @property
     def code_width(self) -> int:
-        """Channels of the whole code vector (K chunks together)."""
-        return self.num_codebooks * self.code_dim
+        """Channels of the whole code vector (K chunks together; residual codebooks share all of them)."""
+        return self.code_dim if self.quantizer == "residual" else self.num_codebooks * self.code_dim
+
+    @property
+    def code_width_text(self) -> str:
+        """How the code width comes about, for messages."""
+        if self.quantizer == "residual":
+            return f"code_dim={self.code_dim}"
+        return f"num_codebooks*code_dim={self.num_codebooks}*{self.code_dim}={self.code_width}"
 
     @property
     def num_positions(self) -> int:

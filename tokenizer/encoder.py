@@ -17,9 +17,25 @@ from unitok.tokenizer.configuration import DOWNSAMPLING, UniTokConfig
 NORM_EPS = 1e-6
 
 
+class DropPath(nn.Module):
+    """Stochastic depth (arXiv 1603.09382) that takes its draws from outside, so that they belong to the samples.
+
+    `scales_B` is 0 for the samples that skip the branch and 1 / (1 - rate) for the others; None changes nothing.
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.scales_B = rate, None
+
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        if self.scales_B is None or not self.training:
+            return x_BLC
+        return x_BLC * self.scales_B.to(x_BLC.dtype).view(-1, 1, 1)
+
+
 def transformer_blocks(config: UniTokConfig) -> nn.ModuleList:
     """The pre-norm blocks that encoder and decoder share in form (not in weights)."""
-    return nn.ModuleList(
+    blocks = nn.ModuleList(
         Block(
             config.width,
             config.num_heads,
@@ -31,6 +47,20 @@ def transformer_blocks(config: UniTokConfig) -> nn.ModuleList:
         )
         for _ in range(config.depth)
     )
+    for index, block in enumerate(blocks):
+        rate = config.drop_path * index / max(1, config.depth - 1)
+        block.drop_path1, block.drop_path2 = DropPath(rate), DropPath(rate)
+    return blocks
+
+
+def set_drop_path(blocks: nn.ModuleList, draws_BN: Tensor | None) -> None:
+    """Give two uniform draws per block, `[B, 2 * depth]`, to the blocks' DropPath modules (None: no dropping)."""
+    for index, block in enumerate(blocks):
+        for offset, module in enumerate((block.drop_path1, block.drop_path2)):
+            if draws_BN is None or module.rate == 0:
+                module.scales_B = None
+            else:
+                module.scales_B = (draws_BN[:, 2 * index + offset] >= module.rate) / (1 - module.rate)
 
 
 def run_blocks(blocks: nn.ModuleList, x_BLC: Tensor, checkpointing: bool) -> Tensor:

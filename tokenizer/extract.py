@@ -17,7 +17,8 @@ def fingerprint(tokenizer: UniTok) -> str:
     """A short name for exactly these weights: codes of another tokenizer mean something else."""
     digest = hashlib.blake2b(digest_size=8)
     for name, tensor in sorted(tokenizer.state_dict().items()):
-        if name.startswith(("encoder.", "quant_proj.", "quantizer.")):
+        # what decides the codes; the running usage does not
+        if name.startswith(("encoder.", "quant_proj.", "quantizer.")) and not name.startswith("quantizer.usage"):
             digest.update(name.encode())
             digest.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
@@ -35,7 +36,9 @@ def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int 
         bar = tqdm(total=len(source), desc="encode", unit="image", disable=None if progress else True)
         while batch := list(islice(found, batch_size)):
             bar.update(len(batch))
-            pixels = torch.stack([eval_transform(sample.image, config.image_size) for sample in batch])
+            pixels = torch.stack(
+                [eval_transform(sample.image, config.image_size, config.preprocess) for sample in batch]
+            )
             codes = tokenizer.encode(pixels.to(tokenizer.device)).cpu()
             for sample, code in zip(batch, codes, strict=True):
                 yield CodeSample(sample.key, code, sample.captions, sample.questions, sample.conversations, sample.meta)

@@ -40,8 +40,3 @@ def contrastive_loss(
     )
     # The engine averages over ranks: sums are scaled so that this gives sum / global number of pairs.
     return losses * (world_size() / (2 * present_G.sum().clamp(min=1))) + 0 * logits_2BG.sum()
-
-
-def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """`mean(relu(1 - real)) + mean(relu(1 + fake))`, halved."""
-    return (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean()) / 2

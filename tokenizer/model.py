@@ -12,15 +12,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from unitok.core.errors import UserError
 from unitok.tokenizer.configuration import UniTokConfig
 from unitok.tokenizer.decoder import ViTaminDecoder
-from unitok.tokenizer.encoder import NORM_EPS, ViTaminEncoder
+from unitok.tokenizer.encoder import NORM_EPS, ViTaminEncoder, set_drop_path
 from unitok.tokenizer.projection import ProjectionAttention, build_projection
-from unitok.tokenizer.quantizer import MultiCodebookQuantizer
+from unitok.tokenizer.quantizer import Quantizer, build_quantizer
 from unitok.tokenizer.text import TEXT_MODEL_FILE, TextTokenizer, build_text_tower
 
 MAX_LOGIT_SCALE = math.log(100.0)
@@ -41,6 +42,7 @@ class UniTokOutput(ModelOutput):
     entropy_loss: Tensor | None = None  # only with_entropy
     usage: Tensor | None = None
     features: Tensor | None = None  # [B, L, C] after the projection out of the code space
+    distilled: Tensor | None = None  # [B, L, distill_dim], what the code features say of a teacher's; with distill_dim
     image_embedding: Tensor | None = None  # [B, D], unit length
     text_embedding: Tensor | None = None  # [B, D], unit length; only with text_ids
     logit_scale: Tensor | None = None  # [1], a copy (ZeRO 3 lets go of the parameter after the pass); with text_ids
@@ -64,17 +66,12 @@ class UniTok(PreTrainedModel):
         super().__init__(config)
         self.encoder = ViTaminEncoder(config)
         self.quant_proj = build_projection(config, to_codes=True)
-        self.quantizer = MultiCodebookQuantizer(
-            config.num_codebooks,
-            config.codebook_size,
-            config.code_dim,
-            config.commitment_weight,
-            config.entropy_temperature,
-        )
+        self.quantizer = build_quantizer(config)
         self.post_quant_proj = build_projection(config, to_codes=False)
         self.decoder = ViTaminDecoder(config)
         self.fc_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
         self.projection = nn.Linear(config.width, config.embed_dim)
+        self.distill_head = nn.Linear(config.width, config.distill_dim) if config.distill_dim else None
         self.text_encoder = (
             build_text_tower(config.text_tower_config, config.embed_dim) if config.text_tower_config else None
         )
@@ -84,6 +81,7 @@ class UniTok(PreTrainedModel):
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
+        """Initial weights as in the released training code (children come before the modules that hold them)."""
         if isinstance(module, nn.Linear):
             nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -96,7 +94,7 @@ class UniTok(PreTrainedModel):
         elif isinstance(module, nn.LayerNorm):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
-        elif isinstance(module, MultiCodebookQuantizer):
+        elif isinstance(module, Quantizer):
             module.reset_parameters()
         elif isinstance(module, ProjectionAttention):
             nn.init.zeros_(module.q_bias)
@@ -105,22 +103,20 @@ class UniTok(PreTrainedModel):
             nn.init.zeros_(module.pos_embed)
             if module.query_tokens is not None:
                 nn.init.trunc_normal_(module.query_tokens, std=0.02)
-        elif isinstance(module, ViTaminDecoder):  # after its convolutions: they start far smaller than the encoder's
-            for convolution in module.modules():
-                if isinstance(convolution, nn.Conv2d):
-                    nn.init.xavier_normal_(convolution.weight, gain=0.5)
+            module.backbone.pool.proj.reset_parameters()  # the one convolution that ViTamin leaves to torch
         elif isinstance(module, UniTok):
             nn.init.constant_(module.logit_scale, INITIAL_LOGIT_SCALE)
+            module.projection.reset_parameters()
+            # Not under the decoder's own name: transformers passes over modules without parameters of their own.
+            for convolution in module.decoder.modules():  # they start far smaller than the encoder's
+                if isinstance(convolution, nn.Conv2d):
+                    nn.init.xavier_normal_(convolution.weight, gain=0.5)
         elif type(module).__name__ == "TextTransformer":
             module.init_parameters()
+            for part in module.modules():  # open_clip draws the weights of its MLPs and leaves the biases to torch
+                if isinstance(part, nn.Linear) and not isinstance(part, NonDynamicallyQuantizableLinear):
+                    nn.init.uniform_(part.bias, -(part.in_features**-0.5), part.in_features**-0.5)
             module.attn_mask.copy_(module.build_causal_mask())  # a buffer that no checkpoint stores
-
-    def no_weight_decay(self) -> set[str]:
-        """Names of parameters that weight decay would only distort."""
-        names = {"logit_scale", "quantizer.codebooks", "encoder.query_tokens"}
-        if self.text_encoder is not None:
-            names |= {"text_encoder.positional_embedding", "text_encoder.token_embedding.weight"}
-        return names
 
     def gradient_checkpointing_enable(self, **_: Any) -> None:
         self._set_checkpointing(True)
@@ -134,14 +130,36 @@ class UniTok(PreTrainedModel):
         if self.text_encoder is not None:
             self.text_encoder.set_grad_checkpointing(enabled)
 
-    def forward(self, pixels: Tensor, text_ids: Tensor | None = None, with_entropy: bool = False) -> UniTokOutput:
-        """Pixels `[B, 3, H, W]` in [-1, 1] and, for the contrastive side, `text_ids` `[B, T]` -> UniTokOutput."""
-        encoded_BLC = self.encoder(pixels)
+    @property
+    def num_drop_draws(self) -> int:
+        """Random draws per sample that stochastic depth needs: two for each block of encoder and decoder."""
+        return 4 * self.config.depth
+
+    def forward(
+        self,
+        pixels: Tensor,
+        text_ids: Tensor | None = None,
+        with_entropy: bool = False,
+        num_reconstructed: int | None = None,
+        drop_draws: Tensor | None = None,
+    ) -> UniTokOutput:
+        """One training pass.
+
+        Args:
+            pixels: `[B, 3, H, W]` in [-1, 1].
+            text_ids: `[B, T]` for the contrastive side.
+            num_reconstructed: decode only the first so many images (the decoder costs most of a step).
+            drop_draws: uniform `[B, num_drop_draws]` for stochastic depth; None, or eval mode: nothing is dropped.
+        """
+        encoder_draws, decoder_draws = (None, None) if drop_draws is None else drop_draws.chunk(2, dim=1)
+        encoded_BLC = self._encoded(pixels, encoder_draws)
         with torch.autocast(pixels.device.type, enabled=False):
             quantized = self.quantizer(self.quant_proj(encoded_BLC.float()), with_entropy)
             features_BLC = self.post_quant_proj(quantized.quantized)
             image_BD = self._image_embedding(features_BLC)
-        reconstruction, last_hidden = self._decode(features_BLC, tuple(pixels.shape[-2:]))
+        shown = slice(num_reconstructed)
+        draws = None if decoder_draws is None else decoder_draws[shown]
+        reconstruction, last_hidden = self._decode(features_BLC[shown], tuple(pixels.shape[-2:]), draws)
         return UniTokOutput(
             reconstruction=reconstruction,
             last_hidden=last_hidden,
@@ -150,6 +168,7 @@ class UniTok(PreTrainedModel):
             entropy_loss=quantized.entropy_loss,
             usage=quantized.usage,
             features=features_BLC,
+            distilled=None if self.distill_head is None else self.distill_head(features_BLC),
             image_embedding=F.normalize(image_BD, dim=-1),
             text_embedding=None if text_ids is None else self.encode_text(text_ids, normalize=True),
             logit_scale=None if text_ids is None else self.logit_scale.clone(),
@@ -158,7 +177,7 @@ class UniTok(PreTrainedModel):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes int64 `[B, K, L]` of pixels `[B, 3, H, W]` in [-1, 1]."""
-        encoded_BLC = self.encoder(pixels)
+        encoded_BLC = self._encoded(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
             return self.quantizer.encode(self.quant_proj(encoded_BLC.float()))
 
@@ -169,7 +188,14 @@ class UniTok(PreTrainedModel):
             features_BLC = self.post_quant_proj(self.code_vectors(codes))
         return self._decode(features_BLC, image_shape)[0].clamp(-1, 1)
 
-    def _decode(self, features_BLC: Tensor, image_shape: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
+    def _encoded(self, pixels: Tensor, drop_draws: Tensor | None = None) -> Tensor:
+        set_drop_path(self.encoder.blocks, drop_draws)
+        return self.encoder(pixels)
+
+    def _decode(
+        self, features_BLC: Tensor, image_shape: tuple[int, int] | None, drop_draws: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        set_drop_path(self.decoder.blocks, drop_draws)
         # a model loaded in half precision keeps its projections in fp32, but not its decoder
         return self.decoder(features_BLC.to(self.decoder.norm.weight.dtype), image_shape)
 
@@ -204,6 +230,11 @@ class UniTok(PreTrainedModel):
             self._text_tokenizer = TextTokenizer(self.config.text_tower_config, self._text_model_file)
         return self._text_tokenizer(texts)
 
+    @property
+    def text_model_file(self) -> Path | None:
+        """The sentencepiece file of `tokenize_text`, if it uses one."""
+        return self._text_model_file
+
     def set_text_model(self, file: Path | None) -> None:
         """Use this sentencepiece file for `tokenize_text`, and store a copy with the model."""
         self._text_model_file, self._text_tokenizer = file, None
@@ -216,6 +247,13 @@ class UniTok(PreTrainedModel):
         target = Path(save_directory) / TEXT_MODEL_FILE
         if self._text_model_file is not None and self._text_model_file.resolve() != target.resolve():
             shutil.copyfile(self._text_model_file, target)
+
+    @classmethod
+    def from_official(cls, path: str | Path) -> "UniTok":
+        """The released checkpoint (`unitok_tokenizer.pth`), read without executing anything in it; strict."""
+        from unitok.tokenizer.official import load_official  # it builds this class
+
+        return load_official(path)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTok":

@@ -1,9 +1,11 @@
-"""Multi-codebook quantization (paper, section 3.2): K chunks of the code vector, each with its own codebook.
+"""Quantizers behind one interface (paper, section 3.2): multi-codebook, and residual for comparison.
 
-B batch, L positions, C = K * D channels, K codebooks, V entries per codebook, D channels per chunk, N = B * L.
-All K codebooks are one parameter `[K, V, D]` and one batched product; there is no loop over codebooks.
+B batch, L positions, C channels of the code space, K codebooks, V entries per codebook, D channels of an entry (C / K
+for multi-codebook quantization, C for residual quantization), N = B * L.
+All K codebooks are one parameter `[K, V, D]`; multi-codebook quantization searches them in one go, without a loop.
 """
 
+from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -11,30 +13,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from unitok.core.distributed import all_reduce_sum_, world_size
+from unitok.core.distributed import all_reduce_sum_
 from unitok.core.errors import ConfigError, DataError
+from unitok.tokenizer.configuration import CodebookInit, UniTokConfig
+from unitok.tokenizer.search import entropy_loss, search, usage_counts
 
-SEARCH_ELEMENTS = 1 << 23  # similarities held at once during the search: 32 MiB in fp32
+# An entry counts as used when it takes more than this share of what it would take if all were chosen alike.
+USED_ABOVE = 0.01
+_FAST_AVERAGE_UPDATES = 100  # the running average of usage moves by 10 % a batch up to here, by 1 % afterwards
 
 
 @dataclass
 class QuantizerOutput(ModelOutput):
-    """quantized `[B, L, C]` (straight-through, normalised), codes int64 `[B, K, L]`, scalar losses, usage `[K, V]`."""
+    """quantized `[B, L, C]` (straight-through), codes int64 `[B, K, L]`, scalar losses, usage `[K, V]`."""
 
     quantized: Tensor | None = None
     codes: Tensor | None = None
     vq_loss: Tensor | None = None
     entropy_loss: Tensor | None = None
-    usage: Tensor | None = None  # how often each entry was chosen in this batch, float counts
+    usage: Tensor | None = None  # how often each entry was chosen in this batch (of all ranks in training), as floats
 
 
-class MultiCodebookQuantizer(nn.Module):
-    """Chunks and codebook entries are l2-normalised; the code is the entry of largest cosine similarity.
+class Quantizer(nn.Module):
+    """What every quantizer has: codebooks `[K, V, D]`, running usage, codes to vectors and back.
 
     Args:
-        num_codebooks, codebook_size, code_dim: K, V and D; the input has `K * D` channels.
-        commitment_weight: beta of `beta * mse(z, sg[q]) + mse(q, sg[z])` on normalised vectors.
+        num_codebooks, codebook_size, code_dim: K, V and D.
+        commitment_weight: beta of `beta * mse(z, sg[q]) + mse(q, sg[z])`.
         entropy_temperature: softmax temperature of the optional entropy loss.
+        codebook_init: see UniTokConfig.
     """
 
     def __init__(
@@ -44,17 +51,36 @@ class MultiCodebookQuantizer(nn.Module):
         code_dim: int = 8,
         commitment_weight: float = 0.25,
         entropy_temperature: float = 0.01,
+        codebook_init: CodebookInit = "uniform",
     ) -> None:
         super().__init__()
         if min(num_codebooks, codebook_size, code_dim) < 1:
             raise ConfigError(f"codebooks of shape {(num_codebooks, codebook_size, code_dim)}: all must be positive")
         self.commitment_weight, self.entropy_temperature = commitment_weight, entropy_temperature
+        self.codebook_init = codebook_init
         self.codebooks = nn.Parameter(torch.empty(num_codebooks, codebook_size, code_dim))
+        # Share of each entry, averaged over training batches, and over how many: part of the state, so that a resumed
+        # run goes on where it was.
+        self.register_buffer("usage_average", torch.empty(num_codebooks, codebook_size))
+        self.register_buffer("usage_updates", torch.empty(1, dtype=torch.long))
+        self.recent_KND: Tensor | None = None  # vectors quantized last, from which dead codes are revived
         self.reset_parameters()
 
+    @abstractmethod
     def reset_parameters(self) -> None:
-        """Gaussian entries of about unit length; only their direction matters."""
-        nn.init.normal_(self.codebooks, std=self.codebooks.shape[-1] ** -0.5)
+        """Initial codebooks; usage starts anew."""
+
+    @abstractmethod
+    def entries(self) -> Tensor:
+        """Codebooks `[K, V, D]` in fp32 as `lookup` uses them."""
+
+    @abstractmethod
+    def lookup(self, codes_BKL: Tensor) -> Tensor:
+        """Code vectors `[B, L, C]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
+
+    @abstractmethod
+    def _quantize(self, features_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Targets `[B, L, C]` (with gradient), code vectors `[B, L, C]` (with gradient), codes `[K, N]`."""
 
     @property
     def num_codebooks(self) -> int:
@@ -68,60 +94,182 @@ class MultiCodebookQuantizer(nn.Module):
     def code_dim(self) -> int:
         return self.codebooks.shape[2]
 
-    def normalised_codebooks(self) -> Tensor:
+    def _reset_usage(self) -> None:
+        nn.init.zeros_(self.usage_average)
+        nn.init.zeros_(self.usage_updates)
+
+    def _check_width(self, features_BLC: Tensor, width: int, meaning: str) -> None:
+        if features_BLC.shape[-1] != width:
+            raise DataError(f"features with {features_BLC.shape[-1]} channels: expected {meaning} = {width}")
+
+    @torch.no_grad()
+    def _count(self, codes_KN: Tensor) -> Tensor:
+        """Counts `[K, V]` of this batch, over all ranks in training (one all-reduce); updates the running average."""
+        counts_KV = usage_counts(codes_KN, self.codebook_size)
+        if self.training:
+            counts_KV = all_reduce_sum_(counts_KV)
+        shares_KV = counts_KV / counts_KV.sum(dim=-1, keepdim=True).clamp(min=1)
+        # without a branch on the device's value, which would make the host wait
+        slow = torch.where(self.usage_updates < _FAST_AVERAGE_UPDATES, 0.9, 0.99)
+        decay = torch.where(self.usage_updates == 0, 0.0, slow).to(shares_KV.dtype)
+        self.usage_average.copy_(self.usage_average * decay + shares_KV * (1 - decay))
+        self.usage_updates += 1
+        return counts_KV
+
+    def _output(
+        self, features_BLC: Tensor, target: Tensor, chosen: Tensor, vq_loss: Tensor, codes_KN: Tensor
+    ) -> QuantizerOutput:
+        return QuantizerOutput(
+            quantized=(target + (chosen - target).detach()).reshape(features_BLC.shape),
+            codes=codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous(),
+            vq_loss=vq_loss,
+            usage=self._count(codes_KN),
+        )
+
+
+class MultiCodebookQuantizer(Quantizer):
+    """K chunks of the code vector, each with its own codebook (paper, equation 1).
+
+    Chunks and codebook entries are l2-normalised; the code is the entry of largest cosine similarity. The input has
+    `K * D` channels. With K = 1 this is plain vector quantization.
+    """
+
+    def reset_parameters(self) -> None:
+        if self.codebook_init == "uniform":
+            bound = self.code_dim**-0.5 / 36
+            nn.init.uniform_(self.codebooks, -bound, bound)
+        else:
+            nn.init.normal_(self.codebooks, std=self.code_dim**-0.5)
+        self._reset_usage()
+
+    def entries(self) -> Tensor:
         return F.normalize(self.codebooks.float(), dim=-1)
 
     def forward(self, features_BLC: Tensor, with_entropy: bool = False) -> QuantizerOutput:
         """Quantize `[B, L, K * D]`. Computed in fp32 whatever the surrounding autocast."""
         with torch.autocast(features_BLC.device.type, enabled=False):
-            batch, length, _ = features_BLC.shape
-            chunks_KND = self._chunks(features_BLC)
-            codebooks_KVD = self.normalised_codebooks()
-            codes_KN = search(chunks_KND, codebooks_KVD)
-            chosen_KND = codebooks_KVD.gather(1, codes_KN.unsqueeze(-1).expand(-1, -1, self.code_dim))
-            vq_loss = self.commitment_weight * F.mse_loss(chunks_KND, chosen_KND.detach())
-            vq_loss = vq_loss + F.mse_loss(chosen_KND, chunks_KND.detach())
-            entropy = entropy_loss(chunks_KND, codebooks_KVD, self.entropy_temperature) if with_entropy else None
-            through_KND = chunks_KND + (chosen_KND - chunks_KND).detach()
-            usage = torch.zeros(self.num_codebooks, self.codebook_size, device=codes_KN.device)
-            usage.scatter_add_(1, codes_KN, torch.ones_like(codes_KN, dtype=usage.dtype))
-            return QuantizerOutput(
-                quantized=through_KND.permute(1, 0, 2).reshape(batch, length, -1),
-                codes=codes_KN.view(-1, batch, length).transpose(0, 1).contiguous(),
-                vq_loss=vq_loss,
-                entropy_loss=entropy,
-                usage=usage,
-            )
+            chunks_NKD = self._chunks(features_BLC)
+            codebooks_KVD = self.entries()
+            codes_KN = search(chunks_NKD.detach().transpose(0, 1), codebooks_KVD.detach())
+            chosen_NKD = _gather(codes_KN, codebooks_KVD)
+            vq_loss = self.commitment_weight * F.mse_loss(chunks_NKD, chosen_NKD.detach())
+            vq_loss = vq_loss + F.mse_loss(chosen_NKD, chunks_NKD.detach())
+            out = self._output(features_BLC, chunks_NKD, chosen_NKD, vq_loss, codes_KN)
+            if with_entropy:
+                out.entropy_loss = entropy_loss(chunks_NKD.transpose(0, 1), codebooks_KVD, self.entropy_temperature)
+            self.recent_KND = chunks_NKD.detach().transpose(0, 1)
+            return out
 
     @torch.no_grad()
     def encode(self, features_BLC: Tensor) -> Tensor:
         """Codes `[B, K, L]` of features `[B, L, K * D]`."""
         with torch.autocast(features_BLC.device.type, enabled=False):
-            codes_KN = search(self._chunks(features_BLC), self.normalised_codebooks())
+            codes_KN = search(self._chunks(features_BLC).transpose(0, 1), self.entries())
         return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous()
 
     def lookup(self, codes_BKL: Tensor) -> Tensor:
-        """Normalised code vectors `[B, L, K * D]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
         check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
-        return lookup(codes_BKL, self.normalised_codebooks())
+        return lookup(codes_BKL, self.entries())
 
     def _chunks(self, features_BLC: Tensor) -> Tensor:
-        if features_BLC.shape[-1] != self.num_codebooks * self.code_dim:
-            raise DataError(
-                f"features with {features_BLC.shape[-1]} channels: expected num_codebooks * code_dim = "
-                f"{self.num_codebooks} * {self.code_dim} = {self.num_codebooks * self.code_dim}"
-            )
-        chunks_KND = features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim).transpose(0, 1)
-        return F.normalize(chunks_KND, dim=-1)
+        """Normalised chunks `[N, K, D]`."""
+        width = self.num_codebooks * self.code_dim
+        self._check_width(features_BLC, width, f"num_codebooks * code_dim = {self.num_codebooks} * {self.code_dim}")
+        return F.normalize(features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim), dim=-1)
+
+
+class ResidualQuantizer(Quantizer):
+    """Every codebook codes what those before it left over (RQ-VAE, arXiv 2203.01941); D = C, the whole code space.
+
+    For comparison with multi-codebook quantization at the same number of codes. The input is l2-normalised as there;
+    entries are not, because residuals shrink. The code is the entry of least squared distance. The losses compare the
+    input with every partial sum of entries and are averaged over K (RQ-VAE, equation 9).
+    """
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.codebooks, std=self.code_dim**-0.5)
+        with torch.no_grad():  # residuals are shorter at each step: so are the entries that start out to code them
+            self.codebooks.mul_(0.7 ** torch.arange(self.num_codebooks).view(-1, 1, 1))
+        self._reset_usage()
+
+    def entries(self) -> Tensor:
+        return self.codebooks.float()
+
+    def forward(self, features_BLC: Tensor, with_entropy: bool = False) -> QuantizerOutput:
+        """Quantize `[B, L, C]`. ConfigError with entropy: it is defined for independent codebooks."""
+        if with_entropy:
+            raise ConfigError("quantizer=residual has no entropy loss; set loss.entropy=0")
+        with torch.autocast(features_BLC.device.type, enabled=False):
+            vectors_NC, codebooks_KVD = self._vectors(features_BLC), self.entries()
+            codes_KN, residuals_KND = self._search(vectors_NC.detach(), codebooks_KVD.detach())
+            partial_KNC = _gather(codes_KN, codebooks_KVD).transpose(0, 1).cumsum(dim=0)
+            target_KNC = vectors_NC.expand_as(partial_KNC)
+            vq_loss = self.commitment_weight * F.mse_loss(target_KNC, partial_KNC.detach())
+            vq_loss = vq_loss + F.mse_loss(partial_KNC, target_KNC.detach())
+            self.recent_KND = residuals_KND
+            return self._output(features_BLC, vectors_NC, partial_KNC[-1], vq_loss, codes_KN)
+
+    @torch.no_grad()
+    def encode(self, features_BLC: Tensor) -> Tensor:
+        """Codes `[B, K, L]` of features `[B, L, C]`."""
+        with torch.autocast(features_BLC.device.type, enabled=False):
+            codes_KN, _ = self._search(self._vectors(features_BLC), self.entries())
+        return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous()
+
+    def lookup(self, codes_BKL: Tensor) -> Tensor:
+        check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
+        return residual_lookup(codes_BKL, self.entries())
+
+    def _vectors(self, features_BLC: Tensor) -> Tensor:
+        self._check_width(features_BLC, self.code_dim, "code_dim")
+        return F.normalize(features_BLC.float().flatten(0, 1), dim=-1)
+
+    @staticmethod
+    def _search(vectors_NC: Tensor, codebooks_KVD: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[K, N]` and the residuals `[K, N, C]` that they were chosen for."""
+        residual_NC, codes, residuals = vectors_NC, [], []
+        for entries_VD in codebooks_KVD:
+            residuals.append(residual_NC)
+            # Least |r - e|^2 is largest r.e - |e|^2 / 2: one more channel makes an inner product of it.
+            queries = F.pad(residual_NC, (0, 1), value=1.0)
+            keys = torch.cat([entries_VD, -0.5 * entries_VD.square().sum(-1, keepdim=True)], dim=-1)
+            code_N = search(queries.unsqueeze(0), keys.unsqueeze(0))[0]
+            codes.append(code_N)
+            residual_NC = residual_NC - entries_VD[code_N]
+        return torch.stack(codes), torch.stack(residuals)
+
+
+_QUANTIZERS: dict[str, type[Quantizer]] = {"multi_codebook": MultiCodebookQuantizer, "residual": ResidualQuantizer}
+
+
+def build_quantizer(config: UniTokConfig) -> Quantizer:
+    """The quantizer that the configuration names."""
+    return _QUANTIZERS[config.quantizer](
+        config.num_codebooks,
+        config.codebook_size,
+        config.code_dim,
+        config.commitment_weight,
+        config.entropy_temperature,
+        config.codebook_init,
+    )
+
+
+def _gather(codes_KN: Tensor, codebooks_KVD: Tensor) -> Tensor:
+    """The chosen entries `[N, K, D]`, by one look-up in the flattened codebooks: entry (k, v) is row k * V + v."""
+    offsets_K1 = torch.arange(codes_KN.shape[0], device=codes_KN.device).unsqueeze(-1) * codebooks_KVD.shape[1]
+    return F.embedding((codes_KN + offsets_K1).T, codebooks_KVD.flatten(0, 1))
 
 
 def lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
     """The entries of codes `[B, K, L]`, side by side: `[B, L, K * D]`."""
-    # One gather over the flattened codebooks: entry (k, v) stands in row k * V + v.
-    num_codebooks, size, _ = codebooks_KVD.shape
-    offsets_K1 = torch.arange(num_codebooks, device=codes_BKL.device).unsqueeze(-1) * size
-    rows_BLK = (codes_BKL + offsets_K1).transpose(1, 2)
-    return F.embedding(rows_BLK, codebooks_KVD.flatten(0, 1)).flatten(2)
+    batch, _, length = codes_BKL.shape
+    return _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD).view(batch, length, -1)
+
+
+def residual_lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
+    """The sum of the entries of codes `[B, K, L]`: `[B, L, D]`."""
+    batch, _, length = codes_BKL.shape
+    return _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD).sum(dim=1).view(batch, length, -1)
 
 
 def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> None:
@@ -137,38 +285,16 @@ def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> No
         )
 
 
-@torch.no_grad()
-def search(chunks_KND: Tensor, codebooks_KVD: Tensor) -> Tensor:
-    """Index `[K, N]` of the most similar entry, in blocks of N so that `[K, N, V]` is never held whole."""
-    num_codebooks, num_chunks, _ = chunks_KND.shape
-    block = max(1, SEARCH_ELEMENTS // (num_codebooks * codebooks_KVD.shape[1]))
-    codebooks_KDV = codebooks_KVD.transpose(1, 2)
-    if num_chunks <= block:
-        return torch.bmm(chunks_KND, codebooks_KDV).argmax(dim=-1)
-    blocks = [torch.bmm(part, codebooks_KDV).argmax(dim=-1) for part in chunks_KND.split(block, dim=1)]
-    return torch.cat(blocks, dim=1)
+def usage_statistics(counts_KV: Tensor, running_KV: Tensor | None = None) -> dict[str, Tensor]:
+    """Health per codebook `[K]`, from counts or shares of one batch `[K, V]` and the running average of shares.
 
-
-def entropy_loss(chunks_KND: Tensor, codebooks_KVD: Tensor, temperature: float) -> Tensor:
-    """Mean over codebooks of (mean entropy per sample - entropy of the mean assignment); low = sure and diverse.
-
-    The mean assignment is that of all ranks (every rank must call); averaged over ranks, value and gradient are those
-    of one process with all samples.
+    usage: share of entries with more than USED_ABOVE / V of the choices; perplexity: exp of the entropy of the choices;
+    dead: number of entries that are not used by the running average (by this batch where it is not given).
     """
-    # On unit vectors the negative squared distance is 2 * cosine - 2; the constant drops out of the softmax.
-    logits_KNV = 2.0 * torch.bmm(chunks_KND, codebooks_KVD.transpose(1, 2)) / temperature
-    probs_KNV, log_probs_KNV = logits_KNV.softmax(dim=-1), logits_KNV.log_softmax(dim=-1)
-    sample_entropy = -(probs_KNV * log_probs_KNV).sum(-1).mean(-1)
-    mean_KV = probs_KNV.mean(dim=1)
-    global_KV = all_reduce_sum_(mean_KV.detach().clone()) / world_size()
-    mean_KV = mean_KV + (global_KV - mean_KV).detach()  # own gradient only: the engine averages gradients over ranks
-    mean_entropy = -(mean_KV * (mean_KV + 1e-7).log()).sum(-1)
-    return (sample_entropy - mean_entropy).mean()
-
-
-def usage_statistics(counts_KV: Tensor) -> dict[str, Tensor]:
-    """Per codebook `[K]`: share of entries used, perplexity of their distribution, number of dead entries."""
-    probs_KV = counts_KV / counts_KV.sum(dim=-1, keepdim=True).clamp(min=1)
+    size = counts_KV.shape[-1]
+    probs_KV = counts_KV / counts_KV.sum(dim=-1, keepdim=True).clamp(min=1e-12)
     entropy_K = -(probs_KV * probs_KV.clamp(min=1e-12).log()).sum(dim=-1)
-    used_K = (counts_KV > 0).float().sum(dim=-1)
-    return {"usage": used_K / counts_KV.shape[-1], "perplexity": entropy_K.exp(), "dead": counts_KV.shape[-1] - used_K}
+    used_K = (probs_KV > USED_ABOVE / size).float().sum(dim=-1)
+    long_KV = probs_KV if running_KV is None else running_KV
+    dead_K = (long_KV <= USED_ABOVE / size).float().sum(dim=-1)
+    return {"usage": used_K / size, "perplexity": entropy_K.exp(), "dead": dead_K}

@@ -92,6 +92,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_use(commands)
     _add_eval(commands)
+    _add_convert(commands)
     report = commands.add_parser("report", help="write the HTML report of a run folder")
     report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
     report.set_defaults(run=("evaluate", "report"))
@@ -179,6 +180,20 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     chat.add_argument("--max-new-tokens", type=positive_int, default=128)
     chat.set_defaults(run=("use", "chat"), positional="question")
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    convert = commands.add_parser("convert", help="between our folders and the released checkpoint layouts")
+    kinds = convert.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
+    tokenizer = kinds.add_parser(
+        "tokenizer",
+        help="unitok_tokenizer.pth <-> UniTok folder",
+        description="A released .pth becomes a UniTok folder, a UniTok folder becomes a .pth in the released layout. "
+        "Every key must be accounted for; nothing in a file is executed.",
+    )
+    tokenizer.add_argument("source", metavar="SOURCE", help="released file (.pth), or UniTok folder")
+    tokenizer.add_argument("dest", metavar="DEST", help="folder for a file, file (.pth) for a folder")
+    tokenizer.set_defaults(run=("convert", "convert_tokenizer"))
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:

@@ -25,7 +25,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     tokenizer = load_model_folder(UniTok, arguments.tokenizer).eval()
     with torch.no_grad():
         for image, target in zip(images, targets, strict=True):
-            pixels = eval_transform(image, tokenizer.config.image_size).unsqueeze(0)
+            pixels = eval_transform(image, tokenizer.config.image_size, tokenizer.config.preprocess).unsqueeze(0)
             _save(to_pil(tokenizer.reconstruct(pixels)[0]), target)
     return 0
 

@@ -1,7 +1,7 @@
 """DeepSpeed engines from typed settings: the DeepSpeed configuration is generated here and stands nowhere else."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unitok.core.config import Config
-from unitok.core.distributed import world_size
+from unitok.core.distributed import rank, world_size
 from unitok.core.errors import ConfigError
 from unitok.core.optim import OptimizerConfig
 
@@ -85,9 +85,9 @@ def build_engine(
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """Give all parameter groups of the engine's optimizer the same rate."""
+    """Give all parameter groups of the engine's optimizer the rate, times the group's own factor."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_scale", 1.0)
 
 
 def _refuse_opaque_outputs(module: nn.Module, everywhere: bool) -> None:
@@ -170,15 +170,32 @@ def whole_parameters(module: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def clamp_parameter_(parameter: Any, low: float, high: float) -> None:
-    """Clamp a (possibly partitioned) parameter in place; the master weights of ZeRO 1 to 3 follow. Every rank calls."""
-    if hasattr(parameter, "ds_tensor"):
-        from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param
+def edit_parameter_(parameter: Any, function: Callable[[Tensor], Tensor]) -> None:
+    """Replace a (possibly partitioned) parameter's value by `function(value)`, which must be the same on every rank.
 
-        safe_set_local_fp32_param(parameter, safe_get_local_fp32_param(parameter).clamp(low, high))
-        parameter.ds_tensor.clamp_(low, high)
-    elif hasattr(parameter, "_hp_mapping"):
+    The master weights of ZeRO 1 to 3 follow. Every rank calls.
+    """
+    if hasattr(parameter, "ds_tensor"):  # ZeRO 3
+        from deepspeed.utils import safe_get_full_fp32_param, safe_set_local_fp32_param
+
+        value = function(safe_get_full_fp32_param(parameter).view(parameter.ds_shape))
+        size = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+        own = padded[rank() * size : (rank() + 1) * size]
+        safe_set_local_fp32_param(parameter, own)
+        parameter.ds_tensor.copy_(own.view_as(parameter.ds_tensor))
+        if parameter.numel() == value.numel():  # held whole
+            parameter.data.copy_(value.view_as(parameter))
+    elif hasattr(parameter, "_hp_mapping"):  # ZeRO 1 and 2
         from deepspeed.utils import safe_get_full_fp32_param, safe_set_full_fp32_param
 
-        safe_set_full_fp32_param(parameter, safe_get_full_fp32_param(parameter).clamp(low, high))
-    parameter.data.clamp_(low, high)  # empty under ZeRO 3, unless it is held whole
+        value = function(safe_get_full_fp32_param(parameter))
+        safe_set_full_fp32_param(parameter, value)
+        parameter.data.copy_(value)
+    else:
+        parameter.data.copy_(function(parameter.data))
+
+
+def clamp_parameter_(parameter: Any, low: float, high: float) -> None:
+    """Clamp a (possibly partitioned) parameter in place. Every rank calls."""
+    edit_parameter_(parameter, lambda value: value.clamp(low, high))

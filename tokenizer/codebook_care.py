@@ -1,0 +1,48 @@
+"""Revival of codebook entries that are hardly chosen any more.
+
+K codebooks, V entries, D channels, N quantized vectors of this rank, G of all ranks.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from unitok.core.distributed import world_size
+from unitok.core.engine import edit_parameter_
+from unitok.core.rng import torch_rng
+from unitok.tokenizer.quantizer import Quantizer
+
+
+@torch.no_grad()
+def revive_dead_codes_(quantizer: Quantizer, below: float, *key: int | str) -> Tensor:
+    """Replace entries whose running share is below `below` / V by vectors that were quantized last; counts `[K]`.
+
+    Vectors are drawn from those of all ranks, by a generator seeded with `key`, so the result does not depend on how
+    the batch is spread. Every rank must call. Revived entries begin with the average share 1 / V.
+    """
+    size = quantizer.codebook_size
+    dead_KV = quantizer.usage_average < below / size
+    recent_KND = quantizer.recent_KND
+    assert recent_KND is not None, "no batch has been quantized yet"
+    if bool(dead_KV.any()):  # equal on all ranks: usage is counted over all of them
+        vectors_KGD = _of_all_ranks(recent_KND)
+        generator = torch_rng("revive", *key)
+        rows = torch.randint(vectors_KGD.shape[1], dead_KV.shape, generator=generator).to(dead_KV.device)
+        drawn_KVD = vectors_KGD.gather(1, rows.unsqueeze(-1).expand(-1, -1, vectors_KGD.shape[-1]))
+
+        def replace(codebooks_KVD: Tensor) -> Tensor:
+            return torch.where(dead_KV.unsqueeze(-1), drawn_KVD.to(codebooks_KVD), codebooks_KVD)
+
+        edit_parameter_(quantizer.codebooks, replace)
+        quantizer.usage_average.masked_fill_(dead_KV, 1.0 / size)
+    return dead_KV.sum(dim=1)
+
+
+def _of_all_ranks(vectors_KND: Tensor) -> Tensor:
+    if world_size() == 1:
+        return vectors_KND
+    parts: list[Any] = [torch.empty_like(vectors_KND.contiguous()) for _ in range(world_size())]
+    dist.all_gather(parts, vectors_KND.contiguous())
+    return torch.cat(parts, dim=1)
