@@ -45,6 +45,7 @@ lint: $(STAMP)
 
 bench: $(STAMP)
 	$(RUN)python scripts/benchmark.py
+	$(RUN)python scripts/benchmark_quantizer.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-uv build *.egg-info

@@ -8,18 +8,18 @@ from pydantic import Field
 from unitok.core.config import Config
 from unitok.core.rng import numpy_rng
 from unitok.data.source import Source, open_source
-from unitok.data.transforms import eval_transform, train_transform
+from unitok.data.transforms import eval_transform, released_train_transform, train_transform
 
 
 class ImageDataConfig(Config):
     """Where images come from and how they are cut to size.
 
-    `augment: crop` takes a random resized crop with flip (natural images); `none` a centre crop, which keeps "left of"
-    true. `cache` holds decoded images in memory (only with `none`).
+    `augment: crop` takes a random resized crop with flip (natural images); `released` resizes a little larger and crops
+    anywhere, without flip; `none` takes a centre crop, which shows the whole scene. `cache` holds decoded images in memory (only with `none`).
     """
 
     source: str = "shapes:train?num=16000&seed=0"
-    augment: Literal["none", "crop"] = "none"
+    augment: Literal["none", "crop", "released"] = "none"
     cache: bool = False
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
 
@@ -56,9 +56,10 @@ class ImageBatches:
             stored, captions = self._cache[index]
             return stored.float() / 127.5 - 1, captions
         sample = self.source[index]
-        if self.config.augment == "crop":
+        if self.config.augment != "none":
+            transform = train_transform if self.config.augment == "crop" else released_train_transform
             rng = numpy_rng("augment", self.seed, epoch, sample.key)
-            return train_transform(sample.image, self.image_size, rng), sample.captions
+            return transform(sample.image, self.image_size, rng), sample.captions
         pixels = eval_transform(sample.image, self.image_size)
         if self.config.cache:
             self._cache[index] = ((pixels + 1) * 127.5).round().to(torch.uint8), sample.captions

@@ -80,15 +80,27 @@ def eval_transform(image: Image.Image, size: int, preprocess: str = "plain") -> 
 
 
 def _released(image: Image.Image, size: int, preprocess: str) -> torch.Tensor:
-    from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as tv
 
     if preprocess not in RELEASED_PREPROCESS:
         known = ", ".join(("plain", *RELEASED_PREPROCESS))
         raise UserError(f"preprocess={preprocess!r}: expected one of {known}")
+    return tv.to_tensor(tv.center_crop(_shorter_side(image, size, preprocess), size)) * 2 - 1
+
+
+def _shorter_side(image: Image.Image, size: int, preprocess: str) -> Image.Image:
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as tv
+
     ratio, resampling = RELEASED_PREPROCESS[preprocess]
-    image = tv.resize(image, int(ratio * size), InterpolationMode(resampling.name.lower()))
-    return tv.to_tensor(tv.center_crop(image, size)) * 2 - 1
+    return tv.resize(image, int(ratio * size), InterpolationMode(resampling.name.lower()))
+
+
+def released_train_transform(image: Image.Image, size: int, rng: np.random.Generator) -> torch.Tensor:
+    """As "vae_val" of RELEASED_PREPROCESS, but the crop may lie anywhere. [3, size, size]"""
+    image = _shorter_side(to_rgb(image), size, "vae_val")
+    left, top = (int(rng.integers(side - size + 1)) for side in image.size)
+    return to_pixels(image.crop((left, top, left + size, top + size)))
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int] = VQA_BACKGROUND) -> Image.Image:

@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py [--repeats 5] [--threads 1] [--out FILE]
 
-The two sides of a pair are timed in turn, and the ratio is that of their medians.
+The quantizer has a benchmark of its own (`benchmark_quantizer.py`). The two sides of a pair are timed in turn, and the ratio is that of their medians.
 """
 
 import argparse
@@ -18,32 +18,8 @@ from torch import Tensor, nn
 
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.tokenizer.decoder import Upsample
-from unitok.tokenizer.quantizer import MultiCodebookQuantizer
 
 Pair = tuple[str, str, Callable[[], object], Callable[[], object]]
-
-
-def quantizer_pair() -> Pair:
-    """Training pass of the batched quantizer against one search, gather and loss per codebook."""
-    torch.manual_seed(0)
-    quantizer = MultiCodebookQuantizer(num_codebooks=8, codebook_size=4096, code_dim=8)
-    features_BLC = torch.randn(4, 256, 64, requires_grad=True)
-
-    def batched() -> None:
-        out = quantizer(features_BLC)
-        (out.quantized.sum() + out.vq_loss).backward()
-
-    def loop() -> None:
-        total = torch.zeros(())
-        for k in range(quantizer.num_codebooks):
-            z = F.normalize(features_BLC[..., 8 * k : 8 * k + 8], dim=-1)
-            entries = F.normalize(quantizer.codebooks[k], dim=-1)
-            chosen = F.embedding((z @ entries.T).argmax(-1), entries)
-            loss = 0.25 * F.mse_loss(z, chosen.detach()) + F.mse_loss(chosen, z.detach())
-            total = total + loss / quantizer.num_codebooks + (z + (chosen - z).detach()).sum()
-        total.backward()
-
-    return "quantizer, 8 x 4096 x 8, 1024 positions, forward + backward", "loop over codebooks", batched, loop
 
 
 def upsample_pair() -> Pair:
@@ -124,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    rows = [measure(pair(), arguments.repeats) for pair in (quantizer_pair, upsample_pair, generation_pair)]
+    rows = [measure(pair(), arguments.repeats) for pair in (upsample_pair, generation_pair)]
     for row in rows:
         print(f"{row['ratio']:5.2f} x  {row['what']} ({row['seconds'] * 1e3:.1f} ms) against {row['baseline']}")
     if arguments.out:

@@ -34,6 +34,30 @@ COMMON: dict[str, Any] = {
 }
 
 
+# Stage one with everything that there is: the released discriminator and its augmentations, perceptual loss,
+# distillation, stochastic depth, revival of codes. No L1 and no hinge, whose gradients jump, and low rates, so that
+# rounding is not amplified from step to step; a wrong gradient would show in the norms, which every step logs.
+EVERYTHING = [
+    "loss.l1=0",
+    "loss.lpips=0.5",
+    "loss.lpips_weights=random",
+    "discriminator.kind=dino",
+    "discriminator.dino_weights=random",
+    "discriminator.augment_probability=0.7",
+    "discriminator.blur_steps=8",
+    "discriminator.consistency=4",
+    "discriminator.loss=softplus",
+    "discriminator.optimizer.lr=2e-6",
+    "optimizer.lr=2e-4",
+    "distill.model=test_vit",
+    "distill.weights=random",
+    "model.drop_path=0.3",
+    "revive.every=3",
+    "revive.below=0.5",
+    "optimizer.lr_multipliers={encoder.: 0.5, text_encoder.: 0.1}",
+]
+
+
 def write_configs(folder: Path) -> dict[str, Path]:
     """A configuration file for each stage; the codes of stage two come from a random tokenizer."""
     files = {}

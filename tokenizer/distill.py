@@ -26,8 +26,11 @@ class Teacher(nn.Module):
         if not timm.is_model(config.model):
             raise ConfigError(f"distill.model={config.model}: timm knows no such model; see timm.list_models()")
         self.model = timm.create_model(config.model, pretrained=False, num_classes=0)
-        settings = resolve_data_config({}, model=self.model)
-        self.size = config.size or (settings["input_size"][-1] if settings.get("fixed_input_size") else image_size)
+        settings, known = resolve_data_config({}, model=self.model), self.model.pretrained_cfg
+        fixed = known.get("input_size", (3, image_size, image_size))[-1] if known.get("fixed_input_size") else None
+        if fixed and config.size not in (None, fixed):
+            raise ConfigError(f"distill.size={config.size}: {config.model} takes images of {fixed} pixels only")
+        self.size = fixed or config.size or image_size
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(settings[name]).view(1, -1, 1, 1))
         if config.weights != RANDOM_WEIGHTS:

@@ -70,6 +70,7 @@ class TokenizerTask(Task):
             random = config.loss.lpips_weights == RANDOM_WEIGHTS
             self.lpips = LPIPS.random() if random else LPIPS.from_file(config.loss.lpips_weights)
         if config.distill.model is not None:
+            torch.manual_seed(derive_seed("teacher", config.seed))  # random weights, if so, are equal on every rank
             self.teacher = Teacher(config.distill, config.model.image_size)
             sizes["distill_dim"] = self.teacher.dim
         torch.manual_seed(derive_seed("tokenizer", config.seed))

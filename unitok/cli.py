@@ -217,6 +217,15 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
+    _add_speed(kinds)
+
+
+def _add_speed(kinds: argparse._SubParsersAction) -> None:
+    from unitok.commands.speed import add_speed_arguments
+
+    speed = kinds.add_parser("speed", help="images per second, memory, share of the hardware's peak")
+    parts = speed.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
+    add_speed_arguments(parts.add_parser("tokenizer", help="encode, decode, code search and the training step"))
 
 
 def _add_eval_options(parser: argparse.ArgumentParser, kind: str, items: str) -> None:
