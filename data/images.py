@@ -15,7 +15,8 @@ class ImageDataConfig(Config):
     """Where images come from and how they are cut to size.
 
     `augment: crop` takes a random resized crop with flip (natural images); `released` resizes a little larger and crops
-    anywhere, without flip; `none` takes a centre crop, which shows the whole scene. `cache` holds decoded images in memory (only with `none`).
+    anywhere, without flip; `none` takes a centre crop, which shows the whole scene. `cache` holds decoded images in
+    memory (only with `none`).
     """
 
     source: str = "shapes:train?num=16000&seed=0"

@@ -2,7 +2,8 @@
 
     python scripts/benchmark.py [--repeats 5] [--threads 1] [--out FILE]
 
-The quantizer has a benchmark of its own (`benchmark_quantizer.py`). The two sides of a pair are timed in turn, and the ratio is that of their medians.
+The two sides of a pair are timed in turn, and the ratio is that of their medians. The quantizer has a benchmark of its
+own (`benchmark_quantizer.py`).
 """
 
 import argparse
