@@ -36,8 +36,9 @@ from unitok.mllm.task import MllmTask
 from unitok.tokenizer import UniTok
 
 # Held to 5e-3, for rounding is amplified on the way: the adversarial weight divides by the norm of a gradient that
-# nearly cancels (measured up to 1e-3), the consistency is a small difference of logits and their mean nearly cancels (1e-4),
-# and a random VGG is a rough function (LPIPS: 1.6e-4). The other losses, and the weights after the last step, to 1e-4.
+# nearly cancels (measured up to 1e-3), the consistency is a small difference of logits and their mean nearly cancels
+# (1e-4), and a random VGG is a rough function (LPIPS: 1.6e-4). The other losses, and the weights after the last step,
+# are held to 1e-4.
 EVERYTHING_LOOSE = ("adversarial_weight", "adversarial", "consistency", "lpips")
 
 pytestmark = pytest.mark.slow
