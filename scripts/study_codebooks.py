@@ -27,7 +27,14 @@ from unitok.scripts.study_report import QUESTIONS, write_report
 
 # What replaces settings of configs/tokenizer/shapes.yaml in every variant, and what makes a variant of it. The code
 # vector has 32 channels and the codebooks hold 512 entries together throughout.
-TOKENIZER_BASE = ("discriminator.enabled=false", "loss.adversarial=0")
+# Dead codes are revived everywhere: without it some variants and seeds collapse to one entry a codebook (LOG.md).
+TOKENIZER_BASE = (
+    "discriminator.enabled=false",
+    "loss.adversarial=0",
+    "optimizer.warmup_steps=200",
+    "revive.every=50",
+    "revive.below=0.05",
+)
 VARIANTS: dict[str, tuple[str, ...]] = {
     "8x64": (),
     "1x512": ("model.num_codebooks=1", "model.codebook_size=512", "model.code_dim=32"),

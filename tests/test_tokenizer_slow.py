@@ -1,5 +1,6 @@
 """Stage one at real sizes and with its options, through the real loop on one rank (slow)."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,8 @@ def test_decoder_only_fine_tuning_keeps_the_codes(
         f"engine.zero_stage={zero}",
     ]
     run_ranks(world, run_stage, "tokenizer", files["tokenizer"], tmp_path / "second", world, options)
+    report = json.loads((tmp_path / "second" / "initial_weights.json").read_text())
+    assert "quantizer.codebooks" in report["loaded"] and not report["not_loaded"] and not report["unused"]
     before, after = _export(tmp_path / "first"), _export(tmp_path / "second")
     assert before.keys() == after.keys()
     for name in before:

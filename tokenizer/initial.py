@@ -1,7 +1,8 @@
 """What a run begins with: weights of another tokenizer or of a CLIP model, and what of the model is trained."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -62,7 +63,10 @@ def _parts(names: list[str]) -> list[str]:
 
 
 def initial_weights(model: UniTok, config: TokenizerTrainConfig) -> None:
-    """Load what `init_from` or `init_clip` name into `model`; rank 0 prints what was and was not loaded."""
+    """Load what `init_from` or `init_clip` name into `model`.
+
+    Rank 0 prints what was and was not loaded, and writes all names into `initial_weights.json` of the run folder.
+    """
     if config.init_from is not None:
         report = load_tokenizer(model, config.init_from)
     elif config.init_clip is not None:
@@ -71,6 +75,9 @@ def initial_weights(model: UniTok, config: TokenizerTrainConfig) -> None:
         return
     if is_main():
         print(f"initial weights of {config.init_from or config.init_clip}:\n{report}", flush=True)
+        folder = Path(config.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "initial_weights.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
 def load_tokenizer(model: UniTok, source: str | Path) -> LoadReport:
