@@ -32,8 +32,8 @@ TOKENIZER_BASE = (
     "discriminator.enabled=false",
     "loss.adversarial=0",
     "optimizer.warmup_steps=200",
-    "revive.every=50",
-    "revive.below=0.05",
+    "revive.every=20",
+    "revive.below=0.1",
 )
 VARIANTS: dict[str, tuple[str, ...]] = {
     "8x64": (),
@@ -46,7 +46,12 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "linear": ("model.projection=linear",),
 }
 # Only reading is measured, so the language model learns conversations alone.
-MLLM_BASE = ("data.mixture.text_to_image=0", "data.mixture.caption=0", "data.mixture.chat=1")
+MLLM_BASE = (
+    "data.mixture.text_to_image=0",
+    "data.mixture.caption=0",
+    "data.mixture.chat=1",
+    "engine.micro_batch_size=16",
+)
 HELD_OUT_IMAGES, HELD_OUT_QUESTIONS, HELD_OUT_SEED = 500, 1000, 0
 
 

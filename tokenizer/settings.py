@@ -92,9 +92,13 @@ class DistillConfig(Config):
 
 
 class RevivalConfig(Config):
-    """Each `every` steps, entries chosen less often than `below` / V on average become vectors of the batch."""
+    """Each `every` steps, entries chosen less often than `below` / V on average become vectors of the batch.
+
+    `until`: the last step that does so (None: to the end); an average of weights likes its entries to stay.
+    """
 
     every: int = Field(0, ge=0)
+    until: int | None = Field(None, ge=1)
     below: float = Field(0.01, gt=0, lt=1)
 
 

@@ -255,7 +255,7 @@ class TokenizerTask(Task):
         if model.logit_scale.requires_grad:
             clamp_parameter_(model.logit_scale, 0.0, MAX_LOGIT_SCALE)
         revive = self.config.revive
-        if revive.every and (step + 1) % revive.every == 0:
+        if revive.every and (step + 1) % revive.every == 0 and step < (revive.until or self.config.steps):
             revive_dead_codes_(model.quantizer, revive.below, self.config.seed, step)
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
