@@ -217,8 +217,8 @@ def _stop(processes: Sequence[subprocess.Popen]) -> None:
 def study_protocol(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """How the finished runs were made."""
     batches = {
-        stage: stage_config(stage, f"{stage}/shapes.yaml", []).engine.micro_batch_size
-        for stage in ("tokenizer", "mllm")
+        stage: stage_config(stage, f"{stage}/shapes.yaml", base).engine.micro_batch_size
+        for stage, base in (("tokenizer", TOKENIZER_BASE), ("mllm", MLLM_BASE))
     }
     counts = {"images": HELD_OUT_IMAGES, "questions": HELD_OUT_QUESTIONS, "runs": len(runs)}
     details = {

@@ -204,13 +204,14 @@ def document(runs: Sequence[Run], protocol: Mapping[str, Any], questions: Sequen
     """The text of codebooks.md."""
     base, spent, batch, counts = baselines(runs), protocol["budget"], protocol["batch"], protocol["counts"]
     seeds = ", ".join(map(str, protocol["seeds"]))
+    settings = ", ".join(f"`{setting}`" for setting in protocol["overrides"]["tokenizer"])
     parts = [
         "# The paper's questions about codebooks, at 64 pixels",
         "Written by `python scripts/study_codebooks.py`. UniTok ([arXiv 2502.20321](https://arxiv.org/abs/2502.20321)) "
         "trained its variants on OpenImages and on 128 to 512 million image-text pairs; here each is a tokenizer of "
         "about 0.9 M parameters on the shapes world. Only orders can be compared, not numbers.",
-        f"Every variant: {spent['steps']} steps of {batch['tokenizer']} images with configs/tokenizer/shapes.yaml, but "
-        f"no discriminator, then a language model for {spent['mllm_steps']} steps of {batch['mllm']} conversations on "
+        f"Every variant: {spent['steps']} steps of {batch['tokenizer']} images with configs/tokenizer/shapes.yaml and "
+        f"{settings}, then a language model for {spent['mllm_steps']} steps of {batch['mllm']} conversations on "
         f"its codes; seeds {seeds}; {counts['images']} held-out scenes, {counts['questions']} questions. The code "
         "vector has 32 channels and the codebooks hold 512 entries together. No variant was tuned by itself.",
         "Figures are means over seeds, with the lowest and the highest in brackets. Baselines: retrieval by chance "
@@ -245,7 +246,9 @@ def plot(path: Path, runs: Sequence[Run], questions: Sequence[Question]) -> Path
     for axes, name in zip(panels, PLOTTED, strict=True):
         for _, _, rows in places:
             for height, variant, _ in rows:
-                _draw(axes, height, values_of(runs, variant, name), highlighted=variant == "8x64")
+                known = any(run["variant"] == variant for run in runs)
+                missing = "not trained for it" if known else "not measured"
+                _draw(axes, height, values_of(runs, variant, name), variant == "8x64", missing)
         if name in base:
             axes.axvline(base[name], color="0.5", linestyle="--", linewidth=1)
             words = " chance" if name == "retrieval" else " most frequent answer"
@@ -259,12 +262,12 @@ def plot(path: Path, runs: Sequence[Run], questions: Sequence[Question]) -> Path
     return path
 
 
-def _draw(axes: Any, height: float, values: Sequence[float], highlighted: bool) -> None:
-    """The seeds of one variant."""
+def _draw(axes: Any, height: float, values: Sequence[float], highlighted: bool, missing: str) -> None:
+    """The seeds of one variant, or the word for their absence."""
     color = "#b5432a" if highlighted else "#2f5d8a"
     if not values:
         style = {"transform": axes.get_yaxis_transform(), "fontsize": 8, "color": "0.5", "va": "center"}
-        axes.text(0.02, height, "not trained for it", **style)
+        axes.text(0.05, height, missing, **style)
         return
     axes.plot([min(values), max(values)], [height, height], color=color, linewidth=2, alpha=0.5)
     axes.plot(values, [height] * len(values), "o", color=color, markersize=5, alpha=0.7, markeredgewidth=0)
