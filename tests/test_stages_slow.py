@@ -122,10 +122,11 @@ def _run_everything(file: Path, out: Path, world: int, options: list[str]) -> tu
                 take("first", {name: engine.module for name, engine in engines.items()})
             return micro_step(engines, batch, micro_index, step)
 
-        def after(modules: dict[str, nn.Module], step: int) -> None:
-            after_step(modules, step)
+        def after(modules: dict[str, nn.Module], step: int) -> Any:
+            replaced = after_step(modules, step)
             if step == STEPS - 1:
                 take("last", modules)
+            return replaced
 
         task.micro_step, task.after_step = before, after
 

@@ -147,7 +147,7 @@ def make_task(**changes):
 
     sizes = make_tokenizer(embed_dim=12).config
     names = ("image_size", "stem_width", "stage_widths", "stage_depths", "width", "depth", "num_heads", "mlp_ratio")
-    names += ("decoder_stage_depths", "num_codebooks", "codebook_size", "code_dim", "embed_dim")
+    names += ("projection_mlp_ratio", "decoder_stage_depths", "num_codebooks", "codebook_size", "code_dim", "embed_dim")
     model = {name: getattr(sizes, name) for name in names}
     loss = {"contrastive": 0.0, "adversarial": 0.3, "vq": 0.7, "l1": 0.2, "l2": 1.5} | changes.pop("loss", {})
     discriminator = {"start_step": 3, "channels": 8} | changes.pop("discriminator", {})

@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import (
     TEXTS,
     assert_same_gradients,
@@ -16,7 +17,7 @@ from tiny import (
     tokenizer_config,
 )
 
-from unitok.core.errors import ConfigError, DataError, UserError
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError
 from unitok.core.pretrained import load_model_folder
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.tokenizer import TextTowerConfig, UniTok
@@ -211,6 +212,36 @@ def test_save_and_load_gives_the_same_bits(with_text, tmp_path):
         assert torch.equal(ours.text_embedding, theirs.text_embedding)
 
 
+def _drop_key(file):
+    state = load_file(file)
+    state.pop("fc_norm.weight")
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def _add_key(file):
+    save_file(load_file(file) | {"extra": torch.zeros(1)}, file, metadata={"format": "pt"})
+
+
+def _cut_key(file):
+    state = load_file(file)
+    save_file(state | {"fc_norm.weight": state["fc_norm.weight"][:-1].clone()}, file, metadata={"format": "pt"})
+
+
+def _truncate(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("damage", [_drop_key, _add_key, _cut_key, _truncate])
+def test_damaged_folders_are_refused_in_one_line(damage, tmp_path):
+    """By the plain loader of transformers, too: it would fill gaps with fresh weights."""
+    make_tokenizer().save_pretrained(tmp_path)
+    damage(tmp_path / "model.safetensors")
+    for load in (UniTok.from_pretrained, lambda folder: load_model_folder(UniTok, folder)):
+        with pytest.raises(CheckpointError) as refused:
+            load(tmp_path)
+        assert "\n" not in str(refused.value) and str(tmp_path) in str(refused.value)
+
+
 def test_saving_over_itself_keeps_the_text_model(with_text, tmp_path):
     with_text.save_pretrained(tmp_path)
     loaded = UniTok.from_pretrained(tmp_path)
@@ -341,6 +372,16 @@ def test_gradient_checkpointing_changes_nothing(with_text):
     again, checkpointed = loss_and_gradients()
     assert torch.equal(loss, again)
     assert_same_gradients(checkpointed, plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_text_tower_in_half_precision_works(with_text, tmp_path, dtype):
+    with_text.save_pretrained(tmp_path)
+    half = UniTok.from_pretrained(tmp_path, dtype=dtype).eval()
+    ids = half.tokenize_text(["red", "two"])
+    ours, theirs = half.encode_text(ids), with_text.encode_text(ids)
+    assert half.projection.weight.dtype == torch.float32
+    assert F.cosine_similarity(ours.float(), theirs).min() > 0.99
 
 
 def test_a_tokenizer_loaded_in_half_precision_works(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import torch
 from reference import fixture
 from safetensors.torch import save_file
-from tiny import TEXTS, make_tokenizer, random_pixels, text_tower, tokenizer_config
+from tiny import TEXTS, random_pixels, text_tower, tokenizer_config
+from tiny import make_tokenizer as make_tiny
 
 from unitok.cli import main
 from unitok.core.errors import CheckpointError, ConfigError, UserError
@@ -20,6 +21,11 @@ from unitok.tokenizer.initial import load_clip, load_tokenizer
 from unitok.tokenizer.official import official_args, official_config, save_official, to_official_state
 
 CLIP_TOWER = {"vocab_size": 49408, "context_length": 9, "width": 8, "heads": 2, "layers": 2, "tokenizer": "clip"}
+
+
+def make_tokenizer(seed=0, **changes):
+    """A tiny one that the released layout can hold: its projections' MLPs are always twice as wide."""
+    return make_tiny(seed, **({"projection_mlp_ratio": 2.0} | changes))
 
 
 def states_equal(one, other):
@@ -83,20 +89,46 @@ def test_a_sentencepiece_tower_travels_with_its_file(tmp_path):
         UniTok.from_official(tmp_path / "out" / "x.pth")
 
 
+@pytest.mark.parametrize("ratio", [1.25, 3.0])
+def test_the_blocks_ratio_is_not_that_of_the_projections(ratio, tmp_path):
+    tokenizer = make_tokenizer(text_tower=CLIP_TOWER, mlp_ratio=ratio)
+    assert tokenizer.quant_proj.mlp.w0.weight.shape[0] == 2 * tokenizer.config.code_width
+    assert tokenizer.post_quant_proj.mlp.w0.weight.shape[0] == 2 * tokenizer.config.width
+    save_official(tokenizer, tmp_path / "x.pth")
+    assert states_equal(UniTok.from_official(tmp_path / "x.pth"), tokenizer)
+
+
+def test_sizes_of_another_checkpoint_are_not_replaced(tokenizer, tmp_path):
+    save_official(tokenizer, tmp_path / "a.pth")
+    save_official(tokenizer, tmp_path / "b.pth")
+    with pytest.raises(ConfigError, match="a folder of its own"):
+        save_official(make_tokenizer(text_tower=CLIP_TOWER, num_heads=4), tmp_path / "c.pth")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pth", "b.pth", "vit_config.json"]
+
+
 @pytest.mark.parametrize("name", VITAMIN_SIZES)
 def test_released_names_need_no_size_file(name, tmp_path):
-    config = tokenizer_config(**VITAMIN_SIZES[name], mlp_ratio=2.0, stage_depths=(2, 4), decoder_stage_depths=(4, 2),
-                              num_codebooks=8, code_dim=8, text_tower=TextTowerConfig(**CLIP_TOWER))  # fmt: skip
+    usual = {"mlp_ratio": 2.0, "projection_mlp_ratio": 2.0, "stage_depths": (2, 4), "decoder_stage_depths": (4, 2)}
+    codes = {"num_codebooks": 8, "code_dim": 8, "text_tower": TextTowerConfig(**CLIP_TOWER)}
+    config = tokenizer_config(**VITAMIN_SIZES[name], **usual, **codes)
     args, sizes = official_args(config)
     assert args["model"] == name and sizes is None
     back = official_config(args, tmp_path / "x.pth")
     assert (back.width, back.depth, back.stage_widths) == (config.width, config.depth, config.stage_widths)
 
 
-@pytest.mark.parametrize("changes", [{"quantizer": "residual", "code_dim": 12}, {"projection_causal": True}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantizer": "residual", "code_dim": 12},
+        {"projection_causal": True},
+        {"projection_mlp_ratio": 3.0},
+        {"text_tower": None},
+    ],
+)
 def test_what_the_released_code_cannot_run_is_not_written(changes, tmp_path):
     with pytest.raises(ConfigError, match="keep the UniTok folder"):
-        save_official(make_tokenizer(text_tower=CLIP_TOWER, **changes), tmp_path / "x.pth")
+        save_official(make_tokenizer(**({"text_tower": CLIP_TOWER} | changes)), tmp_path / "x.pth")
     assert not (tmp_path / "x.pth").exists()
 
 
@@ -142,6 +174,10 @@ def _key_bias(state):
     state["quant_proj.attn.zero_k_bias"] = state["quant_proj.attn.zero_k_bias"] + 1
 
 
+SIZES_TEXT = (
+    '{"stem": 8, "dims": [8, 16, 24], "depths": [1, 1], "depth": 1, "heads": 5, "mlp_ratio": 1.25, '
+    '"decoder_depths": [1, 1]}'
+)
 REFUSALS = {
     "truncated": (_truncate, "cannot read weights"),
     "pickled code": (_pickle, "cannot read weights"),
@@ -159,6 +195,12 @@ REFUSALS = {
     "unknown projection": (lambda p: _edit(p, lambda c: c["args"].update(quant_proj="conv")), "conv"),
     "no sizes": (lambda p: (p.parent / "vit_config.json").unlink(), "vit_config.json"),
     "half the sizes": (lambda p: (p.parent / "vit_config.json").write_text('{"stem": 8}'), "dims"),
+    "no codebooks": (lambda p: _edit(p, lambda c: c["args"].update(num_codebooks=0)), "do not divide into 0"),
+    "endless": (lambda p: _edit(p, lambda c: c["args"].update(img_size=float("inf"))), "do not describe"),
+    "a fraction": (lambda p: _edit(p, lambda c: c["args"].update(img_size=32.7)), "img_size=32.7"),
+    "odd image": (lambda p: _edit(p, lambda c: c["args"].update(img_size=50)), "sizes do not fit.*50"),
+    "odd heads": (lambda p: (p.parent / "vit_config.json").write_text(SIZES_TEXT), "sizes do not fit.*num_heads"),
+    "a number as name": (_state(lambda s: s.update({3: torch.zeros(1)})), "by name"),
     "a list": (lambda p: torch.save([1, 2], p), "no released checkpoint"),
 }
 
@@ -278,8 +320,15 @@ def test_a_tokenizer_begins_another(tokenizer, tmp_path):
     for source in ("x.pth", "folder"):
         target = make_tokenizer(seed=4, text_tower=CLIP_TOWER, num_query_tokens=2, distill_dim=5)
         report = load_tokenizer(target, tmp_path / source)
+        assert target.config.preprocess == ("inference" if source == "x.pth" else "plain")
         assert report.not_loaded == ["distill_head.weight", "distill_head.bias"] and not report.unused
         assert all(torch.equal(target.state_dict()[name], value) for name, value in tokenizer.state_dict().items())
+    for changes, name in (({"num_heads": 4}, "num_heads"), ({"projection_causal": True}, "projection_causal"),
+                          ({"text_tower": CLIP_TOWER | {"heads": 4}}, "text_tower")):  # fmt: skip
+        with pytest.raises(CheckpointError, match=f"made with {name}="):
+            load_tokenizer(
+                make_tokenizer(num_query_tokens=2, **({"text_tower": CLIP_TOWER} | changes)), tmp_path / "folder"
+            )
     other = make_tokenizer(text_tower=CLIP_TOWER, num_query_tokens=2, codebook_size=8)
     with pytest.raises(CheckpointError, match="quantizer.codebooks"):
         load_tokenizer(other, tmp_path / "folder")

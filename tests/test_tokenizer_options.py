@@ -122,6 +122,18 @@ def test_running_usage_is_a_copy_first_and_an_average_afterwards():
     assert int(quantizer.usage_updates) == 102
 
 
+def test_averages_take_replaced_elements_over_at_once():
+    from unitok.core.ema import Ema
+
+    quantizer = MultiCodebookQuantizer(K, V, D)
+    ema = Ema(quantizer, 0.9)
+    before = ema.shadow[0].clone()
+    mask, values = torch.zeros(K, V, D, dtype=torch.bool), torch.full((K, V, D), 3.0)
+    mask[1, 2] = True
+    ema.replace({"codebooks": (mask, values)})
+    assert torch.equal(ema.shadow[0], torch.where(mask, values, before))
+
+
 def test_dead_codes_become_vectors_of_the_batch():
     torch.manual_seed(0)
     quantizer = MultiCodebookQuantizer(K, V, D)
@@ -129,14 +141,16 @@ def test_dead_codes_become_vectors_of_the_batch():
     before = quantizer(features)
     kept = quantizer.codebooks.detach().clone()
     dead = quantizer.usage_average < 0.5 / V
-    counts = revive_dead_codes_(quantizer, 0.5, 7)
-    assert torch.equal(counts, dead.sum(1)) and (counts >= V - 5).all()
+    length = quantizer.codebooks.norm(dim=-1).mean(dim=1)
+    mask, values = revive_dead_codes_(quantizer, 0.5, 7)
+    assert torch.equal(mask, dead.unsqueeze(-1).expand(-1, -1, D)) and (dead.sum(1) >= V - 5).all()
+    assert torch.equal(values, quantizer.codebooks)
     chunks = F.normalize(features.view(5, K, D), dim=-1)
     for k in range(K):
         for v in range(V):
             entry = quantizer.codebooks[k, v]
             if dead[k, v]:
-                assert ((chunks[:, k] - entry).abs().amax(-1) < 1e-6).any()
+                assert ((chunks[:, k] * length[k] - entry).abs().amax(-1) < 1e-6).any()
             else:
                 assert torch.equal(entry, kept[k, v])
     assert not (quantizer.usage_average < 0.5 / V).any()
@@ -145,6 +159,7 @@ def test_dead_codes_become_vectors_of_the_batch():
     again(features), again.usage_average.copy_(before.usage / 5)
     revive_dead_codes_(again, 0.5, 7)
     assert torch.equal(again.codebooks, quantizer.codebooks), "same key, same draw"
+    assert revive_dead_codes_(quantizer, 0.5, 8) is None, "all entries have the average share now"
 
 
 # ---- stochastic depth
@@ -182,6 +197,20 @@ def test_only_the_first_images_are_decoded():
     some, every = tokenizer(pixels, num_reconstructed=2), tokenizer(pixels)
     assert some.reconstruction.shape[0] == 2 and some.codes.shape[0] == 3
     torch.testing.assert_close(some.reconstruction, every.reconstruction[:2], atol=1e-6, rtol=1e-5)
+
+
+def test_frozen_codes_are_those_of_evaluation():
+    """Decoder-only fine-tuning: stochastic depth stays out of the encoder, and usage is not counted."""
+    tokenizer = make_tokenizer(depth=3, drop_path=0.6).train()
+    freeze(tokenizer, train_config(trainable="decoder", init_from="x", loss={"contrastive": 0.0}))
+    pixels, draws = random_pixels(4, 3, 32, 32), torch.rand(4, 12, generator=torch.Generator().manual_seed(0))
+    before = tokenizer.quantizer.usage_average.clone()
+    out = tokenizer(pixels, drop_draws=draws)
+    assert torch.equal(out.codes, tokenizer.encode(pixels)) and out.usage.sum() > 0
+    assert torch.equal(tokenizer.quantizer.usage_average, before) and int(tokenizer.quantizer.usage_updates) == 0
+    assert not torch.allclose(out.reconstruction, tokenizer.eval()(pixels).reconstruction), "the decoder does drop"
+    grads = gradients(out.reconstruction.square().mean(), tokenizer.train())
+    assert grads and all(name.startswith("decoder.") for name in grads)
 
 
 # ---- what is trained
@@ -250,6 +279,9 @@ def test_exclusive_endpoints_waste_no_step():
 
 
 CONTRADICTIONS = [
+    ({"text_lock": {"unlocked_layers": 2}}, "enabled=true only"),
+    ({"distill": {"weights": "x"}}, "set distill.model too"),
+    ({"reconstruction_batch_size": 9}, "more than engine.micro_batch_size=8"),
     ({"trainable": "decoder"}, "needs init_from"),
     ({"trainable": "decoder", "init_from": "x"}, "set loss.contrastive=0"),
     ({"init_from": "x", "init_clip": "y"}, "set one of them"),
@@ -313,8 +345,11 @@ def test_distillation_loss_by_hand():
 def test_teacher_refusals():
     with pytest.raises(ConfigError, match="timm knows no such model"):
         Teacher(DistillConfig(model="vit_of_nowhere", weights="random"), 64)
-    with pytest.raises(ConfigError, match="takes images of 160 pixels only"):
-        Teacher(DistillConfig(model="test_vit", weights="random", size=64), 64)
+    with pytest.raises(ConfigError, match="needs a multiple of its patch, 16"):
+        Teacher(DistillConfig(model="test_vit", weights="random", size=70), 64)
+    assert Teacher(DistillConfig(model="test_vit", weights="random", size=64), 32)(random_pixels(1, 3, 32, 32)).shape[
+        2:
+    ] == (4, 4)
 
 
 # ---- what the discriminator sees

@@ -2,11 +2,16 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
-from reference import fixture, numbers, relative, same_codes, tensors
+from PIL import Image
+from reference import PLACES, fixture, numbers, relative, same_codes, tensors
+from safetensors.torch import load_file
 
+from unitok.core.errors import UserError
 from unitok.core.optim import OptimizerConfig, lr_at, parameter_groups, warmup_ramp
+from unitok.data.transforms import eval_transform, pad_to_square, padded_transform, released_train_transform, to_pil
 from unitok.tokenizer import TextTowerConfig, UniTok, UniTokConfig
 from unitok.tokenizer.adversarial import build_discriminator
 from unitok.tokenizer.configuration import VITAMIN_SIZES
@@ -244,6 +249,49 @@ def test_initial_weights_are_distributed_as_recorded():
         assert float(value.abs().max()) == pytest.approx(
             max(abs(recorded["min"]), abs(recorded["max"])), rel=0.6, abs=1e-6
         ), name
+
+
+PREPROCESS = {
+    "inference": "inference_py(img_size64,ratio1.125,bilinear)",
+    "vae_val": "vae_val(lanczos)",
+    "clip_val": "clip_val(bicubic)",
+}
+
+
+@pytest.mark.parametrize("image", ["small", "square", "tall", "wide"])
+def test_pixels_equal_the_recorded_ones(image):
+    """Every way of the released code from an image to 64 pixels a side."""
+    io = tensors("preprocess/preprocess.safetensors")
+    if f"{image}.image_uint8_hwc" not in io:
+        whole = PLACES[1] / "preprocess" / "preprocess.safetensors"
+        if not whole.exists():
+            pytest.skip(f"the recorded {image} image is left out of the repository; set UNITOK_FIXTURES")
+        io = load_file(whole)
+    given = Image.fromarray(io[f"{image}.image_uint8_hwc"].numpy())
+    for name, recorded in PREPROCESS.items():
+        assert torch.equal(eval_transform(given, 64, name), io[f"{image}.{recorded}"]), name
+    assert np.array_equal(np.asarray(pad_to_square(given)), io[f"{image}.pad_square_uint8"].numpy())
+    assert torch.equal(padded_transform(given, 64), io[f"{image}.mllm_vqa(pad,resize64x64 bilinear)"])
+    with pytest.raises(UserError, match="expected one of plain, inference, vae_val, clip_val"):
+        eval_transform(given, 64, "val")
+
+
+def test_saved_pixels_equal_the_recorded_ones():
+    io = tensors("preprocess/preprocess.safetensors")
+    rounded, truncated = (np.asarray(to_pil(io["out.x"][0], truncate)) for truncate in (False, True))
+    assert np.array_equal(rounded.transpose(2, 0, 1), io["out.inference_save_uint8"][0].numpy())
+    assert np.array_equal(truncated, io["out.t2i_save_uint8_hwc"].numpy())
+
+
+def test_the_released_training_crop_lies_in_the_resized_image():
+    """A window of what "vae_val" takes the centre of, anywhere in it, by the generator alone."""
+    io = tensors("preprocess/preprocess.safetensors")
+    given = Image.fromarray(io["wide.image_uint8_hwc"].numpy())
+    crops = [released_train_transform(given, 64, np.random.default_rng(seed)) for seed in range(4)]
+    assert torch.equal(crops[0], released_train_transform(given, 64, np.random.default_rng(0)))
+    resized = eval_transform(given, 72, "clip_val")  # 72 pixels high, for the shape only
+    assert all(crop.shape == (3, 64, 64) for crop in crops) and resized.shape == (3, 72, 72)
+    assert not torch.equal(crops[0], crops[1])
 
 
 def test_text_ids_equal_the_recorded_ones():

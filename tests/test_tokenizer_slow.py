@@ -105,7 +105,7 @@ def test_everything_resumes_to_the_bit(files: dict[str, Path], tmp_path: Path, w
 
 def test_compiled_blocks_train_alike(files: dict[str, Path], tmp_path: Path) -> None:
     """torch.compile changes the order of sums only."""
-    options = ["steps=3", "ema_decay=null", "loss.l1=0"]
+    options = ["steps=3", "ema_decay=null", "loss.l1=0", "model.drop_path=0.3", "gradient_checkpointing=true"]
     logs = [
         run_ranks(1, run_stage, "tokenizer", files["tokenizer"], tmp_path / str(on), 1, [*options, f"compile={on}"],
                   timeout=600)[0]

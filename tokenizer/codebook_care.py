@@ -16,28 +16,35 @@ from unitok.tokenizer.quantizer import Quantizer
 
 
 @torch.no_grad()
-def revive_dead_codes_(quantizer: Quantizer, below: float, *key: int | str) -> Tensor:
-    """Replace entries whose running share is below `below` / V by vectors that were quantized last; counts `[K]`.
+def revive_dead_codes_(quantizer: Quantizer, below: float, *key: int | str) -> tuple[Tensor, Tensor] | None:
+    """Replace entries whose running share is below `below` / V by vectors that were quantized last.
 
     Vectors are drawn from those of all ranks, by a generator seeded with `key`, so the result does not depend on how
-    the batch is spread. Every rank must call. Revived entries begin with the average share 1 / V.
+    the batch is spread. Every rank must call. Revived entries begin with the average share 1 / V, and where only the
+    direction counts with the average length of their codebook: longer ones would turn more slowly than the others.
+
+    Returns which entries were replaced (bool `[K, V, D]`) and the new codebooks; None if all entries are alive.
     """
     size = quantizer.codebook_size
     dead_KV = quantizer.usage_average < below / size
-    recent_KND = quantizer.recent_KND
-    assert recent_KND is not None, "no batch has been quantized yet"
-    if bool(dead_KV.any()):  # equal on all ranks: usage is counted over all of them
-        vectors_KGD = _of_all_ranks(recent_KND)
-        generator = torch_rng("revive", *key)
-        rows = torch.randint(vectors_KGD.shape[1], dead_KV.shape, generator=generator).to(dead_KV.device)
-        drawn_KVD = vectors_KGD.gather(1, rows.unsqueeze(-1).expand(-1, -1, vectors_KGD.shape[-1]))
+    if not bool(dead_KV.any()):  # equal on all ranks: usage is counted over all of them
+        return None
+    assert quantizer.recent_KND is not None, "no batch has been quantized yet"
+    vectors_KGD = _of_all_ranks(quantizer.recent_KND)
+    rows = torch.randint(vectors_KGD.shape[1], dead_KV.shape, generator=torch_rng("revive", *key)).to(dead_KV.device)
+    mask_KVD = dead_KV.unsqueeze(-1).expand(-1, -1, vectors_KGD.shape[-1])
+    drawn_KVD = vectors_KGD.gather(1, rows.unsqueeze(-1).expand_as(mask_KVD))
+    changed: list[Tensor] = []
 
-        def replace(codebooks_KVD: Tensor) -> Tensor:
-            return torch.where(dead_KV.unsqueeze(-1), drawn_KVD.to(codebooks_KVD), codebooks_KVD)
+    def replace(codebooks_KVD: Tensor) -> Tensor:
+        changed.append(
+            torch.where(mask_KVD, quantizer.fitted(drawn_KVD.to(codebooks_KVD), codebooks_KVD), codebooks_KVD)
+        )
+        return changed[0]
 
-        edit_parameter_(quantizer.codebooks, replace)
-        quantizer.usage_average.masked_fill_(dead_KV, 1.0 / size)
-    return dead_KV.sum(dim=1)
+    edit_parameter_(quantizer.codebooks, replace)
+    quantizer.usage_average.masked_fill_(dead_KV, 1.0 / size)
+    return mask_KVD, changed[0]
 
 
 def _of_all_ranks(vectors_KND: Tensor) -> Tensor:

@@ -108,6 +108,7 @@ class UniTokConfig(PretrainedConfig):
         num_query_tokens: int = 0,
         projection: ProjectionKind = "attention",
         projection_causal: bool = False,
+        projection_mlp_ratio: float = 2.0,
         quantizer: QuantizerKind = "multi_codebook",
         num_codebooks: int = 8,
         codebook_size: int = 4096,
@@ -135,6 +136,7 @@ class UniTokConfig(PretrainedConfig):
         self.num_query_tokens = num_query_tokens
         self.projection = projection
         self.projection_causal = projection_causal
+        self.projection_mlp_ratio = projection_mlp_ratio
         self.quantizer = quantizer
         self.num_codebooks = num_codebooks
         self.codebook_size = codebook_size
@@ -158,7 +160,7 @@ class UniTokConfig(PretrainedConfig):
                 raise ConfigError(f"{name}={getattr(self, name)}: expected two numbers, one a stage")
             sizes |= {f"{name}[{index}]": value for index, value in enumerate(getattr(self, name))}
         _check_positive(sizes)
-        for name in ("mlp_ratio", "entropy_temperature"):
+        for name in ("mlp_ratio", "projection_mlp_ratio", "entropy_temperature"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"{name}={value}: expected a positive number")

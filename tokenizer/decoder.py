@@ -104,7 +104,10 @@ class ViTaminDecoder(nn.Module):
         x_BLC = self.norm(run_blocks(self.blocks, x_BLC, self.gradient_checkpointing))[:, self.num_query_tokens :]
         height, width = _grid(x_BLC.shape[1], image_shape)
         x_BCHW = x_BLC.transpose(1, 2).reshape(x_BLC.shape[0], -1, height, width)
-        last_hidden = self.up_conv4.hidden(self.up_conv3(self.up_conv2(self.up_conv1(x_BCHW))))
+        x_BCHW = self.up_conv1(x_BCHW)
+        for stage in (self.up_conv2, self.up_conv3):
+            x_BCHW = run_blocks(stage, x_BCHW, True) if self.gradient_checkpointing else stage(x_BCHW)
+        last_hidden = self.up_conv4.hidden(x_BCHW)
         return self.up_conv4.conv2(last_hidden), last_hidden
 
 

@@ -28,9 +28,9 @@ class Teacher(nn.Module):
         self.model = timm.create_model(config.model, pretrained=False, num_classes=0)
         settings, known = resolve_data_config({}, model=self.model), self.model.pretrained_cfg
         fixed = known.get("input_size", (3, image_size, image_size))[-1] if known.get("fixed_input_size") else None
-        if fixed and config.size not in (None, fixed):
-            raise ConfigError(f"distill.size={config.size}: {config.model} takes images of {fixed} pixels only")
-        self.size = fixed or config.size or image_size
+        self.size = config.size or fixed or image_size
+        if fixed and self.size != fixed:
+            self._take_any_size(config)
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(settings[name]).view(1, -1, 1, 1))
         if config.weights != RANDOM_WEIGHTS:
@@ -41,6 +41,18 @@ class Teacher(nn.Module):
     def dim(self) -> int:
         """Channels of its features."""
         return self.model.num_features
+
+    def _take_any_size(self, config: DistillConfig) -> None:
+        """Transformers of timm can resize their positions as they run; ConfigError for a model that cannot."""
+        import timm
+
+        try:
+            self.model = timm.create_model(config.model, pretrained=False, num_classes=0, dynamic_img_size=True)
+        except TypeError as error:
+            raise ConfigError(f"distill.size={config.size}: {config.model} takes images of one size only") from error
+        step = self.model.patch_embed.patch_size[0]
+        if self.size % step:
+            raise ConfigError(f"distill.size={config.size}: {config.model} needs a multiple of its patch, {step}")
 
     def _load(self, config: DistillConfig) -> None:
         names = Foreign(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unitok.core.distributed import is_main
 from unitok.core.errors import CheckpointError, ConfigError
 from unitok.core.pretrained import load_model_folder
+from unitok.tokenizer.configuration import UniTokConfig
 from unitok.tokenizer.model import UniTok
 from unitok.tokenizer.settings import TokenizerTrainConfig
 from unitok.tokenizer.weights import check_layout, find_weights, read_torch
@@ -32,6 +33,10 @@ _CLIP_OPTIONAL = (
     "projection.bias", "logit_scale",
 )  # fmt: skip
 _CLIP_DERIVED = ("text.attn_mask", "attn_mask")
+
+
+# What weights mean beyond their shapes
+_STRUCTURE = ("num_heads", "mlp_ratio", "projection", "projection_causal", "quantizer", "num_codebooks", "text_tower")
 
 
 @dataclass(frozen=True)
@@ -80,13 +85,23 @@ def initial_weights(model: UniTok, config: TokenizerTrainConfig) -> None:
         (folder / "initial_weights.json").write_text(json.dumps(asdict(report), indent=1) + "\n")
 
 
+def _structure(config: UniTokConfig, name: str) -> object:
+    return asdict(config.text_tower_config) if name == "text_tower" and config.text_tower else getattr(config, name)
+
+
 def load_tokenizer(model: UniTok, source: str | Path) -> LoadReport:
     """All weights of a UniTok folder or a released `.pth` of the same sizes; CheckpointError where they differ.
 
-    A head for distillation that only one of the two has is left as it is.
+    How it wants images prepared (`preprocess`) comes with them. A head for distillation that only one of the two has
+    is left as it is.
     """
     source = Path(source)
     other = load_model_folder(UniTok, source) if source.is_dir() else UniTok.from_official(source)
+    for name in _STRUCTURE:
+        ours, theirs = (_structure(one.config, name) for one in (model, other))
+        if ours != theirs:
+            raise CheckpointError(f"{source} was made with {name}={theirs}, the configured model has {name}={ours}")
+    model.config.preprocess = other.config.preprocess
     optional = "distill_head."
     state = {k: v for k, v in other.state_dict().items() if not k.startswith(optional) or k in model.state_dict()}
     expected = {
@@ -154,6 +169,7 @@ def freeze(model: UniTok, config: TokenizerTrainConfig) -> None:
     if config.trainable == "decoder":
         model.requires_grad_(False)
         model.decoder.requires_grad_(True)
+        model.codes_frozen, model.quantizer.counts_usage = True, False
         return
     lock = config.text_lock
     if lock.enabled:

@@ -1,8 +1,8 @@
 """LPIPS with VGG16 (arXiv 1801.03924): distance of normalised features, weighted per channel by learned heads.
 
 B images, H W pixels, C channels of a slice. Parameter names are those of UniTok's released `lpips_with_vgg.pth`.
-Images are not resized; the released training code leaves LPIPS out below 48 pixels a side (`MIN_SIDE`), and 16 is the
-least that the four poolings allow.
+Images are not resized. The released training code leaves LPIPS out below 48 pixels a side, here its weight decides; 16
+is the least that the four poolings allow.
 """
 
 import importlib.util
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from unitok.core.errors import UserError
 from unitok.tokenizer.weights import LPIPS_WEIGHTS, Foreign, find_weights, load_strict, read_weights
 
-MIN_SIDE = 48
 # Widths of the convolutions of each slice; a max pooling stands before every slice but the first
 SLICES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # ImageNet's mean and deviation for pixels in [-1, 1]

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from unitok.core.errors import UserError
+from unitok.core.pretrained import check_model_folder, checked
 from unitok.tokenizer.configuration import UniTokConfig
 from unitok.tokenizer.decoder import ViTaminDecoder
 from unitok.tokenizer.encoder import NORM_EPS, ViTaminEncoder, set_drop_path
@@ -59,7 +60,8 @@ class UniTok(PreTrainedModel):
     main_input_name = "pixels"
     supports_gradient_checkpointing = True
     # what decides the codes, and what makes vectors of them (the paper trains it in fp32)
-    _keep_in_fp32_modules_strict = ["quant_proj", "quantizer", "post_quant_proj", "fc_norm", "projection"]
+    # (not the text tower's own projection)
+    _keep_in_fp32_modules_strict = ["quant_proj", "quantizer", "post_quant_proj", "fc_norm", "(?<!_)projection"]
     _no_split_modules = ["Block", "MbConvLNBlock", "InvertedBottleneck"]
 
     def __init__(self, config: UniTokConfig) -> None:
@@ -76,6 +78,7 @@ class UniTok(PreTrainedModel):
             build_text_tower(config.text_tower_config, config.embed_dim) if config.text_tower_config else None
         )
         self.logit_scale = nn.Parameter(torch.full((1,), INITIAL_LOGIT_SCALE))  # DeepSpeed cannot send a scalar
+        self.codes_frozen = False  # in training: encoder and codebooks stay as they are, and code as in evaluation
         self._text_tokenizer: TextTokenizer | None = None
         self._text_model_file: Path | None = None
         self.post_init()
@@ -152,6 +155,8 @@ class UniTok(PreTrainedModel):
             drop_draws: uniform `[B, num_drop_draws]` for stochastic depth; None, or eval mode: nothing is dropped.
         """
         encoder_draws, decoder_draws = (None, None) if drop_draws is None else drop_draws.chunk(2, dim=1)
+        if self.codes_frozen:
+            encoder_draws = None
         encoded_BLC = self._encoded(pixels, encoder_draws)
         with torch.autocast(pixels.device.type, enabled=False):
             quantized = self.quantizer(self.quant_proj(encoded_BLC.float()), with_entropy)
@@ -257,9 +262,15 @@ class UniTok(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTok":
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
+        """As in transformers, but strict: CheckpointError for damaged files and for weights that do not all fit."""
+        if Path(pretrained_model_name_or_path).is_dir():
+            check_model_folder(Path(pretrained_model_name_or_path), cls.config_class.model_type)
+        with_info, load = kwargs.pop("output_loading_info", False), super().from_pretrained
+        model, info = checked(
+            lambda: load(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs),
+            pretrained_model_name_or_path,
+        )
         text_file = Path(pretrained_model_name_or_path) / TEXT_MODEL_FILE
         if text_file.is_file():
             model.set_text_model(text_file)
-        return loaded
+        return (model, info) if with_info else model

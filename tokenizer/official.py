@@ -69,31 +69,38 @@ def save_official(model: UniTok, path: str | Path) -> list[str]:
         "usage_updates": int(model.quantizer.usage_updates),
     }
     partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
     if vit_config is not None:
-        (path.parent / VIT_CONFIG_FILE).write_text(json.dumps(vit_config, indent=1) + "\n")
+        _write_sizes(path.parent / VIT_CONFIG_FILE, vit_config)
     if model.text_model_file is not None:
         target = path.parent / TEXT_MODEL_FILE
         if model.text_model_file.resolve() != target.resolve():
             target.write_bytes(model.text_model_file.read_bytes())
+    torch.save(content, partial)
     partial.replace(path)
     return [name for name in model.state_dict() if name.startswith("distill_head.")]
+
+
+def _write_sizes(file: Path, sizes: dict[str, Any]) -> None:
+    """The size file is shared by all checkpoints of a folder, so one of other sizes must not be replaced."""
+    if file.is_file() and read_json(file) != sizes:
+        raise ConfigError(f"{file} holds the sizes of another checkpoint; write this one into a folder of its own")
+    file.write_text(json.dumps(sizes, indent=1) + "\n")
 
 
 def official_config(args: Mapping[str, Any], path: Path) -> UniTokConfig:
     """The configuration that a checkpoint's arguments describe; `path` is where the checkpoint lies."""
     try:
-        num_codebooks, vocab_size, width = (int(args[k]) for k in ("num_codebooks", "vocab_size", "vocab_width"))
-        if vocab_size % num_codebooks or width % num_codebooks:
+        num_codebooks, vocab_size, width = (_whole(args, k) for k in ("num_codebooks", "vocab_size", "vocab_width"))
+        if num_codebooks < 1 or vocab_size % num_codebooks or width % num_codebooks:
             raise CheckpointError(
                 f"{path}: vocab_size={vocab_size} and vocab_width={width} do not divide into {num_codebooks} codebooks"
             )
         tower = TextTowerConfig(
-            vocab_size=int(args["text_vocab_size"]),
-            context_length=int(args["text_context_length"]),
-            width=int(args["text_width"]),
-            heads=int(args["text_heads"]),
-            layers=int(args["text_layers"]),
+            vocab_size=_whole(args, "text_vocab_size"),
+            context_length=_whole(args, "text_context_length"),
+            width=_whole(args, "text_width"),
+            heads=_whole(args, "text_heads"),
+            layers=_whole(args, "text_layers"),
             tokenizer=args.get("text_tokenizer", "clip"),
         )
         if args["quant_proj"] not in _PROJECTIONS:
@@ -101,13 +108,13 @@ def official_config(args: Mapping[str, Any], path: Path) -> UniTokConfig:
                 f"{path}: quant_proj={args['quant_proj']!r}: expected one of {', '.join(_PROJECTIONS)}"
             )
         values: dict[str, Any] = {
-            "image_size": int(args["img_size"]),
-            "num_query_tokens": int(args["num_query"]),
+            "image_size": _whole(args, "img_size"),
+            "num_query_tokens": _whole(args, "num_query"),
             "projection": _PROJECTIONS[args["quant_proj"]],
             "num_codebooks": num_codebooks,
             "codebook_size": vocab_size // num_codebooks,
             "code_dim": width // num_codebooks,
-            "embed_dim": int(args["embed_dim"]),
+            "embed_dim": _whole(args, "embed_dim"),
             "commitment_weight": float(args.get("vq_beta", 0.25)),
             "entropy_temperature": float(args.get("e_temp", 0.01)),
             "drop_path": float(args.get("drop_path", 0.0)),
@@ -117,11 +124,22 @@ def official_config(args: Mapping[str, Any], path: Path) -> UniTokConfig:
         values |= _encoder_sizes(str(args["model"]), path)
     except KeyError as error:
         raise CheckpointError(f"{path}: its arguments lack {error}; it is no UniTok tokenizer checkpoint") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path}: its arguments do not describe a tokenizer ({error})") from error
-    return UniTokConfig(**values)
+    try:
+        return UniTokConfig(**values)
+    except (ConfigError, TypeError) as error:
+        raise CheckpointError(f"{path}: its sizes do not fit: {error}") from error
+
+
+def _whole(args: Mapping[str, Any], name: str) -> int:
+    """The argument as a whole number; KeyError or ValueError where it is none."""
+    value = args[name]
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{name}={value!r}")
+    return int(value)
 
 
 def _encoder_sizes(name: str, path: Path) -> dict[str, Any]:
@@ -154,11 +172,13 @@ def _encoder_sizes(name: str, path: Path) -> dict[str, Any]:
 def official_args(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, Any] | None]:
     """Arguments that describe `config`, and the content of `vit_config.json` if no released name does."""
     tower = config.text_tower_config
-    if config.quantizer != "multi_codebook" or config.projection_causal or tower is None:
+    usual_projection = config.projection_mlp_ratio == UniTokConfig().projection_mlp_ratio
+    if config.quantizer != "multi_codebook" or config.projection_causal or not usual_projection or tower is None:
+        given = {name: getattr(config, name) for name in ("quantizer", "projection_causal", "projection_mlp_ratio")}
+        listed = ", ".join(f"{name}={value}" for name, value in given.items())
         raise ConfigError(
-            f"quantizer={config.quantizer}, projection_causal={config.projection_causal}, "
-            f"text_tower={'null' if tower is None else 'set'}: the released layout has only multi-codebook "
-            "quantization, full attention and a text tower; keep the UniTok folder instead"
+            f"{listed}, text_tower={'null' if tower is None else 'set'}: the released layout has only multi-codebook "
+            "quantization, full attention, a ratio of 2 and a text tower; keep the UniTok folder instead"
         )
     plain = UniTokConfig()
     usual = all(
@@ -270,7 +290,7 @@ def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor], int | No
         args = vars(args)
     if not isinstance(args, Mapping) or not isinstance(state, Mapping):
         raise CheckpointError(f"{path}: 'args' or 'trainer.unitok' is no dictionary; it is no released checkpoint")
-    if not all(isinstance(value, Tensor) for value in state.values()):
-        raise CheckpointError(f"{path}: 'trainer.unitok' holds something else than tensors")
+    if not all(isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()):
+        raise CheckpointError(f"{path}: 'trainer.unitok' holds something else than tensors by name")
     updates = content.get("usage_updates")
     return args, state, updates if isinstance(updates, int) else None

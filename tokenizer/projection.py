@@ -83,4 +83,5 @@ def build_projection(config: UniTokConfig, to_codes: bool, causal: bool | None =
     if config.projection == "linear":
         return nn.Linear(*dims)
     heads = config.width // config.code_width
-    return AttentionProjection(*dims, heads, config.mlp_ratio, config.projection_causal if causal is None else causal)
+    is_causal = config.projection_causal if causal is None else causal
+    return AttentionProjection(*dims, heads, config.projection_mlp_ratio, is_causal)

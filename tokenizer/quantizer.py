@@ -16,7 +16,7 @@ from transformers.utils import ModelOutput
 from unitok.core.distributed import all_reduce_sum_
 from unitok.core.errors import ConfigError, DataError
 from unitok.tokenizer.configuration import CodebookInit, UniTokConfig
-from unitok.tokenizer.search import entropy_loss, search, usage_counts
+from unitok.tokenizer.search import entropy_loss, search, search_features, usage_counts
 
 # An entry counts as used when it takes more than this share of what it would take if all were chosen alike.
 USED_ABOVE = 0.01
@@ -63,6 +63,7 @@ class Quantizer(nn.Module):
         # run goes on where it was.
         self.register_buffer("usage_average", torch.empty(num_codebooks, codebook_size))
         self.register_buffer("usage_updates", torch.empty(1, dtype=torch.long))
+        self.counts_usage = True  # off where the codebooks are frozen
         self.recent_KND: Tensor | None = None  # vectors quantized last, from which dead codes are revived
         self.reset_parameters()
 
@@ -75,12 +76,12 @@ class Quantizer(nn.Module):
         """Codebooks `[K, V, D]` in fp32 as `lookup` uses them."""
 
     @abstractmethod
-    def lookup(self, codes_BKL: Tensor) -> Tensor:
-        """Code vectors `[B, L, C]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
+    def fitted(self, vectors_KVD: Tensor, codebooks_KVD: Tensor) -> Tensor:
+        """Quantized vectors, scaled as fits entries of these codebooks."""
 
     @abstractmethod
-    def _quantize(self, features_BLC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Targets `[B, L, C]` (with gradient), code vectors `[B, L, C]` (with gradient), codes `[K, N]`."""
+    def lookup(self, codes_BKL: Tensor) -> Tensor:
+        """Code vectors `[B, L, C]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
 
     @property
     def _shape(self) -> torch.Size:
@@ -112,6 +113,8 @@ class Quantizer(nn.Module):
         counts_KV = usage_counts(codes_KN, self.codebook_size)
         if self.training:
             counts_KV = all_reduce_sum_(counts_KV)
+        if not self.counts_usage:
+            return counts_KV
         shares_KV = counts_KV / counts_KV.sum(dim=-1, keepdim=True).clamp(min=1)
         # without a branch on the device's value, which would make the host wait
         slow = torch.where(self.usage_updates < _FAST_AVERAGE_UPDATES, 0.9, 0.99)
@@ -149,6 +152,9 @@ class MultiCodebookQuantizer(Quantizer):
     def entries(self) -> Tensor:
         return F.normalize(self.codebooks.float(), dim=-1)
 
+    def fitted(self, vectors_KVD: Tensor, codebooks_KVD: Tensor) -> Tensor:
+        return vectors_KVD * codebooks_KVD.norm(dim=-1).mean(dim=1).view(-1, 1, 1)
+
     def forward(self, features_BLC: Tensor, with_entropy: bool = False) -> QuantizerOutput:
         """Quantize `[B, L, K * D]`. Computed in fp32 whatever the surrounding autocast."""
         with torch.autocast(features_BLC.device.type, enabled=False):
@@ -168,7 +174,8 @@ class MultiCodebookQuantizer(Quantizer):
     def encode(self, features_BLC: Tensor) -> Tensor:
         """Codes `[B, K, L]` of features `[B, L, K * D]`."""
         with torch.autocast(features_BLC.device.type, enabled=False):
-            codes_KN = search(self._chunks(features_BLC).transpose(0, 1), self.entries())
+            self._check_channels(features_BLC)
+            codes_KN = search_features(features_BLC.float(), self.entries())
         return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous()
 
     def lookup(self, codes_BKL: Tensor) -> Tensor:
@@ -177,9 +184,12 @@ class MultiCodebookQuantizer(Quantizer):
 
     def _chunks(self, features_BLC: Tensor) -> Tensor:
         """Normalised chunks `[N, K, D]`."""
+        self._check_channels(features_BLC)
+        return F.normalize(features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim), dim=-1)
+
+    def _check_channels(self, features_BLC: Tensor) -> None:
         width = self.num_codebooks * self.code_dim
         self._check_width(features_BLC, width, f"num_codebooks * code_dim = {self.num_codebooks} * {self.code_dim}")
-        return F.normalize(features_BLC.float().reshape(-1, self.num_codebooks, self.code_dim), dim=-1)
 
 
 class ResidualQuantizer(Quantizer):
@@ -198,6 +208,9 @@ class ResidualQuantizer(Quantizer):
 
     def entries(self) -> Tensor:
         return self.codebooks.float()
+
+    def fitted(self, vectors_KVD: Tensor, codebooks_KVD: Tensor) -> Tensor:
+        return vectors_KVD
 
     def forward(self, features_BLC: Tensor, with_entropy: bool = False) -> QuantizerOutput:
         """Quantize `[B, L, C]`. ConfigError with entropy: it is defined for independent codebooks."""

@@ -17,7 +17,7 @@ RANDOM_WEIGHTS = "random"  # in the place of a file: random weights, for tests a
 
 
 class LossWeights(Config):
-    """Weights of the generator's losses (paper, section 3.1). What has weight 0 is not computed.
+    """Weights of the generator's losses (paper, section 3.1). `lpips`, `contrastive` and `entropy` cost nothing at 0.
 
     `lpips_weights`: file of the perceptual network, `hub:OWNER/REPOSITORY/FILE`, or "random". `lpips` is 0 unless set
     (released: 1), because it needs that file.
@@ -42,6 +42,7 @@ class DiscriminatorConfig(Config):
     last layer, kept within the bounds of `adaptive_kind` (0 to 4, the numbers of the released code).
     augment_probability, cutout: differentiable augmentation of what it sees (arXiv 2006.10738); `blur_steps`: a blur
     that fades out over so many steps from `start_step` on (released: twice the warm-up).
+    norm: of its DINO heads; "bn" normalises over groups of 8 images of a rank, "gn" each image alone.
     consistency: weight of balanced consistency (arXiv 2002.04724), the squared change of the logits under
     augmentation; 0 for none.
     """
@@ -94,7 +95,7 @@ class DistillConfig(Config):
 class RevivalConfig(Config):
     """Each `every` steps, entries chosen less often than `below` / V on average become vectors of the batch.
 
-    `until`: the last step that does so (None: to the end); an average of weights likes its entries to stay.
+    `until`: the last step that does so (None: to the end). The averaged weights take revived entries over at once.
     """
 
     every: int = Field(0, ge=0)
@@ -108,7 +109,8 @@ class TokenizerTrainConfig(TrainConfig):
     trainable: "all", or "decoder" = decoder-only fine-tuning of `init_from`: encoder and codebooks stay, so its codes
     keep their meaning. init_from: weights to begin with, a UniTok folder or a released `.pth`. init_clip: encoder and
     text tower from a ViTamin CLIP checkpoint in OpenCLIP's layout.
-    reconstruction_batch_size: images of each micro-batch that are decoded (all by default; the decoder costs most).
+    reconstruction_batch_size: images of each rank's micro-batch that are decoded (all by default; the decoder costs
+    most). So which images they are depends on the number of ranks.
     compile: torch.compile for the blocks of encoder, decoder and text tower (not with ZeRO 3).
     """
 
@@ -169,6 +171,19 @@ def check_settings(config: TokenizerTrainConfig) -> None:
         (
             config.text_lock.enabled and config.model.text_tower is None,
             "text_lock.enabled=true, but model.text_tower is null",
+        ),
+        (
+            config.text_lock.unlocked_layers > 0 and not config.text_lock.enabled,
+            f"text_lock.unlocked_layers={config.text_lock.unlocked_layers} counts with text_lock.enabled=true only",
+        ),
+        (
+            config.distill.weights is not None and config.distill.model is None,
+            "distill.weights is set, but no teacher: set distill.model too",
+        ),
+        (
+            (config.reconstruction_batch_size or 0) > config.engine.micro_batch_size,
+            f"reconstruction_batch_size={config.reconstruction_batch_size} is more than "
+            f"engine.micro_batch_size={config.engine.micro_batch_size}",
         ),
         (
             config.model.distill_dim is not None and config.distill.model is None,

@@ -13,7 +13,7 @@ from unitok.core.engine import clamp_parameter_
 from unitok.core.optim import OptimizerConfig, warmup_ramp
 from unitok.core.rng import derive_seed, torch_rng
 from unitok.core.run import resumed_folder
-from unitok.core.task import Network, Task
+from unitok.core.task import Network, Replaced, Task
 from unitok.data.images import ImageBatches
 from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
 from unitok.tokenizer.adversarial import (
@@ -75,7 +75,8 @@ class TokenizerTask(Task):
             sizes["distill_dim"] = self.teacher.dim
         torch.manual_seed(derive_seed("tokenizer", config.seed))
         self.model = UniTok(type(model_config(config.model))(**sizes))
-        initial_weights(self.model, config)
+        if resumed_folder(config) is None:  # a checkpoint holds everything
+            initial_weights(self.model, config)
         self.model.set_text_model(self.text_file)
         freeze(self.model, config)
         if config.gradient_checkpointing:
@@ -99,12 +100,11 @@ class TokenizerTask(Task):
         what it really has."""
         folder, resumed = Path(self.config.output_dir), resumed_folder(self.config)
         given = Path(self.config.init_from or "")  # a folder, or a released file
-        given = (given if given.is_dir() else given.parent) / TEXT_MODEL_FILE
-        if self.config.init_from and given.is_file():
-            path = given
-        else:
-            pieces = tower.get("vocab_size", TextTowerConfig.vocab_size) - 2
-            path = run_sentencepiece(folder, TEXT_MODEL_FILE, resumed, self.batches.all_captions, pieces)
+        given = given if given.is_dir() else given.parent
+        if resumed is None and self.config.init_from and (given / TEXT_MODEL_FILE).is_file():
+            resumed = given  # the initial weights belong to its pieces
+        pieces = tower.get("vocab_size", TextTowerConfig.vocab_size) - 2
+        path = run_sentencepiece(folder, TEXT_MODEL_FILE, resumed, self.batches.all_captions, pieces)
         tower["vocab_size"] = load_sentencepiece(path).get_piece_size() + 2
         return path
 
@@ -249,14 +249,16 @@ class TokenizerTask(Task):
         metrics = {"loss": total, **metrics, "mse": mse, **means, **every}
         return {name: value.detach() for name, value in metrics.items()}
 
-    def after_step(self, modules: dict[str, nn.Module], step: int) -> None:
+    def after_step(self, modules: dict[str, nn.Module], step: int) -> Replaced | None:
         """Keep the temperature of the contrastive loss in [1/100, 1], as CLIP does; revive dead codes when due."""
         model = modules["tokenizer"]
         if model.logit_scale.requires_grad:
             clamp_parameter_(model.logit_scale, 0.0, MAX_LOGIT_SCALE)
         revive = self.config.revive
         if revive.every and (step + 1) % revive.every == 0 and step < (revive.until or self.config.steps):
-            revive_dead_codes_(model.quantizer, revive.below, self.config.seed, step)
+            replaced = revive_dead_codes_(model.quantizer, revive.below, self.config.seed, step)
+            return None if replaced is None else {"tokenizer": {"quantizer.codebooks": replaced}}
+        return None
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write the tokenizer (EMA weights if there are any) as a UniTok folder."""

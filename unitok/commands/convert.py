@@ -24,7 +24,7 @@ def convert_tokenizer(arguments: argparse.Namespace) -> int:
         if left_out:
             print(f"left out, as the released layout has no place for it: {', '.join(left_out)}")
     else:
-        if target.suffix in _FILES or target.is_file():
+        if target.suffix in (*_FILES, ".safetensors", ".bin") or target.is_file():
             raise UserError(f"{source} is a released file, so DEST must be a folder; got {target}")
         if target.is_dir() and any(target.iterdir()):
             raise UserError(f"{target} is not empty; name a new folder")

@@ -1,6 +1,6 @@
 """Exponential moving average of a network's weights, in fp32, sharded like the parameters and saved by name."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +33,14 @@ class Ema:
         weights = [_part(parameter).detach().float() for _, parameter in self.named]
         torch._foreach_lerp_(self.shadow, weights, 1 - decay)
         self.updates += 1
+
+    @torch.no_grad()
+    def replace(self, replaced: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+        """Take over elements as they are: by parameter name, a mask and values, both of the parameter's whole shape."""
+        for (name, parameter), shadow in zip(self.named, self.shadow, strict=True):
+            if name in replaced:
+                mask, values = (_own_part(parameter, whole.cpu()).to(shadow.device) for whole in replaced[name])
+                shadow.copy_(torch.where(mask.bool(), values.to(shadow), shadow))
 
     @torch.no_grad()
     def state_dict_full(self) -> dict[str, Tensor]:

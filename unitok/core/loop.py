@@ -99,9 +99,10 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
                     engine.step()  # not at the boundary: DeepSpeed only counts the micro-batch
         metrics, stop = _agree(run, sums, signals)
         rates = _optimizer_step(run)
-        task.after_step(run.modules, run.step)
+        replaced = task.after_step(run.modules, run.step) or {}
         for name in run.active():
             if name in run.emas:
+                run.emas[name].replace(replaced.get(name, {}))
                 run.emas[name].update()
         run.step += 1
         run.samples += per_step

@@ -1,6 +1,7 @@
 """Loading of model folders (config.json + model.safetensors) with one clear error for everything that can be wrong."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,8 +46,13 @@ def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
     folder = Path(folder)
     transformers_logging.disable_progress_bar()  # what is loaded here loads at once
     check_model_folder(folder, cls.config_class.model_type)
+    return checked(lambda: cls.from_pretrained(folder, output_loading_info=True), folder)[0]
+
+
+def checked(load: Callable[[], tuple[ModelT, dict[str, Any]]], folder: Path | str) -> tuple[ModelT, dict[str, Any]]:
+    """What `load` gives (model and loading information) if every weight found its place; else CheckpointError."""
     try:
-        model, info = cls.from_pretrained(folder, output_loading_info=True)
+        model, info = load()
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: damaged weights file ({error}); copy it again") from error
     except RuntimeError as error:
@@ -58,7 +64,7 @@ def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
                 f"{folder}: {len(info[kind])} {kind.replace('_', ' ')} in the weights, such as {names}; the file "
                 f"belongs to another configuration"
             )
-    return model
+    return model, info
 
 
 def _one_line(error: Exception) -> str:

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from unitok.core.optim import OptimizerConfig
 
+# By network and parameter: which elements were replaced, and the new values (both whole, also under ZeRO 3).
+Replaced = dict[str, dict[str, tuple[Tensor, Tensor]]]
+
 
 @dataclass
 class Network:
@@ -70,8 +73,12 @@ class Task(ABC):
         not depend on rank or micro-batch.
         """
 
-    def after_step(self, modules: dict[str, nn.Module], step: int) -> None:  # noqa: B027 - optional
-        """Change parameters after the optimizer step, e.g. clamp a logit scale (see `clamp_parameter_`)."""
+    def after_step(self, modules: dict[str, nn.Module], step: int) -> Replaced | None:
+        """Change parameters after the optimizer step, e.g. clamp a logit scale (see `edit_parameter_`).
+
+        Returns what was set anew and has nothing to do with its former value: averages take it over at once.
+        """
+        return None
 
     @abstractmethod
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
