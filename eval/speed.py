@@ -192,7 +192,8 @@ def measured_config(config: TokenizerTrainConfig) -> TokenizerTrainConfig:
     values = config.model_dump()
     size = max(MIN_SIZE, config.model.image_size)
     values["data"] = ImageDataConfig(source=f"shapes:train?num=16&size={size}").model_dump()
-    values["loss"]["lpips_weights"] = values["distill"]["weights"] = RANDOM_WEIGHTS
+    values["loss"]["lpips_weights"] = RANDOM_WEIGHTS
+    values["distill"]["weights"] = RANDOM_WEIGHTS if config.distill.model is not None else None
     values["discriminator"] |= {"dino_weights": RANDOM_WEIGHTS, "start_step": 0, "warmup_steps": 0, "blur_steps": 0}
     values["discriminator"]["optimizer"]["start_step"] = 0
     if values["model"]["text_tower"] is not None:

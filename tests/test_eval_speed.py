@@ -119,7 +119,13 @@ def test_training_flops_are_those_of_the_step_on_the_cpu():
 
 def test_training_flops_are_three_times_those_of_what_is_trained():
     """Decoder-only fine-tuning: the frozen part once, the decoder three times; nothing that saves memory counts."""
-    off = ["loss.contrastive=0", "discriminator.enabled=false", "trainable=decoder", "init_from=nowhere"]
+    off = [
+        "loss.contrastive=0",
+        "discriminator.enabled=false",
+        "trainable=decoder",
+        "init_from=nowhere",
+        "revive.every=0",
+    ]
     config = tiny_config(*off)
     sizes = model_config(config.model)
     with torch.device("meta"):
