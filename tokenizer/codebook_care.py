@@ -31,7 +31,9 @@ def revive_dead_codes_(quantizer: Quantizer, below: float, *key: int | str) -> t
         return None
     assert quantizer.recent_KND is not None, "no batch has been quantized yet"
     vectors_KGD = _of_all_ranks(quantizer.recent_KND)
-    rows = torch.randint(vectors_KGD.shape[1], dead_KV.shape, generator=torch_rng("revive", *key)).to(dead_KV.device)
+    # Each vector at most once, as long as there are enough: equal entries would share their vectors by rounding alone.
+    draws_KG = torch.rand(vectors_KGD.shape[:2], generator=torch_rng("revive", *key)).argsort(dim=1)
+    rows = draws_KG.repeat(1, -(-size // draws_KG.shape[1]))[:, :size].to(dead_KV.device)
     mask_KVD = dead_KV.unsqueeze(-1).expand(-1, -1, vectors_KGD.shape[-1])
     drawn_KVD = vectors_KGD.gather(1, rows.unsqueeze(-1).expand_as(mask_KVD))
     changed: list[Tensor] = []
