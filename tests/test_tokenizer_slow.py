@@ -10,6 +10,7 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 from stages import EVERYTHING, run_stage, write_configs
 
+from unitok.core.checkpoint import latest_complete
 from unitok.core.config import load_config
 from unitok.core.loop import train
 from unitok.core.runlog import read_log
@@ -55,6 +56,17 @@ def test_vitamin_b_steps_with_every_loss(tmp_path: Path) -> None:
     assert UniTok.from_pretrained(tmp_path / "export").config.width == 768
 
 
+def read_extra(folder: Path) -> dict[str, Any]:
+    """The task's own state in the newest checkpoint."""
+    newest = latest_complete(folder / "checkpoints")
+    assert newest is not None
+    return next(
+        content["extra_state"]
+        for content in (json.loads(file.read_text()) for file in newest.glob("*.json"))
+        if "extra_state" in content
+    )
+
+
 def _export(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "export" / "model.safetensors")
 
@@ -76,6 +88,7 @@ def test_decoder_only_fine_tuning_keeps_the_codes(
         f"engine.zero_stage={zero}",
     ]
     run_ranks(world, run_stage, "tokenizer", files["tokenizer"], tmp_path / "second", world, options)
+    assert read_extra(tmp_path / "second") == {"preprocess": "plain"}
     report = json.loads((tmp_path / "second" / "initial_weights.json").read_text())
     assert "quantizer.codebooks" in report["loaded"] and not report["not_loaded"] and not report["unused"]
     before, after = _export(tmp_path / "first"), _export(tmp_path / "second")

@@ -1,6 +1,6 @@
 """Settings of a stage-one run. Defaults are those of UniTok's released training code, unless a comment says why not."""
 
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -195,6 +195,6 @@ def check_settings(config: TokenizerTrainConfig) -> None:
             raise ConfigError(message)
 
 
-def model_config(sizes: Any) -> UniTokConfig:
+def model_config(sizes: UniTokSizes) -> UniTokConfig:
     """The checked model configuration of the settings' `model` part."""
     return UniTokConfig(**sizes.model_dump())

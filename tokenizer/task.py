@@ -24,7 +24,7 @@ from unitok.tokenizer.adversarial import (
     discriminator_losses,
 )
 from unitok.tokenizer.codebook_care import revive_dead_codes_
-from unitok.tokenizer.configuration import DOWNSAMPLING, TextTowerConfig
+from unitok.tokenizer.configuration import DOWNSAMPLING, TextTowerConfig, UniTokConfig
 from unitok.tokenizer.distill import Teacher, distillation_loss
 from unitok.tokenizer.initial import compile_blocks, freeze, initial_weights
 from unitok.tokenizer.losses import contrastive_loss, reconstruction_loss
@@ -74,7 +74,7 @@ class TokenizerTask(Task):
             self.teacher = Teacher(config.distill, config.model.image_size)
             sizes["distill_dim"] = self.teacher.dim
         torch.manual_seed(derive_seed("tokenizer", config.seed))
-        self.model = UniTok(type(model_config(config.model))(**sizes))
+        self.model = UniTok(UniTokConfig(**sizes))
         if resumed_folder(config) is None:  # a checkpoint holds everything
             initial_weights(self.model, config)
         self.model.set_text_model(self.text_file)
@@ -259,6 +259,15 @@ class TokenizerTask(Task):
             replaced = revive_dead_codes_(model.quantizer, revive.below, self.config.seed, step)
             return None if replaced is None else {"tokenizer": {"quantizer.codebooks": replaced}}
         return None
+
+    def extra_state(self) -> dict[str, Any]:
+        """How images are prepared: it came with the initial weights, which a resumed run does not read again."""
+        assert self.model is not None
+        return {"preprocess": self.model.config.preprocess}
+
+    def load_extra_state(self, state: dict[str, Any]) -> None:
+        assert self.model is not None
+        self.model.config.preprocess = state["preprocess"]
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write the tokenizer (EMA weights if there are any) as a UniTok folder."""
