@@ -255,8 +255,8 @@ def test_dry_run_measures_nothing(capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ([], "give one of --tokenizer DIR and --config FILE; neither is given"),
-        (["--tokenizer", "a", "--config", "b"], "both are given"),
+        ([], "runs/demo/model/visual_tokenizer"),
+        (["--tokenizer", "a", "--config", "b"], "not both"),
         (["--tokenizer", "a", "seed=1"], "seed=1: settings go with --config"),
         (["--tokenizer", "nowhere"], "nowhere: no such model folder"),
         (["--config", "nowhere"], "neither a file nor a packaged one"),
@@ -266,7 +266,8 @@ def test_dry_run_measures_nothing(capsys):
         (["--config", "tokenizer/shapes.yaml", "--repeats", "0"], "--repeats"),
     ],
 )
-def test_errors(options, message):
+def test_errors(options, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # no demo has run there
     with pytest.raises(UserError) as caught:
         speed.tokenizer(arguments(*options))
     assert message in str(caught.value) and "\n" not in str(caught.value)

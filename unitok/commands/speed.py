@@ -20,7 +20,9 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
     from unitok.cli import positive_int
 
     parser.add_argument(
-        "--tokenizer", metavar="DIR", help="folder of a trained tokenizer; trains its sizes with defaults"
+        "--tokenizer",
+        metavar="DIR",
+        help="folder of a trained tokenizer (default: the demo's); trains its sizes with defaults",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file of a stage-one run, such as tokenizer/shapes.yaml")
     parser.add_argument("--batch-size", type=positive_int, default=32, help="images a call (default: %(default)s)")
@@ -46,7 +48,11 @@ def add_speed_arguments(parser: argparse.ArgumentParser) -> None:
 
 def tokenizer(arguments: argparse.Namespace) -> int:
     """Encoding and decoding (images/s), codebook search (positions/s), training step (images/s), memory and FLOPs."""
+    from unitok.cli import DEFAULT_TOKENIZER
+
     _check(arguments)
+    if arguments.tokenizer is None and arguments.config is None:
+        arguments.tokenizer = DEFAULT_TOKENIZER
     config = _training_config(arguments)
     setting = _setting(arguments, config)
     inference = f"encode, decode and search, {arguments.batch_size} images of {config.model.image_size} px a call"
@@ -63,9 +69,8 @@ def _check(arguments: argparse.Namespace) -> None:
 
     from unitok.tokenizer.configuration import DOWNSAMPLING
 
-    if (arguments.tokenizer is None) == (arguments.config is None):
-        given = "neither is" if arguments.config is None else "both are"
-        raise UserError(f"give one of --tokenizer DIR and --config FILE; {given} given")
+    if arguments.tokenizer is not None and arguments.config is not None:
+        raise UserError("give one of --tokenizer DIR and --config FILE, not both")
     if arguments.overrides and arguments.config is None:
         raise UserError(f"{arguments.overrides[0]}: settings go with --config, not with --tokenizer")
     for name, known in (("precision", PRECISIONS), ("device", DEVICES)):
