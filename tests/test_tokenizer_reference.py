@@ -294,6 +294,19 @@ def test_the_released_training_crop_lies_in_the_resized_image():
     assert not torch.equal(crops[0], crops[1])
 
 
+def test_decoders_can_begin_as_wide_as_encoders():
+    def deviation(**changes):
+        config = UniTokConfig(
+            **{"width": 64, "depth": 1, "num_heads": 1, "stage_widths": (16, 16), "stem_width": 16} | changes
+        )
+        return float(UniTok(config).decoder.up_conv1.conv.weight.std())
+
+    assert deviation() == pytest.approx(0.5 * (2 / (9 * (64 + 16))) ** 0.5, rel=0.1)
+    assert deviation(decoder_init_gain=None) == pytest.approx((2 / (9 * 16)) ** 0.5, rel=0.1)
+    with pytest.raises(ValueError, match="decoder_init_gain=0"):
+        UniTokConfig(decoder_init_gain=0)
+
+
 def test_text_ids_equal_the_recorded_ones():
     recorded = numbers("preprocess/clip_tokens.json")
     tokenizer = TextTokenizer(TextTowerConfig(), None)

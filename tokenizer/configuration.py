@@ -86,6 +86,8 @@ class UniTokConfig(PretrainedConfig):
     `text_tower: null` gives a tokenizer without the contrastive side (open_clip is then not needed).
     `codebook_init`: "uniform" entries within `code_dim**-0.5 / 36` as released, or "normal" ones of about unit length
     (they turn more slowly under Adam, which keeps small codebooks from collapsing in short runs).
+    `decoder_init_gain`: of the Xavier weights that the decoder's convolutions begin with, 0.5 as released; None: as wide
+    as the encoder's, which keeps small codebooks from collapsing in short runs.
     `drop_path`: stochastic depth of the last block, growing linearly from 0 at the first (training only).
     `distill_dim`: width of a frozen teacher whose features the code features learn to predict; None without.
     `preprocess`: how images become pixels for this tokenizer (`unitok.data.transforms.eval_transform`).
@@ -119,6 +121,7 @@ class UniTokConfig(PretrainedConfig):
         text_tower: dict[str, Any] | TextTowerConfig | None = None,
         initializer_range: float = 0.02,
         codebook_init: CodebookInit = "uniform",
+        decoder_init_gain: float | None = 0.5,
         drop_path: float = 0.0,
         distill_dim: int | None = None,
         preprocess: Preprocess = "plain",
@@ -146,6 +149,7 @@ class UniTokConfig(PretrainedConfig):
         self.embed_dim = embed_dim
         self.initializer_range = initializer_range
         self.codebook_init = codebook_init
+        self.decoder_init_gain = decoder_init_gain
         self.drop_path = drop_path
         self.distill_dim = distill_dim
         self.preprocess = preprocess
@@ -164,6 +168,8 @@ class UniTokConfig(PretrainedConfig):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:
                 raise ConfigError(f"{name}={value}: expected a positive number")
+        if self.decoder_init_gain is not None and not self.decoder_init_gain > 0:
+            raise ConfigError(f"decoder_init_gain={self.decoder_init_gain}: expected a positive number or null")
         if not self.commitment_weight >= 0:
             raise ConfigError(f"commitment_weight={self.commitment_weight}: expected 0 or more")
         if self.num_query_tokens < 0:

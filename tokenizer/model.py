@@ -111,9 +111,10 @@ class UniTok(PreTrainedModel):
             nn.init.constant_(module.logit_scale, INITIAL_LOGIT_SCALE)
             module.projection.reset_parameters()
             # Not under the decoder's own name: transformers passes over modules without parameters of their own.
-            for convolution in module.decoder.modules():  # they start far smaller than the encoder's
-                if isinstance(convolution, nn.Conv2d):
-                    nn.init.xavier_normal_(convolution.weight, gain=0.5)
+            gain = self.config.decoder_init_gain
+            for convolution in module.decoder.modules() if gain is not None else ():
+                if isinstance(convolution, nn.Conv2d):  # they start far smaller than the encoder's
+                    nn.init.xavier_normal_(convolution.weight, gain=gain)
         elif type(module).__name__ == "TextTransformer":
             module.init_parameters()
             for part in module.modules():  # open_clip draws the weights of its MLPs and leaves the biases to torch
