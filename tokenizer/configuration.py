@@ -86,7 +86,7 @@ class UniTokConfig(PretrainedConfig):
     `text_tower: null` gives a tokenizer without the contrastive side (open_clip is then not needed).
     `codebook_init`: "uniform" entries within `code_dim**-0.5 / 36` as released, or "normal" ones of about unit length
     (they turn more slowly under Adam, which keeps small codebooks from collapsing in short runs).
-    `decoder_init_gain`: of the Xavier weights that the decoder's convolutions begin with, 0.5 as released; None: as wide
+    `decoder_init_gain`: of the Xavier weights of the decoder's convolutions, 0.5 as released; None: they begin as wide
     as the encoder's, which keeps small codebooks from collapsing in short runs.
     `drop_path`: stochastic depth of the last block, growing linearly from 0 at the first (training only).
     `distill_dim`: width of a frozen teacher whose features the code features learn to predict; None without.
