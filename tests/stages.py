@@ -52,7 +52,7 @@ EVERYTHING = [
     "distill.model=test_vit",
     "distill.weights=random",
     "model.drop_path=0.3",
-    "revive.every=3",
+    "revive.every=6",
     "revive.below=0.5",
     "optimizer.lr_multipliers={encoder.: 0.5, text_encoder.: 0.1}",
 ]

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from tiny import random_codes
 
 from unitok.core.errors import ConfigError, DataError
-from unitok.tokenizer.quantizer import MultiCodebookQuantizer, entropy_loss, usage_statistics
+from unitok.tokenizer.quantizer import MultiCodebookQuantizer, entropy_loss, residual_lookup, usage_statistics
 
 K, V, D = 3, 16, 4
 BETA = 0.4
@@ -165,3 +165,10 @@ def test_fresh_entries_point_in_all_directions(kind):
     directions = MultiCodebookQuantizer(4, 64, 8, codebook_init=kind).entries()
     torch.testing.assert_close(directions.norm(dim=-1), torch.ones(4, 64))
     assert directions.mean(dim=1).norm(dim=-1).max() < 3 * 64**-0.5
+
+
+@pytest.mark.parametrize("shape", [(0, K, 5), (2, K, 0)])
+def test_no_codes_give_no_vectors(quantizer, shape):
+    """A batch of conversations may show no image."""
+    assert quantizer.lookup(torch.zeros(shape, dtype=torch.long)).shape == (shape[0], shape[2], K * D)
+    assert residual_lookup(torch.zeros(shape, dtype=torch.long), quantizer.codebooks).shape == (shape[0], shape[2], D)

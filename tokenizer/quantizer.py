@@ -276,19 +276,27 @@ def _gather(codes_KN: Tensor, codebooks_KVD: Tensor) -> Tensor:
     offsets_K1 = torch.arange(codes_KN.shape[0], device=codes_KN.device).unsqueeze(-1) * codebooks_KVD.shape[1]
     rows = (codes_KN + offsets_K1).T
     # index_select: its backward is three times as fast as an embedding's on a CPU
-    return codebooks_KVD.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, -1)
+    return codebooks_KVD.flatten(0, 1).index_select(0, rows.flatten()).view(*rows.shape, codebooks_KVD.shape[-1])
 
 
 def lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
     """The entries of codes `[B, K, L]`, side by side: `[B, L, K * D]`."""
-    batch, _, length = codes_BKL.shape
-    return _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD).view(batch, length, -1)
+    batch, _, length = codes_BKL.shape  # there may be no image at all: sizes are not left to be inferred
+    return (
+        _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD)
+        .flatten(1)
+        .view(batch, length, codebooks_KVD.shape[0] * codebooks_KVD.shape[-1])
+    )
 
 
 def residual_lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
     """The sum of the entries of codes `[B, K, L]`: `[B, L, D]`."""
     batch, _, length = codes_BKL.shape
-    return _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD).sum(dim=1).view(batch, length, -1)
+    return (
+        _gather(codes_BKL.transpose(0, 1).flatten(1), codebooks_KVD)
+        .sum(dim=1)
+        .view(batch, length, codebooks_KVD.shape[-1])
+    )
 
 
 def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> None:
