@@ -264,7 +264,7 @@ class UniTok(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTok":
         """As in transformers, but strict: CheckpointError for damaged files and for weights that do not all fit."""
-        if Path(pretrained_model_name_or_path).is_dir():
+        if Path(pretrained_model_name_or_path).exists():
             check_model_folder(Path(pretrained_model_name_or_path), cls.config_class.model_type)
         with_info, load = kwargs.pop("output_loading_info", False), super().from_pretrained
         model, info = checked(

@@ -22,6 +22,8 @@ from unitok.tokenizer.weights import check_layout, read_torch
 
 VIT_CONFIG_FILE = "vit_config.json"  # beside the checkpoint: encoder sizes that have no released name
 ARGS_FILE = "args.json"  # beside a .safetensors file, which has no place for them
+# Arguments that only our own files have; the released code does not read them.
+_OWN_ARGS = ("preprocess", "codebook_init", "decoder_init_gain", "initializer_range")
 _PROJECTIONS = {"attn": "attention", "linear": "linear"}
 # Not part of the released state: derived, counted, or of use in training only.
 _OWN_ONLY = ("quantizer.usage_updates", "distill_head.")
@@ -108,6 +110,7 @@ def official_config(args: Mapping[str, Any], path: Path) -> UniTokConfig:
                 f"{path}: quant_proj={args['quant_proj']!r}: expected one of {', '.join(_PROJECTIONS)}"
             )
         values: dict[str, Any] = {
+            "preprocess": "inference",
             "image_size": _whole(args, "img_size"),
             "num_query_tokens": _whole(args, "num_query"),
             "projection": _PROJECTIONS[args["quant_proj"]],
@@ -119,7 +122,7 @@ def official_config(args: Mapping[str, Any], path: Path) -> UniTokConfig:
             "entropy_temperature": float(args.get("e_temp", 0.01)),
             "drop_path": float(args.get("drop_path", 0.0)),
             "text_tower": tower,
-            "preprocess": "inference",
+            **{name: args[name] for name in _OWN_ARGS if name in args},
         }
         values |= _encoder_sizes(str(args["model"]), path)
     except KeyError as error:
@@ -210,6 +213,7 @@ def official_args(config: UniTokConfig) -> tuple[dict[str, Any], dict[str, Any] 
         "text_vocab_size": tower.vocab_size,
         "text_context_length": tower.context_length,
         "text_tokenizer": tower.tokenizer,
+        **{name: getattr(config, name) for name in _OWN_ARGS},
     }
     if named:
         return args, None
@@ -274,6 +278,8 @@ def _check_zero_key_biases(state: Mapping[str, Tensor], path: Path) -> None:
 
 def _read(path: Path) -> tuple[Mapping[str, Any], Mapping[str, Tensor], int | None]:
     """Arguments, state, and how many batches the running usage has seen (only our own files tell)."""
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; load it with UniTok.from_pretrained")
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file; expected a released tokenizer checkpoint (unitok_tokenizer.pth)")
     content = read_torch(path, allowed=(argparse.Namespace,))

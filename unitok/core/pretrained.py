@@ -28,6 +28,10 @@ def read_json(file: Path) -> dict[str, Any]:
 def check_model_folder(folder: Path, model_type: str) -> None:
     """CheckpointError unless `folder` is a model folder of that type."""
     config_file = folder / "config.json"
+    if folder.is_file():
+        raise CheckpointError(
+            f"{folder}: is a file, expected a model folder (`unitok convert` makes one of a released checkpoint)"
+        )
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such model folder")
     if not config_file.is_file():
