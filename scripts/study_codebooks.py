@@ -21,7 +21,7 @@ from unitok.cli import main as unitok
 from unitok.cli import positive_int
 from unitok.commands.train import stage_config
 from unitok.core.errors import UserError
-from unitok.core.launch import END_SECONDS, PARENT
+from unitok.core.launch import PARENT, end_processes
 from unitok.eval.results import protocol, read_results, write_results
 from unitok.scripts.study_report import QUESTIONS, write_report
 
@@ -31,6 +31,7 @@ from unitok.scripts.study_report import QUESTIONS, write_report
 TOKENIZER_BASE = (
     "discriminator.enabled=false",
     "loss.adversarial=0",
+    "model.decoder_init_gain=0.5",
     "optimizer.warmup_steps=200",
     "revive.every=20",
     "revive.below=0.1",
@@ -188,7 +189,7 @@ def run_all(arguments: argparse.Namespace) -> None:
                 _collect(arguments, *job, running.pop(job).returncode)
                 print(f"{len(every) - len(waiting) - len(running)} of {len(every)} done", flush=True)
     finally:
-        _stop(list(running.values()))
+        end_processes(list(running.values()))
 
 
 def _collect(arguments: argparse.Namespace, variant: str, seed: int, code: int) -> None:
@@ -201,17 +202,6 @@ def _collect(arguments: argparse.Namespace, variant: str, seed: int, code: int) 
     psnr, vqa = result["tokenizer"]["psnr_db"], result["vqa"]["accuracy"]
     shown = "-" if psnr is None else f"{psnr:.2f} dB"
     print(f"{variant} seed {seed}: {shown}, VQA {vqa:.3f}, {result['wall_seconds'] / 60:.1f} minutes", flush=True)
-
-
-def _stop(processes: Sequence[subprocess.Popen]) -> None:
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        try:
-            process.wait(timeout=END_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
 
 
 def study_protocol(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

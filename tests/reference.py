@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
-PLACES = (HERE / "fixtures", Path(os.environ.get("UNITOK_FIXTURES", HERE.parent.parent / "shared" / "fixtures")))
+REFERENCE = Path(os.environ.get("UNITOK_REFERENCE", HERE.parent.parent / "shared"))
+PLACES = (HERE / "fixtures", REFERENCE / "fixtures")
 
 
 def fixture(name: str) -> Path:
@@ -18,7 +19,9 @@ def fixture(name: str) -> Path:
     for place in PLACES:
         if (place / name).exists():
             return place / name
-    pytest.skip(f"the recorded {name} is too large for the repository; set UNITOK_FIXTURES to the folder that has it")
+    pytest.skip(
+        f"the recorded {name} is too large for the repository; set UNITOK_REFERENCE to the folder of fixtures/{name}"
+    )
 
 
 def tensors(name: str) -> dict[str, Tensor]:

@@ -1,13 +1,13 @@
 """The GenEval rule and the soft VQA accuracy: cases by hand, and recorded outcomes of the official scorers."""
 
 import json
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+from reference import REFERENCE
 
 from unitok.core.errors import DataError
 from unitok.data.shapes import relations
@@ -16,7 +16,6 @@ from unitok.eval.geneval_score import GenEvalRule, relative_position, score_dete
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
 
 FIXTURES = Path(__file__).parent / "fixtures"
-REFERENCE = Path(os.environ.get("UNITOK_REFERENCE", Path(__file__).resolve().parents[2] / "shared"))
 
 
 @dataclass

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import assert_same_gradients, gradients, make_tokenizer, random_pixels
+from tiny import PlainEngine, assert_same_gradients, gradients, make_tokenizer, random_pixels
 
 from unitok.core.errors import ConfigError
 from unitok.tokenizer.adversarial import Discriminator, PatchDiscriminator, adaptive_weight
@@ -127,19 +127,6 @@ def test_discriminator_learns_to_tell_real_from_blurred(networks):
 
 
 # ---- a whole step
-
-
-class PlainEngine:
-    """What the task uses of a DeepSpeed engine."""
-
-    def __init__(self, module):
-        self.module, self.device = module, torch.device("cpu")
-
-    def __call__(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def backward(self, loss):
-        loss.backward()
 
 
 def make_task(**changes):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import gradients, make_mllm, make_tokenizer, random_codes, random_pixels, text_tower
+from tiny import PlainEngine, gradients, make_mllm, make_tokenizer, random_codes, random_pixels, text_tower
 
 from unitok.core.errors import ConfigError, DataError, UserError
 from unitok.core.optim import OptimizerConfig, lr_at, parameter_groups
@@ -353,15 +353,6 @@ def test_teacher_refusals():
 
 
 # ---- what the discriminator sees
-
-
-class PlainEngine(torch.nn.Module):
-    def __init__(self, module):
-        super().__init__()
-        self.module = module
-
-    def forward(self, *args):
-        return self.module(*args)
 
 
 def test_balanced_consistency_by_hand():

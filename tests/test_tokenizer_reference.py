@@ -265,7 +265,7 @@ def test_pixels_equal_the_recorded_ones(image):
     if f"{image}.image_uint8_hwc" not in io:
         whole = PLACES[1] / "preprocess" / "preprocess.safetensors"
         if not whole.exists():
-            pytest.skip(f"the recorded {image} image is left out of the repository; set UNITOK_FIXTURES")
+            pytest.skip(f"the recorded {image} image is left out of the repository; set UNITOK_REFERENCE")
         io = load_file(whole)
     given = Image.fromarray(io[f"{image}.image_uint8_hwc"].numpy())
     for name, recorded in PREPROCESS.items():

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from reference import fixture, loaded, numbers, relative, tensors
+from tiny import PlainEngine
 
 from unitok.core.optim import parameter_groups
 from unitok.tokenizer import UniTok
@@ -19,17 +20,6 @@ CLIP_NORM = 10.0
 # Adam divides by the gradient's size, so rounding moves single weights, and the third step's gradients with them.
 # Measured at the third step: gradient norms 7e-5, their ratio (the adversarial weight) 3e-4, losses 6e-6.
 LOSSES, NORMS, WEIGHT = 1e-5, 1e-4, 5e-4
-
-
-class PlainEngine:
-    def __init__(self, module):
-        self.module, self.device = module, torch.device("cpu")
-
-    def __call__(self, *args, **kwargs):
-        return self.module(*args, **kwargs)
-
-    def backward(self, loss):
-        loss.backward()
 
 
 def build(run):

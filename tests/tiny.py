@@ -117,6 +117,19 @@ def make_text_tokenizer(folder: Path, vocab_size: int = 80) -> UniTokTextTokeniz
     return UniTokTextTokenizer(vocab_file=str(path))
 
 
+class PlainEngine:
+    """What a task uses of a DeepSpeed engine."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.device = module, torch.device("cpu")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        loss.backward()
+
+
 def random_pixels(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
 

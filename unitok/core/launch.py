@@ -84,7 +84,7 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
             processes.append(subprocess.Popen([sys.executable, "-m", "unitok", *arguments], env=own))
         code = _wait(processes)
     finally:
-        _end(processes)
+        end_processes(processes)
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if code:
@@ -101,8 +101,8 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
         time.sleep(0.1)
 
 
-def _end(processes: Sequence[subprocess.Popen]) -> None:
-    """Stop those that still run: a rank alone would wait for the others for ever."""
+def end_processes(processes: Sequence[subprocess.Popen]) -> None:
+    """Stop those that still run, with force after a while: a rank alone would wait for the others for ever."""
     for process in processes:
         if process.poll() is None:
             process.terminate()
