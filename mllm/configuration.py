@@ -12,7 +12,7 @@ IGNORE = -100  # label of a text position that is not learnt
 EmbedderCache = Literal["consistent", "released"]
 _AT_LEAST_1 = (
     "num_codebooks", "codebook_size", "code_dim", "num_image_positions", "visual_width", "visual_num_heads",
-    "depth_num_layers", "depth_width", "depth_num_heads", "depth_intermediate_size"
+    "depth_num_layers", "depth_width", "depth_num_heads", "depth_num_key_value_heads", "depth_intermediate_size"
 )  # fmt: skip
 
 
@@ -21,7 +21,8 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     `quantizer` and the code sizes (`num_codebooks`, `codebook_size`, `code_dim`, `num_image_positions`) are those of
     the tokenizer whose codes the model was trained on. `visual_*` describe the causal projection of code vectors,
-    `depth_*` the transformer over the K sub-codes (None: as the backbone). `image_token_id` is the placeholder that
+    `depth_*` the transformer over the K sub-codes (None: as the backbone; its heads do not share keys and values unless
+    `depth_num_key_value_heads` says so). `image_token_id` is the placeholder that
     image vectors replace.
 
     Layouts: text to image is `bos text suffix boi <img> eoi eos`; captions are `bos boi <img> eoi text eos`; in a chat
@@ -47,6 +48,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         depth_num_layers: int = 3,
         depth_width: int | None = None,
         depth_num_heads: int | None = None,
+        depth_num_key_value_heads: int | None = None,
         depth_intermediate_size: int | None = None,
         depth_shared_head: bool = True,
         image_position_embedding: bool = False,
@@ -76,6 +78,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         self.depth_num_layers = depth_num_layers
         self.depth_width = depth_width
         self.depth_num_heads = depth_num_heads
+        self.depth_num_key_value_heads = depth_num_key_value_heads
         self.depth_intermediate_size = depth_intermediate_size
         self.depth_shared_head = depth_shared_head
         self.image_position_embedding = image_position_embedding
@@ -114,6 +117,11 @@ class UniTokMLLMConfig(PretrainedConfig):
             raise ConfigError(
                 f"depth_width={depth_width} does not divide into depth_num_heads={depth_heads} heads of an even width, "
                 f"which rotary positions need"
+            )
+        if self.depth_num_key_value_heads and depth_heads % self.depth_num_key_value_heads:
+            raise ConfigError(
+                f"depth_num_heads={depth_heads} does not divide into "
+                f"depth_num_key_value_heads={self.depth_num_key_value_heads} groups"
             )
         for name, kind in (("embedder_cache", EmbedderCache), ("quantizer", QuantizerKind)):
             if getattr(self, name) not in get_args(kind):

@@ -25,37 +25,39 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class DepthAttention(nn.Module):
-    """Causal self-attention over the sub-codes (all heads have their own keys and values)."""
+    """Causal self-attention over the sub-codes; with fewer key-value heads than heads, groups of heads share them."""
 
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int) -> None:
         super().__init__()
-        self.num_heads = num_heads
+        kv_width = width // num_heads * num_kv_heads
+        self.head_dim = width // num_heads
+        self.grouped = num_kv_heads < num_heads
         self.q_proj = nn.Linear(width, width, bias=False)
-        self.k_proj = nn.Linear(width, width, bias=False)
-        self.v_proj = nn.Linear(width, width, bias=False)
+        self.k_proj = nn.Linear(width, kv_width, bias=False)
+        self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
     def forward(self, x_NTD: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int) -> Tensor:
         count, length, width = x_NTD.shape
-        shape = (count, length, self.num_heads, -1)
+        shape = (count, length, -1, self.head_dim)
         q_NHTd = rotate(self.q_proj(x_NTD).view(shape).transpose(1, 2), cos, sin)
         k_NHTd = rotate(self.k_proj(x_NTD).view(shape).transpose(1, 2), cos, sin)
         v_NHTd = self.v_proj(x_NTD).view(shape).transpose(1, 2)
-        if cache is not None:  # [2, N, H, K, d], filled up to `start`
+        if cache is not None:  # [2, N, KV heads, K, d], filled up to `start`
             cache[0, :, :, start : start + length] = k_NHTd
             cache[1, :, :, start : start + length] = v_NHTd
             k_NHTd, v_NHTd = cache[0, :, :, : start + length], cache[1, :, :, : start + length]
-        out = F.scaled_dot_product_attention(q_NHTd, k_NHTd, v_NHTd, is_causal=cache is None)
+        out = F.scaled_dot_product_attention(q_NHTd, k_NHTd, v_NHTd, is_causal=cache is None, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(count, length, width))
 
 
 class DepthLayer(nn.Module):
     """One pre-norm Llama layer; parameter names are Llama's, so released depth layers load as they are."""
 
-    def __init__(self, width: int, num_heads: int, intermediate: int, eps: float) -> None:
+    def __init__(self, width: int, num_heads: int, num_kv_heads: int, intermediate: int, eps: float) -> None:
         super().__init__()
         self.input_layernorm = nn.RMSNorm(width, eps=eps)
-        self.self_attn = DepthAttention(width, num_heads)
+        self.self_attn = DepthAttention(width, num_heads, num_kv_heads)
         self.post_attention_layernorm = nn.RMSNorm(width, eps=eps)
         self.gate_proj = nn.Linear(width, intermediate, bias=False)
         self.up_proj = nn.Linear(width, intermediate, bias=False)
@@ -65,6 +67,22 @@ class DepthLayer(nn.Module):
         x_NTD = x_NTD + self.self_attn(self.input_layernorm(x_NTD), cos, sin, cache, start)
         hidden = self.post_attention_layernorm(x_NTD)
         return x_NTD + self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+
+class CodeHead(nn.Module):
+    """Logits of codes: one linear map for all sub-codes, or one for each (`num_heads` = K)."""
+
+    def __init__(self, num_heads: int, codebook_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_heads, codebook_size, width))
+        self.bias = nn.Parameter(torch.zeros(num_heads, codebook_size))
+
+    def forward(self, x_NkD: Tensor, first: int = 0) -> Tensor:
+        """Logits `[N, k, V]` of the sub-codes number `first` and on."""
+        if self.weight.shape[0] == 1:
+            return F.linear(x_NkD, self.weight[0], self.bias[0])
+        steps = slice(first, first + x_NkD.shape[1])
+        return torch.einsum("nkd,kvd->nkv", x_NkD, self.weight[steps]) + self.bias[steps]
 
 
 class DepthTransformer(nn.Module):
@@ -77,32 +95,37 @@ class DepthTransformer(nn.Module):
         heads = config.depth_num_heads or text.num_attention_heads
         intermediate = config.depth_intermediate_size or text.intermediate_size
         eps = getattr(text, "rms_norm_eps", 1e-6)
-        self.num_codebooks, self.num_heads, self.head_dim = config.num_codebooks, heads, width // heads
+        kv_heads = config.depth_num_key_value_heads or heads
+        self.num_codebooks, self.num_kv_heads, self.head_dim = config.num_codebooks, kv_heads, width // heads
         self.rope_theta = float((getattr(text, "rope_parameters", None) or {}).get("rope_theta", 10000.0))
         same = width == text.hidden_size
         self.in_proj = nn.Identity() if same else nn.Linear(text.hidden_size, width, bias=False)
         self.code_embeddings = nn.ModuleList(
             nn.Embedding(config.codebook_size, width) for _ in range(config.num_codebooks - 1)
         )
-        self.layers = nn.ModuleList(DepthLayer(width, heads, intermediate, eps) for _ in range(config.depth_num_layers))
+        self.layers = nn.ModuleList(
+            DepthLayer(width, heads, kv_heads, intermediate, eps) for _ in range(config.depth_num_layers)
+        )
         self.norm = nn.RMSNorm(width, eps=eps)
-        heads_out = 1 if config.depth_shared_head else config.num_codebooks
-        self.head_weight = nn.Parameter(torch.empty(heads_out, config.codebook_size, width))
-        self.head_bias = nn.Parameter(torch.zeros(heads_out, config.codebook_size))
+        self.head = CodeHead(1 if config.depth_shared_head else config.num_codebooks, config.codebook_size, width)
 
     def forward(self, hidden_ND: Tensor, codes_NK: Tensor) -> Tensor:
         """Teacher-forced logits `[N, K, V]` from hidden states `[N, hidden_size]` and the true codes `[N, K]`."""
+        return self.head(self.features(hidden_ND, codes_NK))
+
+    def features(self, hidden_ND: Tensor, codes_NK: Tensor) -> Tensor:
+        """What the head reads, `[N, K, D]`."""
         inputs = [self.in_proj(hidden_ND)]
         inputs += [embed(codes_NK[:, k]) for k, embed in enumerate(self.code_embeddings)]
         x_NKD = torch.stack([part.to(inputs[0].dtype) for part in inputs], dim=1)
         cos, sin = rope_angles(self.num_codebooks, self.head_dim, self.rope_theta, x_NKD.device)
         for layer in self.layers:
             x_NKD = layer(x_NKD, cos, sin, None, 0)
-        return self._logits(self.norm(x_NKD), slice(None))
+        return self.norm(x_NKD)
 
     def new_cache(self, count: int, like: Tensor) -> Tensor:
-        """Empty keys and values of every layer, `[layers, 2, N, H, K, d]`."""
-        return like.new_zeros(len(self.layers), 2, count, self.num_heads, self.num_codebooks, self.head_dim)
+        """Empty keys and values of every layer, `[layers, 2, N, KV heads, K, d]`."""
+        return like.new_zeros(len(self.layers), 2, count, self.num_kv_heads, self.num_codebooks, self.head_dim)
 
     def step(self, index: int, inputs: Tensor, cache: Tensor) -> Tensor:
         """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it."""
@@ -111,10 +134,4 @@ class DepthTransformer(nn.Module):
         cos, sin = rope_angles(index + 1, self.head_dim, self.rope_theta, x_N1D.device)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             x_N1D = layer(x_N1D, cos[index:], sin[index:], layer_cache, index)
-        return self._logits(self.norm(x_N1D), slice(index, index + 1))[:, 0]
-
-    def _logits(self, x_NKD: Tensor, steps: slice) -> Tensor:
-        if self.head_weight.shape[0] == 1:
-            return F.linear(x_NKD, self.head_weight[0], self.head_bias[0])
-        weight, bias = self.head_weight[steps], self.head_bias[steps]
-        return torch.einsum("nkd,kvd->nkv", x_NKD, weight) + bias
+        return self.head(self.norm(x_N1D), index)[:, 0]

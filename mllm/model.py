@@ -6,7 +6,6 @@ K codebooks, L image positions, V entries, D model width, N predicted image posi
 
 import json
 import logging
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
 
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
-from unitok.mllm.depth import DepthTransformer
+from unitok.mllm.depth import CodeHead, DepthTransformer
 from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
+from unitok.mllm.losses import LossMixin
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
 from unitok.tokenizer.quantizer import check_codes
@@ -29,29 +28,7 @@ from unitok.tokenizer.quantizer import check_codes
 _LOGGER = logging.getLogger(__name__)
 
 
-@dataclass
-class LossSums(ModelOutput):
-    """Sums over tokens and their counts; dividing by *global* counts is the caller's part."""
-
-    text: Tensor | None = None
-    image: Tensor | None = None
-    num_text: Tensor | None = None
-    num_image: Tensor | None = None
-    text_correct: Tensor | None = None
-    image_correct: Tensor | None = None  # [K]
-
-
-def split_by_length(lengths: list[int]) -> list[list[int]]:
-    """Rows in two parts, short and long, such that padding each to its own longest row costs least."""
-    order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    if len(order) < 2:
-        return [order]
-    costs = {n: n * lengths[order[n - 1]] + (len(order) - n) * lengths[order[-1]] for n in range(1, len(order))}
-    best = min(costs, key=costs.get)
-    return [order[:best], order[best:]]
-
-
-class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
+class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixin):
     """Backbone (any decoder-only transformers model), code embedder, text head and depth transformer.
 
     The visual tokenizer is not part of this model: it takes and gives codes.
@@ -93,9 +70,9 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
             nn.init.normal_(module.codebooks, std=module.codebooks.shape[-1] ** -0.5)
             if module.positions is not None:
                 nn.init.normal_(module.positions, std=std)
-        elif isinstance(module, DepthTransformer):
-            nn.init.normal_(module.head_weight, std=std)
-            nn.init.zeros_(module.head_bias)
+        elif isinstance(module, CodeHead):
+            nn.init.normal_(module.weight, std=std)
+            nn.init.zeros_(module.bias)
         else:
             super()._init_weights(module)  # norms and rotary buffers of the backbone
 
@@ -110,7 +87,7 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would only distort."""
-        names = {"depth.head_bias", "embedder.positions"}
+        names = {"depth.head.bias", "embedder.positions"}
         return names | {name for name, _ in self.named_parameters() if "embed_tokens" in name or "embeddings" in name}
 
     def attach_tokenizer(self, tokenizer: UniTok) -> None:
@@ -257,72 +234,6 @@ class UniTokMLLM(CodeGenerationMixin, PreTrainedModel, GenerationMixin):
         if rows_of_codes is not None:
             codes = torch.cat([row for row in rows_of_codes for _ in range(expand_size)])
         return input_ids, kwargs | {"codes": codes}
-
-    def losses(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, codes: Tensor | None, learn_image: Tensor
-    ) -> LossSums:
-        """Summed cross-entropies of one right-padded batch.
-
-        Args:
-            input_ids, attention_mask, labels: `[B, T]`; labels are not shifted, IGNORE where nothing is learnt.
-            codes: `[I, K, L]` of all images in order of appearance. learn_image: bool `[I]`, which of them to predict.
-        """
-        hidden_BTD = self._hidden_states(self.embed(input_ids, codes), attention_mask)
-        targets_BT = labels[:, 1:]
-        keep_BT = targets_BT != IGNORE
-        # Only learnt positions go through the head. An empty selection still runs it, so that under ZeRO-3 every rank
-        # gathers the same parameters whatever its batch holds.
-        text_targets = targets_BT[keep_BT]
-        text_logits = self.lm_head(hidden_BTD[:, :-1][keep_BT]).float()
-        text = F.cross_entropy(text_logits, text_targets, reduction="sum")
-        hidden_ND, codes_NK = self._image_targets(input_ids, hidden_BTD, codes, learn_image)
-        num_positions = codes_NK.shape[0]
-        if num_positions == 0:
-            hidden_ND, codes_NK = hidden_BTD[:1, 0] * 0, codes_NK.new_zeros(1, self.config.num_codebooks)
-        logits_NKV = self.depth(hidden_ND, codes_NK).float()
-        image = F.cross_entropy(logits_NKV.flatten(0, 1), codes_NK.flatten(), reduction="sum")
-        correct_K = (logits_NKV.argmax(-1) == codes_NK).float().sum(0)
-        factor = float(num_positions > 0)
-        return LossSums(
-            text=text,
-            image=image * factor,
-            num_text=keep_BT.sum(),
-            num_image=torch.tensor(num_positions * self.config.num_codebooks, device=text.device),
-            text_correct=(text_logits.argmax(-1) == text_targets).float().sum(),
-            image_correct=correct_K * factor,
-        )
-
-    def _hidden_states(self, inputs_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        """The backbone's output of a right-padded batch, with short and long rows run apart.
-
-        Conversations are several times as long as captions: padded together, most positions would be padding. There
-        are always two parts, so that ranks make the same calls whatever their batches hold.
-        """
-        lengths = mask_BT.sum(dim=1).tolist()
-        hidden_BTD = torch.zeros_like(inputs_BTD)
-        for rows in split_by_length(lengths):
-            longest = max(lengths[row] for row in rows)
-            part = self.backbone(
-                inputs_embeds=inputs_BTD[rows, :longest], attention_mask=mask_BT[rows, :longest], use_cache=False
-            ).last_hidden_state
-            hidden_BTD = hidden_BTD.index_put(
-                (torch.tensor(rows, device=part.device),), F.pad(part, (0, 0, 0, inputs_BTD.shape[1] - longest))
-            )
-        return hidden_BTD
-
-    def _image_targets(
-        self, input_ids: Tensor, hidden_BTD: Tensor, codes: Tensor | None, learn_image: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Hidden states `[N, D]` that predict image positions (each one place before it) and their codes `[N, K]`."""
-        if codes is None:
-            empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
-            return hidden_BTD[:1, :0].flatten(0, 1), empty
-        is_image_BT = self._placeholders(input_ids)
-        if bool(is_image_BT[:, 0].any()):
-            raise DataError("a sequence begins with an image position: nothing stands before it to predict it from")
-        learnt = learn_image.repeat_interleave(codes.shape[2])  # one flag per placeholder, in order of appearance
-        wanted_BT = torch.zeros_like(is_image_BT).masked_scatter(is_image_BT, learnt)
-        return hidden_BTD[:, :-1][wanted_BT[:, 1:]], codes[learn_image].transpose(1, 2).flatten(0, 1)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":

@@ -20,7 +20,8 @@ from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
 from unitok.mllm.configuration import IGNORE
-from unitok.mllm.model import LossSums, UniTokMLLM
+from unitok.mllm.losses import LossSums
+from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.sequence import Sequence, SequenceBuilder, pad_right

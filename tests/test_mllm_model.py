@@ -22,7 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unitok.core.errors import ConfigError, DataError
 from unitok.core.pretrained import load_model_folder
 from unitok.mllm import UniTokMLLM
-from unitok.mllm.model import split_by_length
+from unitok.mllm.losses import split_by_length
 from unitok.mllm.sequence import IGNORE, Sequence, pad_left, pad_right
 
 L = 6

@@ -120,7 +120,7 @@ def test_depth_layer_is_a_llama_layer():
     hidden, codes = torch.randn(3, 32), random_codes(model.config, 3, 1)[:, :, 0]
     inputs = [hidden] + [embed(codes[:, k]) for k, embed in enumerate(model.depth.code_embeddings)]
     out = llama(inputs_embeds=torch.stack(inputs, dim=1)).last_hidden_state
-    logits = out @ model.depth.head_weight[0].T + model.depth.head_bias[0]
+    logits = out @ model.depth.head.weight[0].T + model.depth.head.bias[0]
     torch.testing.assert_close(model.depth(hidden, codes), logits, atol=1e-4, rtol=1e-4)
 
 
