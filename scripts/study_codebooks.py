@@ -31,7 +31,6 @@ from unitok.scripts.study_report import QUESTIONS, write_report
 TOKENIZER_BASE = (
     "discriminator.enabled=false",
     "loss.adversarial=0",
-    "model.decoder_init_gain=0.5",
     "optimizer.warmup_steps=200",
     "revive.every=20",
     "revive.below=0.1",
@@ -241,7 +240,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/study"), help="folder (default: %(default)s)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N")
-    parser.add_argument("--steps", type=positive_int, default=800, help="of a tokenizer (default: %(default)s)")
+    parser.add_argument("--steps", type=positive_int, default=1200, help="of a tokenizer (default: %(default)s)")
     parser.add_argument("--mllm-steps", type=positive_int, default=400, help="of a language model (%(default)s)")
     parser.add_argument("--train-images", type=positive_int, default=8000, metavar="N", help="(%(default)s)")
     parser.add_argument("--workers", type=positive_int, default=2, help="processes at once (default: %(default)s)")

@@ -78,7 +78,7 @@ def test_two_ranks_log_what_one_process_logs(
     log, weights = run_ranks(2, _run_with_weights, *arguments, timeout=300)[0]
     assert len(log) == STEPS
     _check_equal(log, expected)
-    _check_weights(weights, expected_weights, tolerance=1e-3)  # by L1's jumps: measured 3.3e-4
+    _check_weights(weights, expected_weights)
     if stage == "tokenizer":
         present = [{"adversarial", "adversarial_weight", "discriminator"} <= record.keys() for record in log]
         assert present == [False] * START + [True] * (STEPS - START)
@@ -121,18 +121,31 @@ def _run_with_weights(
     return run_stage(stage, file, out, world, options, prepare=remember), weights
 
 
-def _check_weights(weights: Weights, expected: Weights, tolerance: float = 1e-4) -> None:
-    """Every network ends with the same weights: to `tolerance` of their norm, and 5 % of how far they moved."""
+def _without_key_biases(parameters: dict[str, Tensor]) -> Tensor:
+    """All values in one vector, but for the biases of attention's keys, in the middle third of a joint bias.
+
+    They shift all scores of a query alike, which softmax does not see: their gradient is 0 but for rounding, and Adam
+    makes steps of full size from rounding (measured: 3e-4 of the norm of all weights, from 16 values).
+    """
+    kept = []
+    for name, value in parameters.items():
+        query, key, rest = value.tensor_split(3) if name.endswith(("qkv.bias", "in_proj_bias")) else (value, None, None)
+        kept += [query.flatten()] if key is None else [query, rest]
+    return torch.cat(kept)
+
+
+def _check_weights(weights: Weights, expected: Weights, of_the_way: float = 1e-4) -> None:
+    """Every network ends with the same weights: to 1e-4 of their norm, and `of_the_way` that they moved."""
     assert weights.keys() == expected.keys() and weights
     for name in {key.split()[0] for key in weights}:
+        assert weights[f"{name} last"].keys() == expected[f"{name} last"].keys()
         ours, theirs, start = (
-            torch.cat([p.flatten() for p in one.values()])
+            _without_key_biases(one)
             for one in (weights[f"{name} last"], expected[f"{name} last"], expected[f"{name} first"])
         )
-        assert weights[f"{name} last"].keys() == expected[f"{name} last"].keys()
         gap, moved = float((ours - theirs).norm()), float((theirs - start).norm())
         print(name, "gap", gap / float(theirs.norm()), "of the way", gap / moved)
-        assert gap < tolerance * float(theirs.norm()) and gap < 0.05 * moved, (name, gap, moved)
+        assert gap < 1e-4 * float(theirs.norm()) and gap < of_the_way * moved, (name, gap, moved)
 
 
 def _check_equal(log: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
@@ -179,7 +192,7 @@ def test_two_ranks_equal_one_process_with_every_loss(
     loose = {name: found.pop(name) for name in list(found) if name.startswith("grad_norm") or name in EVERYTHING_LOOSE}
     assert max(found.values()) < 1e-4, found
     assert max(loose.values()) < 5e-3, loose
-    _check_weights(weights, expected)
+    _check_weights(weights, expected, of_the_way=5e-2)  # the discriminator hardly moves at its low rate
 
 
 @pytest.mark.parametrize("zero", [2, 3])
