@@ -41,6 +41,12 @@ def relative(ours: Tensor, recorded: Tensor) -> float:
     return float(gap / recorded.double().norm().clamp(min=1e-30))
 
 
+def assert_near(ours: Tensor, recorded: Tensor, tolerance: float = 1e-4) -> None:
+    """Equal in shape, and within `tolerance` of the recorded norm."""
+    error = relative(ours, recorded)
+    assert error <= tolerance, error
+
+
 def same_codes(ours_BKL: Tensor, recorded_BKL: Tensor, margin_BKL: Tensor) -> bool:
     """Equal wherever the recorded decision was not a near tie."""
     assert ours_BKL.shape == recorded_BKL.shape

@@ -288,7 +288,8 @@ CONTRADICTIONS = [
     ({"compile": True, "engine": {"zero_stage": 3}}, "use 1 or 2"),
     ({"loss": {"entropy": 0.1}, "model": {"quantizer": "residual", "code_dim": 64}}, "no entropy loss"),
     ({"model": {"distill_dim": 4}}, "set distill.model"),
-    ({"text_lock": {"enabled": True}, "loss": {"contrastive": 0}}, "model.text_tower is null"),
+    ({"text_lock": {"enabled": True}, "loss": {"contrastive": 0}}, "loss.contrastive=0 does not train"),
+    ({"loss": {"adversarial": 0}}, "set discriminator.enabled=false too"),
     ({"discriminator": {"start_step": 5, "optimizer": {"start_step": 3}}}, "set the latter only"),
 ]
 

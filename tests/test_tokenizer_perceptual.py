@@ -1,21 +1,15 @@
 """Losses through networks of others, against tensors recorded from UniTok's training code, and against libraries."""
 
-import argparse
-import io
-import json
 import math
-import os
-import pickle
-from pathlib import Path
 
 import pytest
+import reference
 import torch
-from safetensors.torch import load_file, save_file
+from reference import assert_near, fixture, numbers
 from tiny import random_pixels
 
 from unitok.core.errors import CheckpointError, ConfigError, UserError
 from unitok.core.rng import torch_rng
-from unitok.tokenizer.diffaug import diff_augment, draw, gaussian_blur
 from unitok.tokenizer.dino import DinoConfig, DinoDiscriminator, FrozenDino
 from unitok.tokenizer.dino_heads import LocalBatchNorm, SpectralConv1d
 from unitok.tokenizer.gan_losses import (
@@ -25,24 +19,15 @@ from unitok.tokenizer.gan_losses import (
     generator_loss,
 )
 from unitok.tokenizer.lpips import LPIPS, SLICES
-from unitok.tokenizer.weights import find_weights, load_strict, read_torch, read_weights
-
-FIXTURES = Path(__file__).resolve().parent / "fixtures"
-LOSSES = FIXTURES / "losses"
+from unitok.tokenizer.weights import load_strict
 
 
 def tensors(name):
-    return load_file(LOSSES / f"{name}.safetensors")
+    return reference.tensors(f"losses/{name}.safetensors")
 
 
 def table(name):
-    return json.loads((LOSSES / f"{name}.json").read_text())
-
-
-def assert_near(ours, recorded, tolerance=1e-4):
-    assert ours.shape == recorded.shape
-    error = ((ours - recorded).norm() / recorded.norm()).item()
-    assert error <= tolerance, error
+    return numbers(f"losses/{name}.json")
 
 
 # ---- losses on logits
@@ -182,7 +167,7 @@ def test_lpips_file_in_the_released_layout(lpips, tmp_path):
 def dino():
     sizes = {name: value for name, value in table("disc")["dino"].items() if name != "init_values"}
     sizes["image_size"] = sizes.pop("img_size")
-    return FrozenDino.from_file(LOSSES / "dino_tiny.safetensors", DinoConfig(**sizes))
+    return FrozenDino.from_file(fixture("losses/dino_tiny.safetensors"), DinoConfig(**sizes))
 
 
 def make_discriminator(dino, norm="gn", heads="disc_gn", **changes):
@@ -286,7 +271,7 @@ def test_official_names_and_shapes():
         return {name: list(value.shape) for name, value in module.state_dict().items()}
 
     def recorded(name):
-        keys = json.loads((FIXTURES / "official_keys" / f"{name}.json").read_text())
+        keys = numbers(f"official_keys/{name}.json")
         return keys, {key: shape for key, (shape, _) in keys.get("keys", keys).items()}
 
     dino = FrozenDino()
@@ -376,177 +361,3 @@ def test_random_dino_is_the_same_for_the_same_seed_and_sees_the_image():
     assert not torch.equal(one.pos_embed, third.pos_embed)
     first, second = (one(random_pixels(1, 3, 56, 56, seed=s), [1])[0] for s in (0, 1))
     assert (first - second).norm() > 0.1 * first.norm()
-
-
-# ---- augmentation
-
-
-@pytest.mark.parametrize("strength", [0.05, 0.25, 0.5, 1.0])
-def test_blur_equals_the_recorded_one(strength):
-    io = tensors("diffaug")
-    assert_near(gaussian_blur(io["x"], strength), io[f"blur_{strength}"])
-
-
-@pytest.mark.parametrize("draw_number", [21, 22])
-@pytest.mark.parametrize(
-    ("case", "settings"), [("prob1.cut0.2", (1, 0.2, 0)), ("prob0.5.cut0.4.blur0.3", (0.5, 0.4, 0.3))]
-)
-def test_augmented_images_equal_the_recorded_ones(draw_number, case, settings):
-    io = tensors("diffaug")
-    name = f"aug_{draw_number}"
-    ours = diff_augment(io["x"], io[f"{name}.rand3"], io[f"{name}.rand01"], *settings)
-    assert_near(ours, io[f"{name}.{case}"])
-
-
-def loop_augment(image, amounts, cutout):
-    """One image `[3, H, W]`, pixel by pixel."""
-    height, width = image.shape[1:]
-    most = [round(side * 0.125) for side in (height, width)]
-    down, right = (math.floor(a * (2 * m + 1)) - m for a, m in zip(amounts[:2], most, strict=True))
-    moved = torch.zeros_like(image)
-    for row in range(height):
-        for column in range(width):
-            if 0 <= row + down < height and 0 <= column + right < width:
-                moved[:, row, column] = image[:, row + down, column + right]
-    moved = moved + amounts[2] - 0.5
-    grey = moved.mean(0)
-    moved = grey + (moved - grey) * amounts[3] * 2
-    moved = moved.mean() + (moved - moved.mean()) * (amounts[4] + 0.5)
-    sizes = [round(side * cutout) for side in (height, width)]
-    centres = [math.floor(a * (s + 1 - c % 2)) for a, s, c in zip(amounts[5:], (height, width), sizes, strict=True)]
-    for row in range(sizes[0]):
-        for column in range(sizes[1]):
-            y, x = row + centres[0] - sizes[0] // 2, column + centres[1] - sizes[1] // 2
-            moved[:, min(max(y, 0), height - 1), min(max(x, 0), width - 1)] = 0
-    return moved
-
-
-@pytest.mark.parametrize("shape", [(16, 16), (18, 25)])
-@pytest.mark.parametrize("cutout", [0.0, 0.2, 0.45])
-def test_augmentation_equals_a_loop_also_in_gradient(shape, cutout):
-    pixels = random_pixels(3, 3, *shape).requires_grad_()
-    _, amounts = draw(3, torch_rng("augment", 1))
-    ours = diff_augment(pixels, torch.zeros(3), amounts, 1.0, cutout, 0.0)
-    loops = torch.stack([loop_augment(pixels[i], amounts[:, i].flatten().tolist(), cutout) for i in range(3)])
-    torch.testing.assert_close(ours, loops, atol=1e-6, rtol=1e-5)
-    weights = random_pixels(*ours.shape, seed=5)
-    one, other = (torch.autograd.grad((x * weights).sum(), pixels)[0] for x in (ours, loops))
-    torch.testing.assert_close(one, other, atol=1e-5, rtol=1e-4)
-
-
-def test_augmentation_of_a_part_of_the_batch_is_that_of_the_whole():
-    pixels = random_pixels(4, 3, 24, 16)
-    rand3, amounts = draw(4, torch_rng("augment", 2))
-    whole = diff_augment(pixels, rand3, amounts, 1.0, 0.2, 0.3)
-    for rows in (slice(0, 2), slice(2, 4)):
-        torch.testing.assert_close(diff_augment(pixels[rows], rand3, amounts[:, rows], 1.0, 0.2, 0.3), whole[rows])
-
-
-def test_without_probability_and_blur_nothing_changes():
-    pixels = random_pixels(2, 3, 16, 16)
-    assert torch.equal(diff_augment(pixels, torch.zeros(3), draw(2, torch_rng("a"))[1], 0.0, 0.5, 0.0), pixels)
-
-
-def test_blur_of_an_image_of_few_pixels():
-    pixels = random_pixels(1, 3, 4, 3)
-    assert gaussian_blur(pixels, 1.0).shape == pixels.shape
-    torch.testing.assert_close(gaussian_blur(torch.full((1, 3, 4, 3), 0.7), 1.0), torch.full((1, 3, 4, 3), 0.7))
-
-
-# ---- files of weights
-
-
-def test_weights_that_are_not_given_or_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"loss\.lpips_weights is not set.*lpips_with_vgg\.pth.*or set loss\.lpips=0"):
-        LPIPS.from_file(None)
-    with pytest.raises(UserError, match=r"dinov2_vits14_pretrain\.pth.*or set discriminator\.kind=patch"):
-        FrozenDino.from_file("")
-    with pytest.raises(UserError, match=r"missing\.pth does not exist; expected DINOv2-S: get https://"):
-        FrozenDino.from_file(tmp_path / "missing.pth")
-    with pytest.raises(UserError, match="is not a file"):
-        FrozenDino.from_file(tmp_path)
-
-
-def test_weights_of_the_hub(monkeypatch, tmp_path):
-    import huggingface_hub
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
-    asked = []
-
-    def download(repository, file):
-        asked.append((repository, file))
-        if file == "none":
-            raise LocalEntryNotFoundError("no network\nlong story")
-        save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
-        return str(tmp_path / "a.safetensors")
-
-    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
-    assert read_weights(find_weights("w", "hub:owner/repository/folder/a.safetensors", "it", "x"))["a"] == 1
-    assert asked == [("owner/repository", "folder/a.safetensors")]
-    with pytest.raises(UserError, match="the hub does not give it .*no network.*; get it there") as caught:
-        find_weights("w", "hub:owner/repository/none", "it", "it there")
-    assert "\n" not in str(caught.value)
-    with pytest.raises(UserError, match="expected hub:OWNER/REPOSITORY/FILE"):
-        find_weights("w", "hub:owner/file.pth", "it", "it there")
-
-
-class Evil:
-    def __reduce__(self):
-        return (os.system, ("touch executed",))
-
-
-def test_files_that_are_damaged_or_hold_code(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    state = {"a": torch.ones(64, 64)}
-    torch.save(state, tmp_path / "good.pth")
-    torch.save(state, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    save_file(state, tmp_path / "good.safetensors")
-    for name in ("good.pth", "old.pth", "good.safetensors"):
-        assert torch.equal(read_weights(tmp_path / name)["a"], state["a"])
-        data = (tmp_path / name).read_bytes()
-        for length in (0, 1, 9, 100, len(data) // 2):
-            cut = tmp_path / f"cut-{name}"
-            cut.write_bytes(data[:length])
-            with pytest.raises(CheckpointError, match="cannot read weights from .*get the file again") as caught:
-                read_weights(cut)
-            assert "\n" not in str(caught.value)
-    for bad, message in (
-        (Evil(), r"more than tensors \(\w+\.system\)"),
-        ({"a": torch.ones(1), "b": 3}, "dictionary with 'b'"),
-    ):
-        torch.save(bad, tmp_path / "bad.pth")
-        with pytest.raises(CheckpointError, match=message):
-            read_weights(tmp_path / "bad.pth")
-    torch.save([torch.ones(1)], tmp_path / "bad.pth")
-    with pytest.raises(CheckpointError, match="holds a list; expected a flat dictionary"):
-        read_weights(tmp_path / "bad.pth")
-    (tmp_path / "page.pth").write_bytes(b"<html>not found</html>")
-    with pytest.raises(CheckpointError, match="page.pth: it is damaged, or no file of tensors; get the file again"):
-        read_weights(tmp_path / "page.pth")
-    stream = io.BytesIO()
-    pickle.dump(Evil(), stream, protocol=2)
-    (tmp_path / "bad.pth").write_bytes(stream.getvalue())
-    with pytest.raises(CheckpointError, match=r"more than tensors \(\w+\.system\)"):
-        read_weights(tmp_path / "bad.pth")
-    assert not (tmp_path / "executed").exists()
-
-
-def test_other_classes_are_read_only_if_allowed(tmp_path):
-    torch.save({"args": argparse.Namespace(size=3)}, tmp_path / "args.pth")
-    assert read_torch(tmp_path / "args.pth", allowed=[argparse.Namespace])["args"].size == 3
-    with pytest.raises(CheckpointError, match=r"more than tensors \(argparse\.Namespace\)"):
-        read_torch(tmp_path / "args.pth")
-
-
-def test_weights_that_do_not_fit_are_listed_in_one_line():
-    module = torch.nn.Linear(2, 3)
-    before = module.weight.clone()
-    state = {"weight": torch.zeros(3, 3)} | {f"extra{i:02}": torch.zeros(1) for i in range(10)}
-    with pytest.raises(CheckpointError) as caught:
-        load_strict(module, state, "a layer", "file.pth")
-    extra = ", ".join(f"extra{i:02}" for i in range(8))
-    assert str(caught.value) == (
-        f"file.pth does not fit a layer: missing: bias; unexpected: {extra} and 2 more; "
-        "wrong shape: weight [3, 3] instead of [3, 2]"
-    )
-    assert torch.equal(module.weight, before)

@@ -169,8 +169,12 @@ def check_settings(config: TokenizerTrainConfig) -> None:
             "compile=true does not go with engine.zero_stage=3, which gathers parameters as modules run; use 1 or 2",
         ),
         (
-            config.text_lock.enabled and config.model.text_tower is None,
-            "text_lock.enabled=true, but model.text_tower is null",
+            config.discriminator.enabled and config.loss.adversarial == 0,
+            "loss.adversarial=0 leaves a discriminator without use; set discriminator.enabled=false too",
+        ),
+        (
+            config.text_lock.enabled and config.loss.contrastive == 0,
+            "text_lock.enabled=true locks a text tower that loss.contrastive=0 does not train; set one of them",
         ),
         (
             config.text_lock.unlocked_layers > 0 and not config.text_lock.enabled,
