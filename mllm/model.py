@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
+from unitok.mllm.cross_entropy import TextHead
 from unitok.mllm.depth import CodeHead, DepthTransformer
 from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
@@ -49,7 +50,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         self.backbone = AutoModel.from_config(config.text_config)
         self.embedder = CodeEmbedder(config)
         self.depth = DepthTransformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = TextHead(config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:

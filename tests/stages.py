@@ -19,7 +19,8 @@ from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.data.source import open_source
-from unitok.mllm.task import MixtureConfig, MllmTask, MllmTrainConfig
+from unitok.mllm.settings import MixtureConfig
+from unitok.mllm.task import MllmTask, MllmTrainConfig
 from unitok.tokenizer.extract import extract_codes
 from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 
