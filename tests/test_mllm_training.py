@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from reference import relative
 from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, random_codes
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -60,13 +61,13 @@ def test_chunks_equal_the_whole_in_value_and_gradient(small_chunks: None, which:
         loss = sums[0] + 0.3 * sums[2]
         parameters = [features, *head.parameters()]
         found[method] = (*sums, *torch.autograd.grad(loss, parameters))
-    tolerance = {"rtol": 2e-2, "atol": 2e-2} if autocast else {"rtol": 1e-5, "atol": 1e-5}
+    # in bf16 each product is rounded, and chunks round their parts of the weights' gradients one by one
+    tolerance = 5e-3 if autocast else 1e-6
     for method in ("plain", "chunked"):
         assert torch.equal(found[method][1], found["formula"][1])
         for ours, expected in zip(found[method], found["formula"], strict=True):
-            torch.testing.assert_close(ours.float(), expected.float(), **tolerance)
-    # products are bf16 in both, but chunks add up their weights' gradients one by one
-    assert torch.allclose(found["chunked"][0], found["plain"][0], rtol=1e-6)
+            assert ours.dtype == torch.float32 and relative(ours, expected) < tolerance
+    # of a token's features everything is computed in its own chunk
     assert torch.equal(found["chunked"][3], found["plain"][3]) or not autocast
 
 
@@ -189,10 +190,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("capacity", [30, 45, 200], ids=["four rows", "three rows", "one row"])
-@pytest.mark.parametrize(
-    "changes", [LLAMA, QWEN, QWEN3, MISTRAL, PHI], ids=["llama", "qwen2", "qwen3", "mistral", "phi"]
-)
-def test_packed_equals_padded(changes: dict[str, Any], capacity: int) -> None:
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_packed_equals_padded(backbone: str, capacity: int) -> None:
     """Loss and gradients of images, chat and text; a sliding window counts positions of one sequence."""
     model = make_mllm(image_position_embedding=True, text=BACKBONES[backbone])
     sequences, codes = mixed_batch(model.config)

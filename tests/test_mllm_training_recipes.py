@@ -125,7 +125,7 @@ def test_two_steps_move_what_is_trained_and_nothing_else(folder: Path, tmp_path:
             task_of(folder, tmp_path, *options)
         return
     start = task_of(folder, tmp_path / "moved", *options).build()["mllm"].module.model.state_dict()
-    model, log = steps(task)
+    model, log = steps(task_of(folder, tmp_path / "moved", *options))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert moved == trained and len(log) == 2 and ("image" in log[1]) == (recipe in ("pretrain", "sft"))
@@ -208,7 +208,7 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
 
 
 def test_documents_have_their_turn_evenly() -> None:
-    """Every epoch gives the same number of places; none comes again before all had their turn; pure in its arguments."""
+    """Every epoch gives equally many places; none comes again before all had their turn; pure in its arguments."""
     order = TextOrder(num_samples=30, share=0.4, num_texts=5, seed=3)
     turns = [order.turn(index, epoch) for epoch in range(4) for index in range(30)]
     for epoch in range(4):
@@ -264,13 +264,14 @@ def test_a_long_document_comes_in_parts(folder: Path, tmp_path: Path) -> None:
 
 def test_a_mixture_with_documents(folder: Path, tmp_path: Path) -> None:
     """Shares are kept, batches depend on (seed, epoch, index) alone, and the log counts every kind."""
-    options = (EVERY_KIND, f"data.texts=[{folder / 'texts.jsonl'}]", "data.max_length=60")
+    options = (EVERY_KIND, f"data.texts=[{folder / 'texts.jsonl'}]", "data.max_length=100")
     task = task_of(folder, tmp_path / "one", *options)
     task.build()
     total = sum(task.load_batch(list(range(48)), epoch)["kinds"] for epoch in range(6))
     shares = dict(zip(KINDS, (total / total.sum()).tolist(), strict=True))
     assert shares["text"] == pytest.approx(12 / 48)
-    assert shares == pytest.approx({"text_to_image": 0.25, "caption": 0.125, "plain": 0.125, "chat": 0.25, "text": 0.25}, abs=0.08)  # fmt: skip
+    for kind, share in {"text_to_image": 0.25, "caption": 0.125, "plain": 0.125, "chat": 0.25}.items():
+        assert abs(shares[kind] - share) < 0.08
     other = task_of(folder, tmp_path / "two", *options)
     other.build()
     wanted = other.load_batch([5, 40, 2, 17], 3)
