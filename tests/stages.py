@@ -2,7 +2,8 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.data.source import open_source
-from unitok.mllm.settings import MixtureConfig
-from unitok.mllm.task import MllmTask, MllmTrainConfig
+from unitok.mllm.settings import KINDS, Kind, MixtureConfig
+from unitok.mllm.task import Loaded, MllmTask, MllmTrainConfig
 from unitok.tokenizer.extract import extract_codes
 from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 
@@ -202,6 +203,32 @@ def mix_by_rank(task: Task) -> None:
         return original(sample, index, epoch)
 
     task._sequence = sequence  # type: ignore[method-assign]
+
+
+def out_of_phase(phases: Sequence[tuple[Kind, Kind]]) -> Callable[[Task], None]:
+    """Stage two: of every micro-batch the first half is of one kind alone and the second of another, `phases` in turn.
+    Each of two ranks then sees a kind of its own; one process sees the same samples."""
+
+    def prepare(task: Task) -> None:
+        assert isinstance(task, MllmTask)
+        data, size, order = task.config.data, task.num_samples, SampleOrder(task.num_samples, task.config.seed)
+        free = data.mixture
+        assert size % GLOBAL_BATCH == 0 and set(chain(*phases)) <= {k for k in KINDS if getattr(free, k) > 0}
+
+        def load(index: int, epoch: int) -> Loaded:
+            position = next(p for p in range(epoch * size, (epoch + 1) * size) if order.index(p) == index)
+            kind = phases[position // GLOBAL_BATCH % len(phases)][position % GLOBAL_BATCH * 2 // GLOBAL_BATCH]
+            if kind == "text":
+                return task._document(index % len(task.texts), epoch)
+            data.mixture = MixtureConfig(**(dict.fromkeys(KINDS, 0.0) | {"text": free.text, kind: 1.0}))
+            loaded = task._read(index, epoch)
+            data.mixture = free
+            assert loaded.kind == kind
+            return loaded
+
+        task._load = load  # type: ignore[method-assign]
+
+    return prepare
 
 
 def differences(log: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:

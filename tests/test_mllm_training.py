@@ -66,9 +66,7 @@ def test_chunks_equal_the_whole_in_value_and_gradient(small_chunks: None, which:
     for method in ("plain", "chunked"):
         assert torch.equal(found[method][1], found["formula"][1])
         for ours, expected in zip(found[method], found["formula"], strict=True):
-            assert ours.dtype == torch.float32 and relative(ours, expected) < tolerance
-    # of a token's features everything is computed in its own chunk
-    assert torch.equal(found["chunked"][3], found["plain"][3]) or not autocast
+            assert ours.dtype == torch.float32 and relative(ours, expected.detach()) < tolerance
 
 
 class _Largest(TorchDispatchMode):
