@@ -127,7 +127,9 @@ class LossMixin:
         position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[N, D]` that predict image positions (each one place before it) and their codes `[N, K]`."""
-        if codes is None:
+        if codes is None or codes.is_floating_point():
+            if bool(learn_image.any()):
+                raise DataError("images to learn without their codes: latents can be read only")
             empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
             return hidden_BTD[:1, :0].flatten(0, 1), empty
         is_image_BT = self._placeholders(input_ids)

@@ -108,7 +108,14 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
             self.embedder.codebooks.copy_(tokenizer.quantizer.entries())
             source, target = tokenizer.post_quant_proj.state_dict(), self.embedder.projection.state_dict()
             shapes = [{name: list(value.shape) for name, value in state.items()} for state in (source, target)]
-            if shapes[0] == shapes[1]:
+            fits = shapes[0] == shapes[1]
+            if self.config.visual_input != "codes" and (not fits or tokenizer.config.projection_causal):
+                raise DataError(
+                    f"visual_input={self.config.visual_input} reads the visual tokenizer's own projection: it must be "
+                    "an attention projection that is not causal, with model.visual_width, visual_num_heads and "
+                    "visual_mlp_ratio as there"
+                )
+            if fits:
                 self.embedder.projection.load_state_dict(source)
             else:
                 odd = next(n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
@@ -130,7 +137,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
         is_image_BT = self._placeholders(input_ids)
-        if codes is not None:
+        if codes is not None and self.config.visual_input != "continuous":
             check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
         self._check_placeholders(is_image_BT.sum(dim=1).tolist(), codes)
         # A placeholder id may lie outside the vocabulary (released models); its text embedding is never used.

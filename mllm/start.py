@@ -31,6 +31,12 @@ def load_start(folder: str | Path, visual: UniTok) -> tuple[UniTokMLLM, PreTrain
 
 def prepare_model(model: UniTokMLLM, config: MllmTrainConfig, device: torch.device) -> None:
     """Adapters, what trains, attention, cross-entropy and checkpointing as the settings say."""
+    visual_input = model.config.visual_input
+    if visual_input != "codes" and config.data.mixture.text_to_image > 0:
+        raise ConfigError(
+            f"visual_input={visual_input} is for understanding alone, but data.mixture.text_to_image is "
+            f"{config.data.mixture.text_to_image}; set it to 0"
+        )
     set_attention(model, config.attention, device)
     model.cross_entropy = choose_method(config.cross_entropy, device)
     if config.lora is not None:
@@ -48,9 +54,11 @@ def set_attention(model: UniTokMLLM, setting: str, device: torch.device) -> None
             f"attention=flash needs a CUDA GPU (the run is on {device.type}) and flash-attn: install unitok[flash], or "
             "use attention=sdpa or flex"
         )
-    name = {"auto": "flash" if flash else "sdpa"}.get(setting, setting)
+    if setting == "auto" and not flash:
+        return  # what transformers gave it: sdpa, wherever a backbone has it
+    name = {"auto": "flash_attention_2", "flash": "flash_attention_2", "flex": "flex_attention"}.get(setting, setting)
     try:
-        model.backbone.set_attn_implementation({"flash": "flash_attention_2", "flex": "flex_attention"}.get(name, name))
+        model.backbone.set_attn_implementation(name)
     except (ValueError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"attention={setting}: not for this backbone ({reason})") from error

@@ -18,7 +18,7 @@ from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
 from unitok.data.texts import TextOrder, TextSource
 from unitok.mllm.build import build_model, build_text_tokenizer
-from unitok.mllm.configuration import IGNORE
+from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
 from unitok.mllm.model import UniTokMLLM
@@ -35,7 +35,7 @@ _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained o
 
 
 class Loaded(NamedTuple):
-    """What one place of a batch holds: codes `[I, K, L]` of its images and what is learnt of them."""
+    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them."""
 
     kind: Kind
     codes: Tensor
@@ -62,8 +62,7 @@ class MllmTask(Task):
     name = "mllm"
     # places are told by the tokenizer's fingerprint in the codes' header and in the checkpoint
     incidental = (
-        "tokenizer", "init_from", "data.codes", "data.max_bad_fraction", "gradient_checkpointing", "cross_entropy",
-        "attention",
+        "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing"
     )  # fmt: skip
     headline = ("loss", "image", "text")
 
@@ -84,6 +83,7 @@ class MllmTask(Task):
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
         share = data.mixture.text / data.mixture.total
         self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None
+        self._logged_kinds = [kind for kind in KINDS if getattr(data.mixture, kind) > 0]
         self.builder: SequenceBuilder | None = None
         self._counts: dict[str, float] = {}
 
@@ -101,9 +101,19 @@ class MllmTask(Task):
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
         model.generation_config.image_sampler = config.sampler.model_dump()
         prepare_model(model, config, training_device(config.device))
+        self._look_at_shards(model.config)
         self.builder = SequenceBuilder(model.config, self.text_tokenizer)
         self.pad_id = self.text_tokenizer.pad_token_id
         return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
+
+    def _look_at_shards(self, config: UniTokMLLMConfig) -> None:
+        """Ask for what the model reads: codes `[K, L]` or latents `[C, L]`."""
+        self.continuous = config.visual_input == "continuous"
+        if self.continuous:
+            self.source.read_latents()
+            self._no_images = torch.zeros(0, config.code_width, config.num_image_positions, dtype=torch.float16)
+        else:
+            self._no_images = torch.zeros(0, config.num_codebooks, config.num_image_positions, dtype=torch.int64)
 
     def _new_model(self) -> UniTokMLLM:
         config, settings = self.config, self.config.model
@@ -162,10 +172,9 @@ class MllmTask(Task):
         return self.source.first_good(index, lambda i: self._read(i, epoch), always_bad=False)
 
     def _document(self, number: int, part: int) -> Loaded:
-        header, length = self.source.header, self.config.data.max_length
+        length = self.config.data.max_length
         sequence = self.texts.first_good(number, lambda n: self.builder.text(self.texts[n], length, part))
-        empty = torch.zeros(0, header["num_codebooks"], header["num_positions"], dtype=torch.int64)
-        return Loaded("text", empty, sequence)
+        return Loaded("text", self._no_images, sequence)
 
     def _read(self, index: int, epoch: int) -> Loaded:
         """Sample `index` and what is learnt from it; DataError when it is bad."""
@@ -173,7 +182,8 @@ class MllmTask(Task):
         kind, sequence = self._sequence(sample, index, epoch)
         if len(sequence.ids) > self.config.data.max_length:
             raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
-        return Loaded(kind, sample.codes.expand(len(sequence.learn_image), *sample.codes.shape), sequence)
+        image = sample.latents.T if self.continuous else sample.codes
+        return Loaded(kind, image.expand(len(sequence.learn_image), *image.shape), sequence)
 
     def _sequence(self, sample: CodeSample, index: int, epoch: int) -> tuple[Kind, Sequence]:
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
@@ -228,8 +238,7 @@ class MllmTask(Task):
             "has_image": image > 0,
             "has_text": text > 0,
         }
-        mixture = self.config.data.mixture
-        self._kinds = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if getattr(mixture, k) > 0}
+        self._kinds = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if k in self._logged_kinds}
 
     def micro_step(
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int

@@ -7,19 +7,22 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from tiny import make_tokenizer, text_tower
+from tiny import PlainEngine, make_tokenizer, text_tower
 from torch import Tensor
 
 from unitok.core.config import load_config
 from unitok.core.distributed import rank
 from unitok.core.loop import train
+from unitok.core.optim import parameter_groups
 from unitok.core.run import TrainConfig
 from unitok.core.runlog import read_log
 from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.data.source import open_source
+from unitok.mllm import UniTokMLLM
 from unitok.mllm.settings import KINDS, Kind, MixtureConfig
 from unitok.mllm.task import Loaded, MllmTask, MllmTrainConfig
 from unitok.tokenizer.extract import extract_codes
@@ -203,6 +206,30 @@ def mix_by_rank(task: Task) -> None:
         return original(sample, index, epoch)
 
     task._sequence = sequence  # type: ignore[method-assign]
+
+
+def task_of(folder: Path, out: Path, *options: str, file: str = "mllm.yaml") -> MllmTask:
+    """Stage two's task for a configuration file of `folder`, in one process."""
+    task = make_task("mllm", folder / file, out, 1, options)[0]
+    assert isinstance(task, MllmTask)
+    return task
+
+
+def plain_steps(task: MllmTask, count: int = 2, size: int = 8) -> tuple[UniTokMLLM, list[dict[str, float]]]:
+    """Steps of plain SGD in this process, without DeepSpeed; the model and the metrics of each."""
+    network = task.build()["mllm"]
+    torch.manual_seed(0)
+    engine = PlainEngine(network.module.train())
+    optimizer = torch.optim.SGD(parameter_groups(network.module, network.optimizer), lr=0.1)
+    log = []
+    for step in range(count):
+        batch = task.load_batch(list(range(step * size, (step + 1) * size)), 0)
+        task.prepare_step([batch], step)
+        optimizer.zero_grad()
+        metrics = task.micro_step({"mllm": engine}, batch, 0, step)
+        optimizer.step()
+        log.append({name: float(value) for name, value in metrics.items()})
+    return network.module.model, log
 
 
 def out_of_phase(phases: Sequence[tuple[Kind, Kind]]) -> Callable[[Task], None]:

@@ -290,6 +290,6 @@ def test_attention_that_is_not_there_is_refused() -> None:
     model = make_mllm()
     with pytest.raises(ConfigError, match=r"attention=flash needs a CUDA GPU \(the run is on cpu\).*unitok\[flash\]"):
         set_attention(model, "flash", torch.device("cpu"))
-    for setting, name in (("flex", "flex_attention"), ("auto", "sdpa"), ("sdpa", "sdpa")):
+    for setting, name in (("auto", "sdpa"), ("flex", "flex_attention"), ("sdpa", "sdpa")):
         set_attention(model, setting, torch.device("cpu"))
         assert model.backbone.config._attn_implementation == name

@@ -1,6 +1,8 @@
 """What each recipe trains, adapters, starting from the export before, and documents without images."""
 
 import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +10,16 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stages import COMMON, make_task, mllm_values
+from stages import COMMON, mllm_values, plain_steps, task_of
 from tiny import PlainEngine, make_mllm, random_codes
 
 from unitok.core.config import load_config
 from unitok.core.errors import CheckpointError, ConfigError, DataError
-from unitok.core.optim import parameter_groups
 from unitok.data.texts import TextOrder, TextSource
 from unitok.mllm import UniTokMLLM
 from unitok.mllm.lora import add_adapters, is_adapter, merged_state
-from unitok.mllm.recipes import TRAINED, apply_recipe
+from unitok.mllm.recipes import TRAINED, apply_recipe, check_recipe
 from unitok.mllm.settings import KINDS, LoraConfig, MllmDataConfig, MllmTrainConfig
-from unitok.mllm.task import MllmTask
 
 CHAT_ONLY = "data.mixture={text_to_image: 0, caption: 1, chat: 1}"
 EVERY_KIND = "data.mixture={text_to_image: 2, caption: 1, plain: 1, chat: 2, text: 2}"
@@ -35,27 +35,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     documents.append({"text": "a green triangle " * 40})
     (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
     return folder
-
-
-def task_of(folder: Path, out: Path, *options: str, file: str = "mllm.yaml") -> MllmTask:
-    return make_task("mllm", folder / file, out, 1, options)[0]
-
-
-def steps(task: MllmTask, count: int = 2, size: int = 8) -> tuple[UniTokMLLM, list[dict[str, float]]]:
-    """Steps of plain SGD in this process; the model and the metrics of each."""
-    network = task.build()["mllm"]
-    torch.manual_seed(0)
-    engine = PlainEngine(network.module.train())
-    optimizer = torch.optim.SGD(parameter_groups(network.module, network.optimizer), lr=0.1)
-    log = []
-    for step in range(count):
-        batch = task.load_batch(list(range(step * size, (step + 1) * size)), 0)
-        task.prepare_step([batch], step)
-        optimizer.zero_grad()
-        metrics = task.micro_step({"mllm": engine}, batch, 0, step)
-        optimizer.step()
-        log.append({name: float(value) for name, value in metrics.items()})
-    return network.module.model, log
 
 
 # ---- what trains
@@ -125,7 +104,7 @@ def test_two_steps_move_what_is_trained_and_nothing_else(folder: Path, tmp_path:
             task_of(folder, tmp_path, *options)
         return
     start = task_of(folder, tmp_path / "moved", *options).build()["mllm"].module.model.state_dict()
-    model, log = steps(task_of(folder, tmp_path / "moved", *options))
+    model, log = plain_steps(task_of(folder, tmp_path / "moved", *options))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
     assert moved == trained and len(log) == 2 and ("image" in log[1]) == (recipe in ("pretrain", "sft"))
@@ -144,7 +123,7 @@ def test_a_recipe_refuses_what_it_cannot_learn(folder: Path, tmp_path: Path) -> 
 def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> None:
     """An export after training with adapters is a plain model that computes what the trained one did."""
     task = task_of(folder, tmp_path, "lora={rank: 3, alpha: 5, dropout: 0.1}")
-    model, _ = steps(task)
+    model, _ = plain_steps(task)
     model.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     module = torch.nn.Module()
@@ -182,7 +161,7 @@ def test_adapters_start_at_nothing_and_from_the_seed() -> None:
 def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: Path) -> None:
     """Weights, sizes, text tokenizer and visual tokenizer: nothing else needs to be said."""
     first = task_of(folder, tmp_path / "one", "recipe=warmup", CHAT_ONLY)
-    model, _ = steps(first)
+    model, _ = plain_steps(first)
     module = torch.nn.Module()
     module.model = model
     first.export({"mllm": module}, tmp_path / "export")
@@ -194,7 +173,7 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
     assert all(torch.equal(value, expected[name]) for name, value in started.state_dict().items())
     ids = [task.text_tokenizer.encode("is there a green triangle?") for task in (first, second)]
     assert ids[0] == ids[1] and second.builder.config.image_token_id == first.builder.config.image_token_id
-    _, log = steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
+    _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
     assert log[1]["loss"] < log[0]["loss"] * 1.5
 
     for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
@@ -278,7 +257,7 @@ def test_a_mixture_with_documents(folder: Path, tmp_path: Path) -> None:
     alone = [task.load_batch([index], 3) for index in (5, 40, 2, 17)]
     for row, one in enumerate(alone):
         assert torch.equal(wanted["input_ids"][row][wanted["attention_mask"][row] == 1], one["input_ids"][0])
-    _, log = steps(task_of(folder, tmp_path / "three", *options), size=24)
+    _, log = plain_steps(task_of(folder, tmp_path / "three", *options), size=24)
     for record in log:
         assert sum(record[f"samples_{kind}"] for kind in KINDS) == 24 and record["image_z"] > 0
     assert all(record["samples_text"] > 0 for record in log)
@@ -309,3 +288,38 @@ def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight
         expected = (n * image + m * text) / (n + m) if normalisation == "tokens" else (image + text) / 2
     torch.testing.assert_close(metrics["loss"], expected.float(), rtol=1e-5, atol=1e-6)
     assert metrics["image_z"].item() == pytest.approx(float(sums.image_z / n), rel=1e-5) and metrics["image_z"] > 0
+
+
+# ---- the packaged settings
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "mllm"
+LADDERS = [(name, ("warmup", "pretrain", "sft")) for name in ("llama2_7b", "llama3_8b", "1b")]
+LADDERS.append(("llava_vicuna7b", ("align", "sft")))
+
+
+@pytest.mark.parametrize(("name", "ladder"), LADDERS, ids=[name for name, _ in LADDERS])
+def test_the_packaged_steps_follow_each_other(name: str, ladder: tuple[str, ...]) -> None:
+    """Every step has its recipe, begins with the export of the one before, and is one that can be trained."""
+    before = None
+    for step in ladder:
+        config = load_config(MllmTrainConfig, CONFIGS / f"{name}_{step}.yaml")
+        check_recipe(config)
+        assert config.recipe == ("llava_sft" if name.startswith("llava") and step == "sft" else step)
+        assert config.init_from == (f"{before}/export" if before else None)
+        assert config.data.pack and config.gradient_checkpointing and config.engine.precision == "autocast"
+        assert config.optimizer.lr == {"pretrain": 5e-5, "sft": 2e-5}.get(step, 1e-3)
+        before = config.output_dir
+
+
+@pytest.mark.parametrize("name", [f"{name}_{step}" for name, ladder in LADDERS for step in ladder])
+def test_each_opens_with_command_hardware_hours_and_figures(name: str) -> None:
+    """The hours are those of the FLOPs beside them at 40 % of the GPUs' peak."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    assert lines[1].startswith("# Command:   deepspeed ") and f"--config configs/mllm/{name}.yaml" in lines[1]
+    gpus, peak = re.fullmatch(r"# Hardware:  (\d+) GPUs of 80 GB \(peak (\d+e12) bf16.*", lines[3]).groups()
+    pattern = r"# Hours:     ([\d.]+) = FLOPs / \((.*)\), FLOPs = (.*) = (.*)"
+    hours, used, terms, flops = re.fullmatch(pattern, lines[4]).groups()
+    total = sum(math.prod(float(factor) for factor in term.split(" x ")) for term in terms.split(" + "))
+    assert used == f"0.4 x {peak} x {gpus} x 3600" and float(flops) == pytest.approx(total, rel=0.05)
+    assert float(hours) == pytest.approx(total / math.prod(map(float, used.split(" x "))), abs=0.051)
+    assert lines[5].startswith("# Expected:  not yet run")
