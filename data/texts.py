@@ -1,7 +1,7 @@
 """Documents without images, and when each one is its turn."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -69,13 +69,16 @@ class TextSource(BadSamples):
 
 def _line_starts(file: Path) -> np.ndarray:
     """Byte offsets of the lines that are not empty."""
-    starts, position = [], 0
-    with file.open("rb") as lines:
-        for line in lines:
-            if line.strip():
-                starts.append(position)
-            position += len(line)
-    return np.asarray(starts, dtype=np.int64)
+
+    def found() -> Iterator[int]:
+        position = 0
+        with file.open("rb") as lines:
+            for line in lines:
+                if line.strip():
+                    yield position
+                position += len(line)
+
+    return np.fromiter(found(), dtype=np.int64)
 
 
 class TextOrder:

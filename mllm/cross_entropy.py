@@ -58,7 +58,10 @@ def summed_losses(
 
 
 class TextHead(nn.Linear):
-    """The text head: logits, or with targets `[N]` for features `[N, D]` the sums of their losses."""
+    """The text head: logits, or with targets `[N]` for features `[N, D]` the sums of their losses.
+
+    "liger" leaves the squared logits at 0: text has no z-term.
+    """
 
     def forward(self, features: Tensor, targets: Tensor | None = None, method: str = "chunked") -> Any:
         if targets is None:
@@ -76,7 +79,7 @@ def _liger_sums(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Su
         dtype = torch.get_autocast_dtype(features_ND.device.type)
         features_ND, weight_VD = features_ND.to(dtype), weight_VD.to(dtype)
     found = loss(weight_VD, features_ND, targets_N)
-    return found.loss, found.token_accuracy * targets_N.numel(), found.loss.new_zeros(())
+    return found.loss, found.token_accuracy.detach() * targets_N.numel(), found.loss.new_zeros(())
 
 
 def choose_method(setting: str, device: torch.device) -> str:

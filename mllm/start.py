@@ -54,6 +54,8 @@ def set_attention(model: UniTokMLLM, setting: str, device: torch.device) -> None
             f"attention=flash needs a CUDA GPU (the run is on {device.type}) and flash-attn: install unitok[flash], or "
             "use attention=sdpa or flex"
         )
+    if setting == "flex" and device.type != "cuda":
+        raise ConfigError("attention=flex needs a CUDA GPU: on a CPU it has no backward pass; use attention=sdpa")
     if setting == "auto" and not flash:
         return  # what transformers gave it: sdpa, wherever a backbone has it
     name = {"auto": "flash_attention_2", "flash": "flash_attention_2", "flex": "flex_attention"}.get(setting, setting)

@@ -264,11 +264,21 @@ class MllmTask(Task):
         return metrics | {name: torch.tensor(number) for name, number in self._kinds.items()}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"visual_tokenizer": self.source.header["tokenizer"]}
+        return {
+            "visual_tokenizer": self.source.header["tokenizer"],
+            "num_texts": 0 if self.texts is None else len(self.texts),
+        }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on."""
-        saved, present = state["visual_tokenizer"], self.source.header["tokenizer"]
+        """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on, or
+        there are more or fewer documents, whose order would be another one."""
+        present = self.extra_state()
+        if state.get("num_texts", 0) != present["num_texts"]:
+            raise CheckpointError(
+                f"{self.config.output_dir}: the checkpoint was trained on {state.get('num_texts', 0)} documents, "
+                f"data.texts now holds {present['num_texts']}; resume with the same texts"
+            )
+        saved, present = state["visual_tokenizer"], present["visual_tokenizer"]
         if saved != present:
             raise CheckpointError(
                 f"{self.config.output_dir}: the checkpoint was trained on codes of visual tokenizer {saved}, "

@@ -1,5 +1,8 @@
 """How stage two computes a step: chunked cross-entropy, packing, the z-term, checkpointing, attention."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -114,6 +117,36 @@ def test_liger_asked_for_in_vain_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"liger needs a CUDA GPU \(the run is on cpu\).*unitok\[liger\]"):
         choose_method("liger", torch.device("cpu"))
     assert choose_method("auto", torch.device("cpu")) == "chunked"
+
+
+INTERPRETED = """
+import torch
+from unitok.mllm.cross_entropy import TextHead
+torch.manual_seed(0)
+head = TextHead(16, 40, bias=False)
+features, targets = torch.randn(13, 16, requires_grad=True), torch.randint(40, (13,))
+for autocast, tolerance in ((False, 1e-5), (True, 3e-2)):
+    found = {}
+    for method in ("plain", "liger"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, correct, _ = head(features, targets, method)
+        found[method] = (loss, correct, *torch.autograd.grad(0.3 * loss, (features, head.weight)))
+    for ours, expected in zip(found["liger"], found["plain"]):
+        assert (ours - expected).norm() <= tolerance * expected.norm(), (autocast, ours, expected)
+    assert all(gradient.dtype == torch.float32 for gradient in found["liger"][2:])
+loss, correct, _ = head(features[:0], targets[:0], "liger")
+assert loss == 0 and correct == 0 and loss.requires_grad
+print("equal")
+"""
+
+
+@pytest.mark.slow
+def test_liger_equals_plain_in_tritons_interpreter() -> None:
+    """The fused kernel is for GPUs; Triton interprets it here, in a process of its own."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed (unitok[liger])")
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    done = subprocess.run([sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "equal" in done.stdout, done.stderr[-2000:]
 
 
 # ---- the z-term
@@ -290,6 +323,23 @@ def test_attention_that_is_not_there_is_refused() -> None:
     model = make_mllm()
     with pytest.raises(ConfigError, match=r"attention=flash needs a CUDA GPU \(the run is on cpu\).*unitok\[flash\]"):
         set_attention(model, "flash", torch.device("cpu"))
-    for setting, name in (("auto", "sdpa"), ("flex", "flex_attention"), ("sdpa", "sdpa")):
+    with pytest.raises(ConfigError, match="attention=flex needs a CUDA GPU"):
+        set_attention(model, "flex", torch.device("cpu"))
+    for setting in ("auto", "sdpa"):
         set_attention(model, setting, torch.device("cpu"))
-        assert model.backbone.config._attn_implementation == name
+        assert model.backbone.config._attn_implementation == "sdpa"
+    set_attention(model, "flex", torch.device("cuda"))
+    assert model.backbone.config._attn_implementation == "flex_attention"
+
+
+@torch.no_grad()
+def test_flex_attention_masks_packed_rows_as_sdpa_does() -> None:
+    """Forward alone, and not compiled: it has no backward pass on a CPU."""
+    model = make_mllm()
+    sequences, codes = mixed_batch(model.config)
+    batch = packed(sequences, codes, 45)
+    expected = model.losses(**batch)
+    set_attention(model, "flex", torch.device("cuda"))
+    with torch.compiler.set_stance("force_eager"):
+        sums = model.losses(**batch)
+    torch.testing.assert_close(sums.text + sums.image, expected.text + expected.image, rtol=1e-5, atol=1e-5)

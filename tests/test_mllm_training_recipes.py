@@ -110,6 +110,18 @@ def test_two_steps_move_what_is_trained_and_nothing_else(folder: Path, tmp_path:
     assert moved == trained and len(log) == 2 and ("image" in log[1]) == (recipe in ("pretrain", "sft"))
 
 
+@pytest.mark.parametrize("recipe", TRAINED)
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi"])
+def test_other_families_train_by_every_recipe(folder: Path, tmp_path: Path, family: str, recipe: str) -> None:
+    options = [f"recipe={recipe}", f"backbone.config.model_type={family}", "data.pack=true"]
+    options.append(CHAT_ONLY if recipe in UNDERSTANDING else "lora={rank: 2, alpha: 4}")
+    model, log = plain_steps(task_of(folder, tmp_path, *options))
+    assert model.backbone.config.model_type == family and all(math.isfinite(record["loss"]) for record in log)
+    parts = set(counts(model))
+    expected = {part for part in EXPECTED[recipe] if recipe in UNDERSTANDING or part not in ("backbone", "lm_head")}
+    assert parts == expected | (set() if recipe in UNDERSTANDING else {"adapters"})
+
+
 def test_a_recipe_refuses_what_it_cannot_learn(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="recipe=warmup does not train the depth transformer, but data.mixture.text"):
         task_of(folder, tmp_path, "recipe=warmup")
@@ -261,6 +273,17 @@ def test_a_mixture_with_documents(folder: Path, tmp_path: Path) -> None:
     for record in log:
         assert sum(record[f"samples_{kind}"] for kind in KINDS) == 24 and record["image_z"] > 0
     assert all(record["samples_text"] > 0 for record in log)
+
+
+def test_a_run_goes_on_with_the_same_documents_only(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "fewer.txt").write_text("one document\n")
+    tasks = [
+        task_of(folder, tmp_path, EVERY_KIND, f"data.texts=[{name}]")
+        for name in (folder / "texts.jsonl", tmp_path / "fewer.txt")
+    ]
+    tasks[0].load_extra_state(tasks[0].extra_state())
+    with pytest.raises(CheckpointError, match="trained on 8 documents, data.texts now holds 1; resume with the same"):
+        tasks[1].load_extra_state(tasks[0].extra_state())
 
 
 def test_documents_need_files_and_a_share() -> None:
