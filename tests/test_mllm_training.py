@@ -332,6 +332,7 @@ def test_attention_that_is_not_there_is_refused() -> None:
     assert model.backbone.config._attn_implementation == "flex_attention"
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_attention_masks_packed_rows_as_sdpa_does() -> None:
     """Forward alone, and not compiled: it has no backward pass on a CPU."""
