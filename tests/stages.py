@@ -256,16 +256,3 @@ def out_of_phase(phases: Sequence[tuple[Kind, Kind]]) -> Callable[[Task], None]:
         task._load = load  # type: ignore[method-assign]
 
     return prepare
-
-
-def differences(log: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest relative difference of every logged value between two logs of the same steps and keys."""
-    assert [record["step"] for record in log] == [record["step"] for record in other]
-    worst: dict[str, float] = {}
-    for a, b in zip(log, other, strict=True):
-        assert a.keys() == b.keys(), (a["step"], a.keys() ^ b.keys())
-        for key in a:
-            gap = abs(a[key] - b[key])
-            # an accuracy that is 0 in one run and 1e-9 in the other is no difference
-            worst[key] = max(worst.get(key, 0.0), gap / max(abs(a[key]), abs(b[key]), 1e-6))
-    return worst
