@@ -1,7 +1,8 @@
 """Code shards: images as the tokenizer's codes, with their words. What stage two trains on.
 
-A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words)
-and `header.json`, written last, which says whose codes these are.
+A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words;
+on demand KEY.latents.npy, fp16 [L, C], the vectors before quantization) and `header.json`, written last, which says
+whose codes these are.
 """
 
 import io
@@ -25,11 +26,13 @@ from unitok.data.words import Words, load_json_object, words_from_json, words_to
 FORMAT_VERSION = 1
 HEADER_FILE = "header.json"
 HEADER_FIELDS = ("tokenizer", "num_codebooks", "codebook_size", "image_size", "num_positions")
+LATENT_WIDTH = "latent_width"  # a further field of shards with latents: their C
+LATENTS = "latents.npy"
 
 
 @dataclass
 class CodeSample:
-    """Codes int64 [K, L] of one image and what is said about it."""
+    """Codes int64 [K, L] of one image and what is said about it; fp16 `latents` [L, C] where they were asked for."""
 
     key: str
     codes: torch.Tensor
@@ -37,6 +40,7 @@ class CodeSample:
     questions: list[QA]
     conversations: list[Conversation]
     meta: dict[str, Any]
+    latents: torch.Tensor | None = None
 
 
 def write_codes(
@@ -49,7 +53,7 @@ def write_codes(
 
     Args:
         header: HEADER_FIELDS: "tokenizer" (fingerprint of the weights), "num_codebooks", "codebook_size",
-            "image_size", "num_positions".
+            "image_size", "num_positions"; with latents also LATENT_WIDTH.
 
     Raises:
         DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
@@ -67,7 +71,8 @@ def write_codes(
             count += 1
 
     write_shards(records(), out, max_per_shard, prefix="codes")
-    full = {"format_version": FORMAT_VERSION, **{name: header[name] for name in HEADER_FIELDS}, "count": count}
+    fields = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
+    full = {"format_version": FORMAT_VERSION, **{name: header[name] for name in fields}, "count": count}
     temporary = out / f".{HEADER_FILE}.tmp"
     temporary.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, out / HEADER_FILE)
@@ -77,15 +82,34 @@ def write_codes(
 def _record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
     codes = np.asarray(sample.codes)
     _check_codes(codes, header, sample.key)
-    buffer = io.BytesIO()
-    np.save(buffer, codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32))
+    codes = codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32)
+    latents = {}
+    if LATENT_WIDTH in header:
+        array = np.zeros(0, np.float16) if sample.latents is None else np.asarray(sample.latents, dtype=np.float16)
+        _check_latents(array, header, sample.key)
+        latents[LATENTS] = _npy(array)
     words = words_to_json(Words(sample.captions, sample.questions, sample.conversations, sample.meta))
     # Keys of other sources may hold dots or repeat; the number keeps members apart, the key itself travels inside.
     return {
         "__key__": f"{number:09d}",
-        "npy": buffer.getvalue(),
+        "npy": _npy(codes),
+        **latents,
         "json": json.dumps({"key": sample.key, "words": words}, ensure_ascii=False).encode("utf-8"),
     }
+
+
+def _npy(array: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def _check_latents(latents: np.ndarray, header: Mapping[str, Any], key: str) -> None:
+    expected = (header["num_positions"], header[LATENT_WIDTH])
+    if latents.shape != expected or latents.dtype != np.float16 or not np.isfinite(latents).all():
+        raise DataError(
+            f"latents of {key} are {latents.dtype} {latents.shape}; expected finite float16 [L, C] = {expected}"
+        )
 
 
 def _check_codes(codes: np.ndarray, header: Mapping[str, Any], key: str) -> None:
@@ -123,12 +147,21 @@ class CodeSource(BadSamples):
                     f"{self.folder}: {name} of the codes is {self.header.get(name)!r}, the tokenizer in use has "
                     f"{value!r}; encode the images again with it (unitok data codes)"
                 )
+        self.with_latents = False
         self.reader = ShardReader(self.folder)
         if len(self.reader) != self.header["count"]:
             raise DataError(
                 f"{self.folder} holds {len(self.reader)} samples, its header says {self.header['count']}; a shard is "
                 "missing or foreign: encode the images again"
             )
+
+    def read_latents(self) -> None:
+        """From now on samples come with their latents; DataError where the shards hold none."""
+        if LATENT_WIDTH not in self.header:
+            raise DataError(
+                f"{self.folder} holds codes without latents; encode the images again with unitok data codes --latents"
+            )
+        self.with_latents = True
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -137,15 +170,23 @@ class CodeSource(BadSamples):
         return self.reader.keys[index]
 
     def __getitem__(self, index: int) -> CodeSample:
-        members = self.reader.read(index)
+        members = self.reader.read(index, ("json", "npy", *([LATENTS] if self.with_latents else [])))
         sample = self._sample(index, members)
-        try:
-            codes = np.load(io.BytesIO(members["npy"]), allow_pickle=False)
-        except (KeyError, ValueError, EOFError) as error:
-            raise DataError(f"{self.folder}: codes of {sample.key} cannot be read ({type(error).__name__})") from None
+        codes = self._array(members, "npy", sample.key)
         _check_codes(codes, self.header, sample.key)
         sample.codes = torch.from_numpy(codes.astype(np.int64))
+        if self.with_latents:
+            latents = self._array(members, LATENTS, sample.key)
+            _check_latents(latents, self.header, sample.key)
+            sample.latents = torch.from_numpy(latents)
         return sample
+
+    def _array(self, members: Mapping[str, bytes], name: str, key: str) -> np.ndarray:
+        try:
+            return np.load(io.BytesIO(members[name]), allow_pickle=False)
+        except (KeyError, ValueError, EOFError) as error:
+            what = "latents" if name == LATENTS else "codes"
+            raise DataError(f"{self.folder}: {what} of {key} cannot be read ({type(error).__name__})") from None
 
     def text(self, index: int) -> CodeSample:
         """The sample with its words only: `codes` is empty."""

@@ -10,6 +10,7 @@ from unitok.tokenizer.configuration import QuantizerKind
 
 IGNORE = -100  # label of a text position that is not learnt
 EmbedderCache = Literal["consistent", "released"]
+VisualInput = Literal["codes", "quantized", "continuous"]
 _AT_LEAST_1 = (
     "num_codebooks", "codebook_size", "code_dim", "num_image_positions", "visual_width", "visual_num_heads",
     "depth_num_layers", "depth_width", "depth_num_heads", "depth_num_key_value_heads", "depth_intermediate_size"
@@ -29,6 +30,10 @@ class UniTokMLLMConfig(PretrainedConfig):
     the image stands where the turn names it, between the two marks only if `chat_image_marks`.
     `embedder_cache`: during generation the newest position's projection sees the whole prefix as in training
     ("consistent") or itself alone, as the released sampler does ("released").
+
+    `visual_input`, for measuring what discretisation costs: "codes" are projected causally, as generation needs it.
+    Models that only understand may read the visual tokenizer's own projection, with attention among all positions: of
+    the codes ("quantized"), or of the encoder's normalised vectors before quantization ("continuous").
     """
 
     model_type = "unitok_mllm"
@@ -62,6 +67,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         assistant_prefix: str = " ASSISTANT:",
         chat_image_marks: bool = False,
         embedder_cache: EmbedderCache = "consistent",
+        visual_input: VisualInput = "codes",
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -92,6 +98,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         self.assistant_prefix = assistant_prefix
         self.chat_image_marks = chat_image_marks
         self.embedder_cache = embedder_cache
+        self.visual_input = visual_input
         super().__init__(**kwargs)
         self._check()
 
@@ -123,7 +130,8 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"depth_num_heads={depth_heads} does not divide into "
                 f"depth_num_key_value_heads={self.depth_num_key_value_heads} groups"
             )
-        for name, kind in (("embedder_cache", EmbedderCache), ("quantizer", QuantizerKind)):
+        kinds = {"embedder_cache": EmbedderCache, "visual_input": VisualInput, "quantizer": QuantizerKind}
+        for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):
                 expected = " or ".join(map(repr, get_args(kind)))
                 raise ConfigError(f"{name}={getattr(self, name)!r}: expected {expected}")

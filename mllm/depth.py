@@ -7,8 +7,10 @@ Input of a position: `[hidden, embedding_0(code_0), ..., embedding_{K-2}(code_{K
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from unitok.mllm.configuration import UniTokMLLMConfig
+from unitok.mllm.cross_entropy import Sums, summed_losses
 
 
 def rope_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -77,8 +79,12 @@ class CodeHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_heads, codebook_size, width))
         self.bias = nn.Parameter(torch.zeros(num_heads, codebook_size))
 
-    def forward(self, x_NkD: Tensor, first: int = 0) -> Tensor:
-        """Logits `[N, k, V]` of the sub-codes number `first` and on."""
+    def forward(
+        self, x_NkD: Tensor, first: int = 0, targets_Nk: Tensor | None = None, method: str = "chunked"
+    ) -> Tensor | Sums:
+        """Logits `[N, k, V]` of the sub-codes number `first` and on; with targets the sums of their losses."""
+        if targets_Nk is not None:
+            return summed_losses(self.forward, x_NkD, targets_Nk, self.bias.shape[-1], method)
         if self.weight.shape[0] == 1:
             return F.linear(x_NkD, self.weight[0], self.bias[0])
         steps = slice(first, first + x_NkD.shape[1])
@@ -90,6 +96,7 @@ class DepthTransformer(nn.Module):
 
     def __init__(self, config: UniTokMLLMConfig) -> None:
         super().__init__()
+        self.gradient_checkpointing = False  # transformers sets it where it is wanted
         text = config.text_config
         width = config.depth_width or text.hidden_size
         heads = config.depth_num_heads or text.num_attention_heads
@@ -120,8 +127,15 @@ class DepthTransformer(nn.Module):
         x_NKD = torch.stack([part.to(inputs[0].dtype) for part in inputs], dim=1)
         cos, sin = rope_angles(self.num_codebooks, self.head_dim, self.rope_theta, x_NKD.device)
         for layer in self.layers:
-            x_NKD = layer(x_NKD, cos, sin, None, 0)
+            if self.gradient_checkpointing and self.training:
+                x_NKD = checkpoint(layer, x_NKD, cos, sin, None, 0, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x_NKD = layer(x_NKD, cos, sin, None, 0)
         return self.norm(x_NKD)
+
+    def losses(self, hidden_ND: Tensor, codes_NK: Tensor, method: str) -> Sums:
+        """Summed losses of all codes, their right guesses `[K]` and squared largest logits (see `cross_entropy`)."""
+        return self.head(self.features(hidden_ND, codes_NK), targets_Nk=codes_NK, method=method)
 
     def new_cache(self, count: int, like: Tensor) -> Tensor:
         """Empty keys and values of every layer, `[layers, 2, N, KV heads, K, d]`."""

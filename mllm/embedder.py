@@ -1,5 +1,8 @@
 """Codes to input vectors: codebook vectors -> causal attention projection -> MLP (Liquid-style projector).
 
+Models that only understand may read the tokenizer's own projection instead (`visual_input`): of codes, or of the
+vectors before quantization, its latents. Both are `[B, ., L]`, so a model treats them alike; latents are floats.
+
 B batch, K codebooks, L positions, V entries, C code channels, D model width.
 """
 
@@ -18,19 +21,20 @@ class CodeEmbedder(nn.Module):
 
     The codebooks are a buffer: they are the tokenizer's and stay as they are, so that codes keep their meaning.
     The projection has the shape of the tokenizer's projection out of the code space and is initialised from it, but
-    attends causally, because positions are generated one after the other.
+    attends causally, because positions are generated one after the other (unless `visual_input` says otherwise).
     """
 
     def __init__(self, config: UniTokMLLMConfig) -> None:
         super().__init__()
         self.num_codebooks = config.num_codebooks
         self.codebook_size = config.codebook_size
+        self.continuous = config.visual_input == "continuous"
         self.residual = config.quantizer == "residual"
         shape = (config.num_codebooks, config.codebook_size, config.code_dim)
         self.register_buffer("codebooks", torch.empty(shape))
-        self.projection = AttentionProjection(
-            config.code_width, config.visual_width, config.visual_num_heads, config.visual_mlp_ratio, causal=True
-        )
+        causal = config.visual_input == "codes"
+        sizes = (config.code_width, config.visual_width, config.visual_num_heads, config.visual_mlp_ratio)
+        self.projection = AttentionProjection(*sizes, causal)
         self.mlp = nn.Sequential(
             nn.LayerNorm(config.visual_width, eps=1e-6),
             nn.Linear(config.visual_width, config.hidden_size),
@@ -42,6 +46,16 @@ class CodeEmbedder(nn.Module):
             if config.image_position_embedding
             else None
         )
+
+    def latent_vectors(self, latents_BCL: Tensor) -> Tensor:
+        """Vectors `[B, L, C]` of latents; DataError where codes or another width are given."""
+        width = self.projection.proj.in_features
+        if not latents_BCL.is_floating_point() or latents_BCL.dim() != 3 or latents_BCL.shape[1] != width:
+            raise DataError(
+                f"{latents_BCL.dtype} of shape {list(latents_BCL.shape)}: a model with visual_input=continuous reads "
+                f"latents, floats [B, C={width}, L]"
+            )
+        return latents_BCL.transpose(1, 2).to(self.mlp[1].weight.dtype)
 
     def code_vectors(self, codes_BKL: Tensor) -> Tensor:
         """Vectors `[B, L, C]` as the tokenizer's own `code_vectors`; DataError when K does not fit."""
@@ -55,8 +69,10 @@ class CodeEmbedder(nn.Module):
         return self.codebooks.float() if self.residual else F.normalize(self.codebooks.float(), dim=-1)
 
     def forward(self, codes_BKL: Tensor, cache: ProjectionCache | None = None, start: int = 0) -> Tensor:
-        """Codes `[B, K, L]` -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of that code."""
-        vectors_BLD = self.mlp(self.projection(self.code_vectors(codes_BKL), cache))
+        """Codes `[B, K, L]` (or latents `[B, C, L]`) -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of
+        that code."""
+        vectors_BLC = self.latent_vectors(codes_BKL) if self.continuous else self.code_vectors(codes_BKL)
+        vectors_BLD = self.mlp(self.projection(vectors_BLC, cache))
         if self.positions is not None:
             end = start + codes_BKL.shape[2]
             if end > self.positions.shape[0]:

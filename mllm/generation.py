@@ -96,6 +96,8 @@ class CodeGenerationMixin:
         `seeds`: one per image; the same seed gives the same image whatever else is in the batch. None is 0 to B - 1:
         like everything here, it does not depend on a global generator.
         """
+        if self.config.visual_input != "codes":
+            raise UserError(f"this model only understands images (visual_input={self.config.visual_input})")
         num_positions = self.config.num_image_positions if num_positions is None else num_positions
         embedder_cache = embedder_cache or self.config.embedder_cache
         if num_positions < 1:

@@ -21,6 +21,7 @@ class LossSums(ModelOutput):
 
     text: Tensor | None = None
     image: Tensor | None = None
+    image_z: Tensor | None = None  # squares of the largest logit of every code
     num_text: Tensor | None = None
     num_image: Tensor | None = None
     text_correct: Tensor | None = None
@@ -40,39 +41,64 @@ def split_by_length(lengths: list[int]) -> list[list[int]]:
 class LossMixin:
     """`losses` of the unified model."""
 
+    cross_entropy = "chunked"  # see `unitok.mllm.cross_entropy`
+
     def losses(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor, codes: Tensor | None, learn_image: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        codes: Tensor | None,
+        learn_image: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
     ) -> LossSums:
-        """Summed cross-entropies of one right-padded batch.
+        """Summed cross-entropies of one batch, right-padded or packed.
 
         Args:
-            input_ids, attention_mask, labels: `[B, T]`; labels are not shifted, IGNORE where nothing is learnt.
+            input_ids, labels: `[B, T]`; labels are not shifted, IGNORE where nothing is learnt.
             codes: `[I, K, L]` of all images in order of appearance. learn_image: bool `[I]`, which of them to predict.
+            attention_mask: `[B, T]` of right-padded rows, of one sequence each.
+            position_ids: `[B, T]` of packed rows, in place of `attention_mask`: a sequence begins at every 0, is seen
+                by itself alone, and its first label is IGNORE.
         """
-        hidden_BTD = self._hidden_states(self.embed(input_ids, codes), attention_mask)
+        inputs_BTD = self.embed(input_ids, codes)
+        if position_ids is None:
+            hidden_BTD = self._hidden_states(inputs_BTD, attention_mask)
+        else:
+            hidden_BTD = self._packed_hidden_states(inputs_BTD, position_ids)
         targets_BT = labels[:, 1:]
         keep_BT = targets_BT != IGNORE
         # Only learnt positions go through the head. An empty selection still runs it, so that under ZeRO-3 every rank
         # gathers the same parameters whatever its batch holds.
-        text_targets = targets_BT[keep_BT]
-        text_logits = self.lm_head(hidden_BTD[:, :-1][keep_BT]).float()
-        text = F.cross_entropy(text_logits, text_targets, reduction="sum")
-        hidden_ND, codes_NK = self._image_targets(input_ids, hidden_BTD, codes, learn_image)
+        text, text_correct, _ = self.lm_head(hidden_BTD[:, :-1][keep_BT], targets_BT[keep_BT], self.cross_entropy)
+        hidden_ND, codes_NK = self._image_targets(input_ids, hidden_BTD, codes, learn_image, position_ids)
         num_positions = codes_NK.shape[0]
         if num_positions == 0:
             hidden_ND, codes_NK = hidden_BTD[:1, 0] * 0, codes_NK.new_zeros(1, self.config.num_codebooks)
-        logits_NKV = self.depth(hidden_ND, codes_NK).float()
-        image = F.cross_entropy(logits_NKV.flatten(0, 1), codes_NK.flatten(), reduction="sum")
-        correct_K = (logits_NKV.argmax(-1) == codes_NK).float().sum(0)
+        image, correct_K, image_z = self.depth.losses(hidden_ND, codes_NK, self.cross_entropy)
         factor = float(num_positions > 0)
         return LossSums(
             text=text,
             image=image * factor,
+            image_z=image_z * factor,
             num_text=keep_BT.sum(),
             num_image=torch.tensor(num_positions * self.config.num_codebooks, device=text.device),
-            text_correct=(text_logits.argmax(-1) == text_targets).float().sum(),
+            text_correct=text_correct,
             image_correct=correct_K * factor,
         )
+
+    def _packed_hidden_states(self, inputs_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
+        """The backbone's output of packed rows: from positions that start anew transformers makes block-diagonal masks.
+
+        flash-attn's kernels for sequences of different lengths want all of them in one row.
+        """
+        shape = inputs_BTD.shape
+        if self.backbone.config._attn_implementation.startswith("flash"):
+            inputs_BTD, position_ids_BT = inputs_BTD.flatten(0, 1)[None], position_ids_BT.flatten()[None]
+        hidden_BTD = self.backbone(
+            inputs_embeds=inputs_BTD, position_ids=position_ids_BT, use_cache=False
+        ).last_hidden_state
+        return hidden_BTD.view(shape)
 
     def _hidden_states(self, inputs_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """The backbone's output of a right-padded batch, with short and long rows run apart.
@@ -93,14 +119,23 @@ class LossMixin:
         return hidden_BTD
 
     def _image_targets(
-        self, input_ids: Tensor, hidden_BTD: Tensor, codes: Tensor | None, learn_image: Tensor
+        self,
+        input_ids: Tensor,
+        hidden_BTD: Tensor,
+        codes: Tensor | None,
+        learn_image: Tensor,
+        position_ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """Hidden states `[N, D]` that predict image positions (each one place before it) and their codes `[N, K]`."""
-        if codes is None:
+        if codes is None or codes.is_floating_point():
+            if bool(learn_image.any()):
+                raise DataError("images to learn without their codes: latents can be read only")
             empty = torch.zeros(0, self.config.num_codebooks, dtype=torch.long, device=input_ids.device)
             return hidden_BTD[:1, :0].flatten(0, 1), empty
         is_image_BT = self._placeholders(input_ids)
-        if bool(is_image_BT[:, 0].any()):
+        is_first_BT = torch.zeros_like(is_image_BT) if position_ids is None else position_ids == 0
+        is_first_BT[:, 0] = True
+        if bool((is_image_BT & is_first_BT).any()):
             raise DataError("a sequence begins with an image position: nothing stands before it to predict it from")
         learnt = learn_image.repeat_interleave(codes.shape[2])  # one flag per placeholder, in order of appearance
         wanted_BT = torch.zeros_like(is_image_BT).masked_scatter(is_image_BT, learnt)

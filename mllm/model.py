@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
+from unitok.mllm.cross_entropy import TextHead
 from unitok.mllm.depth import CodeHead, DepthTransformer
 from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
@@ -49,7 +50,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         self.backbone = AutoModel.from_config(config.text_config)
         self.embedder = CodeEmbedder(config)
         self.depth = DepthTransformer(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.lm_head = TextHead(config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -107,7 +108,14 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
             self.embedder.codebooks.copy_(tokenizer.quantizer.entries())
             source, target = tokenizer.post_quant_proj.state_dict(), self.embedder.projection.state_dict()
             shapes = [{name: list(value.shape) for name, value in state.items()} for state in (source, target)]
-            if shapes[0] == shapes[1]:
+            fits = shapes[0] == shapes[1]
+            if self.config.visual_input != "codes" and (not fits or tokenizer.config.projection_causal):
+                raise DataError(
+                    f"visual_input={self.config.visual_input} reads the visual tokenizer's own projection: it must be "
+                    "an attention projection that is not causal, with model.visual_width, visual_num_heads and "
+                    "visual_mlp_ratio as there"
+                )
+            if fits:
                 self.embedder.projection.load_state_dict(source)
             else:
                 odd = next(n for n in {**shapes[0], **shapes[1]} if shapes[0].get(n) != shapes[1].get(n))
@@ -129,7 +137,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
         is_image_BT = self._placeholders(input_ids)
-        if codes is not None:
+        if codes is not None and self.config.visual_input != "continuous":
             check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
         self._check_placeholders(is_image_BT.sum(dim=1).tolist(), codes)
         # A placeholder id may lie outside the vocabulary (released models); its text embedding is never used.

@@ -145,7 +145,7 @@ class UniTokPipeline:
         self._check_prompts(prompts, [messages[-1]["content"] for messages in conversations], max_new_tokens)
         input_ids, mask = pad_left(prompts, tokenizer.pad_token_id)
         device = self.model.device
-        codes = self.tokenizer.encode(self.processor.pixels(images).to(device)) if images else None
+        codes = self._read(images) if images else None
         output = self.model.generate(
             input_ids=input_ids.to(device),
             attention_mask=mask.to(device),
@@ -157,6 +157,13 @@ class UniTokPipeline:
         )
         answers = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
         return [answer.strip() for answer in answers]
+
+    def _read(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """What the model takes for images: codes `[I, K, L]`, or latents `[I, C, L]` where it reads those."""
+        pixels = self.processor.pixels(list(images)).to(self.model.device)
+        if self.model.config.visual_input == "continuous":
+            return self.tokenizer.latents(pixels).transpose(1, 2)
+        return self.tokenizer.encode(pixels)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 64) -> list[str]:
         """Short answers to one question about each image."""

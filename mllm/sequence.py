@@ -2,6 +2,8 @@
 
     text to image   bos  text suffix  boi  <img> * L  eoi eos          learnt: boi, the image's codes, eoi, eos
     caption         bos  boi  <img> * L  eoi  text  eos                learnt: text, eos
+    plain           bos  <img> * L  text newline                       learnt: text, newline
+    text            bos  text  eos                                     learnt: all
     chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answer, eos
 
 A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
@@ -78,6 +80,19 @@ class SequenceBuilder:
         sequence.add([self.config.end_image_id])
         return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
 
+    def plain(self, caption: str) -> Sequence:
+        """Image to text as LLaVA aligns with: a conversation of nothing but the image and the caption."""
+        return self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True)
+
+    def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
+        """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
+        behind the last. `eos` ends the last part only. Documents are not kept in memory as other texts are."""
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = [*self._encode(text), self.tokenizer.eos_token_id]
+        size = max_length - len(bos)
+        first = part % -(-len(ids) // size) * size
+        return Sequence().add([*bos, *ids[first : first + size]], learn=True)
+
     def chat(self, turns: SequenceOf[Turn], prompt: bool = False) -> Sequence:
         """A conversation of user and assistant turns in alternation.
 
@@ -125,12 +140,15 @@ class SequenceBuilder:
 
     def _text(self, text: str) -> list[int]:
         if text not in self._cache:
-            ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
-            marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
-            if marks & set(ids):
-                raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
-            self._cache[text] = ids
+            self._cache[text] = self._encode(text)
         return self._cache[text]
+
+    def _encode(self, text: str) -> list[int]:
+        ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+        marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
+        if marks & set(ids):
+            raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
+        return ids
 
     def _image(self, sequence: Sequence, learn: bool) -> Sequence:
         sequence.learn_image.append(learn)
@@ -176,6 +194,30 @@ def pad_right(sequences: SequenceOf[Sequence], pad_id: int) -> tuple[Tensor, Ten
         labels[row, :length] = torch.tensor(sequence.labels)
         mask[row, :length] = 1
     return input_ids, mask, labels
+
+
+def pack_right(
+    sequences: SequenceOf[Sequence], rows: SequenceOf[SequenceOf[int]], pad_id: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed `input_ids`, `position_ids`, `labels`, each `[B, T]`: row r holds the sequences `rows[r]`, end to end.
+
+    Positions count from 0 in every sequence. Padding has position 0 throughout, so that it is nobody's continuation.
+    What a sequence begins with has no label: it would be learnt from the end of the one before.
+    """
+    longest = max(sum(len(sequences[number].ids) for number in row) for row in rows)
+    input_ids = torch.full((len(rows), longest), pad_id, dtype=torch.long)
+    labels, position_ids = torch.full_like(input_ids, IGNORE), torch.zeros_like(input_ids)
+    for row, numbers in enumerate(rows):
+        start = 0
+        for number in numbers:
+            length = len(sequences[number].ids)
+            place = slice(start, start + length)
+            input_ids[row, place] = torch.tensor(sequences[number].ids)
+            labels[row, place] = torch.tensor(sequences[number].labels)
+            position_ids[row, place] = torch.arange(length)
+            labels[row, start] = IGNORE
+            start += length
+    return input_ids, position_ids, labels
 
 
 def pad_left(prompts: SequenceOf[SequenceOf[int]], pad_id: int) -> tuple[Tensor, Tensor]:

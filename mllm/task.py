@@ -1,95 +1,45 @@
-"""Stage two as a training task: mixed batches of text-to-image, captioning and chat over code shards."""
+"""Stage two as a training task: mixed batches of text-to-image, captioning, chat and text over code shards."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, NamedTuple
 
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from unitok.core.config import Config
-from unitok.core.distributed import all_reduce_sum_, world_size
+from unitok.core.distributed import all_reduce_sum_, training_device, world_size
 from unitok.core.errors import CheckpointError, DataError
-from unitok.core.optim import OptimizerConfig
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
-from unitok.core.run import TrainConfig, resumed_folder
+from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
-from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
-from unitok.mllm.configuration import IGNORE
+from unitok.data.packing import first_fit_decreasing
+from unitok.data.texts import TextOrder, TextSource
+from unitok.mllm.build import build_model, build_text_tokenizer
+from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
+from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
-from unitok.mllm.sequence import Sequence, SequenceBuilder, pad_right
+from unitok.mllm.recipes import check_recipe
+from unitok.mllm.sequence import Sequence, SequenceBuilder, pack_right, pad_right
+from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig
+from unitok.mllm.start import load_start, prepare_model
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
 
-
-class MixtureConfig(Config):
-    """Relative shares of the three tasks. A sample takes part in those that it has words for: captions for the first
-    two, questions or conversations for chat; one with none of them is a bad sample."""
-
-    text_to_image: float = Field(0.6, ge=0)
-    caption: float = Field(0.1, ge=0)
-    chat: float = Field(0.3, ge=0)
-
-    @model_validator(mode="after")
-    def _some_task(self) -> "MixtureConfig":
-        if self.text_to_image + self.caption + self.chat <= 0:
-            raise ValueError("text_to_image, caption and chat are all 0; give at least one of them a share")
-        return self
+_TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained on the data
 
 
-class MllmDataConfig(Config):
-    """Code shards of stage one and how samples become sequences.
+class Loaded(NamedTuple):
+    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them."""
 
-    `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
-    questions make one conversation, in words drawn anew if `paraphrase` (made for the shapes world: its rules spoil
-    other questions). Of an image's captions one is drawn with a chance that grows with its number of words to the power
-    `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read, have no words for the
-    mixture or more than `max_length` ids are left out and logged; a share of them above `max_bad_fraction` ends it.
-    """
-
-    codes: str = "runs/codes"
-    mixture: MixtureConfig = MixtureConfig()
-    unconditional: float = Field(0.1, ge=0, le=1)
-    caption_detail: float = Field(0.0, ge=0)
-    questions_per_image: int = Field(4, ge=1)
-    paraphrase: bool = False
-    max_length: int = Field(2048, ge=1)
-    max_bad_fraction: float = Field(0.01, ge=0, le=1)
-
-
-class SamplerDefaults(Config):
-    """How images are sampled unless told otherwise: `image_sampler` in the export's generation_config.json.
-
-    `depth_temperature` is that of all codes of a position but the first (null: `temperature`).
-    """
-
-    guidance_scale: float = Field(5.0, ge=0)
-    temperature: float = Field(0.9, gt=0)
-    top_k: int = Field(2048, ge=0)
-    top_p: float = Field(0.96, gt=0, le=1)
-    depth_temperature: float | None = Field(None, gt=0)
-
-
-class MllmTrainConfig(TrainConfig):
-    """Everything of a stage-two run. `tokenizer` is the folder of the visual tokenizer that made the codes."""
-
-    tokenizer: str = "runs/tokenizer/export"
-    model: UniTokMLLMSettings = UniTokMLLMSettings()
-    backbone: BackboneConfig = BackboneConfig()
-    data: MllmDataConfig = MllmDataConfig()
-    optimizer: OptimizerConfig = OptimizerConfig(lr=5e-5, weight_decay=0.0)
-    ema_decay: float | None = Field(None, ge=0, lt=1)
-    loss_normalisation: Literal["tokens", "modality"] = "tokens"
-    image_weight: float = Field(1.0, ge=0)
-    sampler: SamplerDefaults = SamplerDefaults()
-    gradient_checkpointing: bool = False
+    kind: Kind
+    codes: Tensor
+    sequence: Sequence
 
 
 class _LossForward(nn.Module):
@@ -111,12 +61,16 @@ class MllmTask(Task):
 
     name = "mllm"
     # places are told by the tokenizer's fingerprint in the codes' header and in the checkpoint
-    incidental = ("tokenizer", "data.codes", "data.max_bad_fraction", "gradient_checkpointing")
+    incidental = (
+        "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing"
+    )  # fmt: skip
     headline = ("loss", "image", "text")
 
     def __init__(self, config: MllmTrainConfig) -> None:
-        self.config = config
-        self.visual = load_model_folder(UniTok, config.tokenizer).eval().requires_grad_(False)
+        check_recipe(config)
+        self.config, data = config, config.data
+        folder = config.tokenizer if config.init_from is None else Path(config.init_from) / TOKENIZER_FOLDER
+        self.visual = load_model_folder(UniTok, folder).eval().requires_grad_(False)
         sizes = self.visual.config
         expected = {
             "tokenizer": fingerprint(self.visual),
@@ -125,7 +79,11 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        self.source = CodeSource(config.data.codes, expected, config.data.max_bad_fraction)
+        self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
+        self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
+        share = data.mixture.text / data.mixture.total
+        self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None
+        self._logged_kinds = [kind for kind in KINDS if getattr(data.mixture, kind) > 0]
         self.builder: SequenceBuilder | None = None
         self._counts: dict[str, float] = {}
 
@@ -136,23 +94,37 @@ class MllmTask(Task):
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config
-        settings = config.model
-        symbols = [text.strip() for text in (settings.user_prefix, settings.assistant_prefix) if text.strip()]
-        folder = Path(config.output_dir)
-        resumed = resumed_folder(config)
-        self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts, symbols, folder, resumed)
-        torch.manual_seed(derive_seed("mllm", config.seed))
-        model = build_model(settings, config.backbone, self.text_tokenizer, self.visual)
+        if config.init_from is not None:
+            model, self.text_tokenizer = load_start(config.init_from, self.visual)
+        else:
+            model = self._new_model()
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
         model.generation_config.image_sampler = config.sampler.model_dump()
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+        prepare_model(model, config, training_device(config.device))
+        self._look_at_shards(model.config)
         self.builder = SequenceBuilder(model.config, self.text_tokenizer)
         self.pad_id = self.text_tokenizer.pad_token_id
         return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
 
-    def _texts(self) -> list[str]:
-        """Everything that will be tokenized, for a text tokenizer trained on the data."""
+    def _look_at_shards(self, config: UniTokMLLMConfig) -> None:
+        """Ask for what the model reads: codes `[K, L]` or latents `[C, L]`."""
+        self.continuous = config.visual_input == "continuous"
+        if self.continuous:
+            self.source.read_latents()
+            self._no_images = torch.zeros(0, config.code_width, config.num_image_positions, dtype=torch.float16)
+        else:
+            self._no_images = torch.zeros(0, config.num_codebooks, config.num_image_positions, dtype=torch.int64)
+
+    def _new_model(self) -> UniTokMLLM:
+        config, settings = self.config, self.config.model
+        symbols = [text.strip() for text in (settings.user_prefix, settings.assistant_prefix) if text.strip()]
+        folder, resumed = Path(config.output_dir), resumed_folder(config)
+        self.text_tokenizer = build_text_tokenizer(config.backbone, self._words, symbols, folder, resumed)
+        torch.manual_seed(derive_seed("mllm", config.seed))
+        return build_model(settings, config.backbone, self.text_tokenizer, self.visual)
+
+    def _words(self) -> list[str]:
+        """Everything that will be tokenized (of documents a part), for a text tokenizer trained on the data."""
         settings = self.config.model
         texts = {settings.instruction_suffix, settings.unconditional_text, settings.system_prompt}
         for index in range(len(self.source)):
@@ -163,39 +135,63 @@ class MllmTask(Task):
                 rng = numpy_rng("words", index)
                 texts |= {paraphrase(question.question, rng) for question in sample.questions}
             texts |= {turn.content for conversation in sample.conversations for turn in conversation}
+        if self.texts is not None:
+            step = max(1, len(self.texts) // _TOKENIZER_DOCUMENTS)
+            texts |= {
+                self.texts.first_good(number, self.texts.__getitem__) for number in range(0, len(self.texts), step)
+            }
         return sorted(text.replace(IMAGE_MARK, " ").strip() for text in texts if text.strip())
 
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
-        """One right-padded batch; what each sample is used for depends on (seed, epoch, index) alone."""
-        pairs = [self.source.first_good(index, lambda i: self._read(i, epoch), always_bad=False) for index in indices]
-        samples, sequences = zip(*pairs, strict=True)
-        input_ids, attention_mask, labels = pad_right(sequences, self.pad_id)
-        images = [s.codes for s, q in zip(samples, sequences, strict=True) for _ in q.learn_image]
-        # conversations need not name their image: a batch may have none, and still runs through the whole model
-        codes = torch.stack(images) if images else samples[0].codes.new_zeros(0, *samples[0].codes.shape)
-        learn_image = torch.tensor([x for sequence in sequences for x in sequence.learn_image], dtype=torch.bool)
+        """One batch, right-padded or packed; what each place is used for depends on (seed, epoch, index) alone."""
+        loaded = [self._load(index, epoch) for index in indices]
+        sequences = [one.sequence for one in loaded]
+        if self.config.data.pack:
+            rows = first_fit_decreasing([len(one.ids) for one in sequences], self.config.data.max_length)
+            input_ids, position_ids, labels = pack_right(sequences, rows, self.pad_id)
+            layout = {"position_ids": position_ids}
+            loaded = [loaded[number] for row in rows for number in row]
+        else:
+            input_ids, mask, labels = pad_right(sequences, self.pad_id)
+            layout = {"attention_mask": mask}
+        # a batch may have no image (documents, conversations that name none), and still runs through the whole model
+        learn_image = [flag for one in loaded for flag in one.sequence.learn_image]
         return {
             "input_ids": input_ids,
-            "attention_mask": attention_mask,
+            **layout,
             "labels": labels,
-            "codes": codes,
-            "learn_image": learn_image,
+            "codes": torch.cat([one.codes for one in loaded]),
+            "learn_image": torch.tensor(learn_image, dtype=torch.bool),
+            "kinds": torch.tensor([sum(one.kind == kind for one in loaded) for kind in KINDS]),
         }
 
-    def _read(self, index: int, epoch: int) -> tuple[CodeSample, Sequence]:
+    def _load(self, index: int, epoch: int) -> Loaded:
+        turn = None if self.text_order is None else self.text_order.turn(index, epoch)
+        if turn is not None:
+            return self._document(*turn)
+        return self.source.first_good(index, lambda i: self._read(i, epoch), always_bad=False)
+
+    def _document(self, number: int, part: int) -> Loaded:
+        length = self.config.data.max_length
+        sequence = self.texts.first_good(number, lambda n: self.builder.text(self.texts[n], length, part))
+        return Loaded("text", self._no_images, sequence)
+
+    def _read(self, index: int, epoch: int) -> Loaded:
         """Sample `index` and what is learnt from it; DataError when it is bad."""
         sample = self.source[index]
-        sequence = self._sequence(sample, index, epoch)
+        kind, sequence = self._sequence(sample, index, epoch)
         if len(sequence.ids) > self.config.data.max_length:
             raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
-        return sample, sequence
+        image = sample.latents.T if self.continuous else sample.codes
+        return Loaded(kind, image.expand(len(sequence.learn_image), *image.shape), sequence)
 
-    def _sequence(self, sample: CodeSample, index: int, epoch: int) -> Sequence:
+    def _sequence(self, sample: CodeSample, index: int, epoch: int) -> tuple[Kind, Sequence]:
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
         shares = data.mixture
-        kinds = {
+        kinds: dict[Kind, float] = {
             "text_to_image": shares.text_to_image * bool(sample.captions),
             "caption": shares.caption * bool(sample.captions),
+            "plain": shares.plain * bool(sample.captions),
             "chat": shares.chat * bool(sample.questions or sample.conversations),
         }
         total = sum(kinds.values())
@@ -203,14 +199,14 @@ class MllmTask(Task):
             raise DataError(
                 f"{sample.key} has nothing for the tasks of data.mixture: no caption, question or conversation"
             )
-        kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
+        kind: Kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
         if kind == "chat":
-            return self.builder.chat(self._conversation(sample, rng))
+            return kind, self.builder.chat(self._conversation(sample, rng))
         weights = [len(text.split()) ** data.caption_detail for text in sample.captions]
         caption = sample.captions[int(rng.choice(len(weights), p=[weight / sum(weights) for weight in weights]))]
-        if kind == "caption":
-            return self.builder.caption(caption)
-        return self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))
+        if kind == "text_to_image":
+            return kind, self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))
+        return kind, self.builder.plain(caption) if kind == "plain" else self.builder.caption(caption)
 
     def _conversation(self, sample: CodeSample, rng: Any) -> list[Turn]:
         """One of the sample's conversations, or several of its questions one after the other."""
@@ -226,12 +222,13 @@ class MllmTask(Task):
         return turns
 
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
-        """Count learnt ids and codes of the whole step, over micro-batches and ranks."""
-        counts = torch.zeros(2, dtype=torch.float64)
+        """Count learnt ids and codes, and samples of each kind, of the whole step: over micro-batches and ranks."""
+        counts = torch.zeros(2 + len(KINDS), dtype=torch.float64)
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
             counts[1] += batch["learn_image"].sum() * batch["codes"].shape[1] * batch["codes"].shape[2]
-        text, image = all_reduce_sum_(counts).tolist()
+            counts[2:] += batch["kinds"]
+        text, image, *kinds = all_reduce_sum_(counts).tolist()
         # The engine averages over micro-batches and ranks; sums are scaled so that this gives sum / global count.
         self._counts = {
             "text": max(text, 1.0),
@@ -241,36 +238,47 @@ class MllmTask(Task):
             "has_image": image > 0,
             "has_text": text > 0,
         }
+        self._kinds = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if k in self._logged_kinds}
 
     def micro_step(
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
     ) -> dict[str, Tensor]:
-        engine, counts = engines["mllm"], self._counts
-        sums = engine(**{name: value.to(engine.device) for name, value in batch.items()})
-        text = sums.text * (counts["parts"] / counts["text"])
-        image = sums.image * (counts["parts"] / counts["image"])
-        weight = self.config.image_weight
-        if self.config.loss_normalisation == "tokens":
-            share = counts["share"]
-            loss = weight * share * image + (1 - share) * text
+        engine, counts, config = engines["mllm"], self._counts, self.config
+        inputs = {name: value for name, value in batch.items() if name != "kinds"}
+        sums = engine(**{name: value.to(engine.device) for name, value in inputs.items()})
+        per_id, per_code = counts["parts"] / counts["text"], counts["parts"] / counts["image"]
+        text, image, image_z = sums.text * per_id, sums.image * per_code, sums.image_z * per_code
+        image_loss = config.image_weight * (image + config.image_z_weight * image_z)
+        if config.loss_normalisation == "tokens":
+            loss = counts["share"] * image_loss + (1 - counts["share"]) * text
         else:
-            loss = (weight * image + text) / 2
+            loss = (image_loss + text) / 2
         engine.backward(loss)
         metrics = {"loss": loss.detach()}
         if counts["has_image"]:  # of the whole step, so all ranks and micro-batches log the same names
-            metrics["image"] = image.detach()
-            metrics["image_accuracy"] = sums.image_correct.sum() * (counts["parts"] / counts["image"])
+            metrics["image"], metrics["image_z"] = image.detach(), image_z.detach()
+            metrics["image_accuracy"] = sums.image_correct.sum() * per_code
         if counts["has_text"]:
             metrics["text"] = text.detach()
-            metrics["text_accuracy"] = sums.text_correct * (counts["parts"] / counts["text"])
-        return metrics
+            metrics["text_accuracy"] = sums.text_correct * per_id
+        return metrics | {name: torch.tensor(number) for name, number in self._kinds.items()}
 
     def extra_state(self) -> dict[str, Any]:
-        return {"visual_tokenizer": self.source.header["tokenizer"]}
+        return {
+            "visual_tokenizer": self.source.header["tokenizer"],
+            "num_texts": 0 if self.texts is None else len(self.texts),
+        }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
-        """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on."""
-        saved, present = state["visual_tokenizer"], self.source.header["tokenizer"]
+        """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on, or
+        there are more or fewer documents, whose order would be another one."""
+        present = self.extra_state()
+        if state.get("num_texts", 0) != present["num_texts"]:
+            raise CheckpointError(
+                f"{self.config.output_dir}: the checkpoint was trained on {state.get('num_texts', 0)} documents, "
+                f"data.texts now holds {present['num_texts']}; resume with the same texts"
+            )
+        saved, present = state["visual_tokenizer"], present["visual_tokenizer"]
         if saved != present:
             raise CheckpointError(
                 f"{self.config.output_dir}: the checkpoint was trained on codes of visual tokenizer {saved}, "
@@ -280,6 +288,6 @@ class MllmTask(Task):
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
         """Write the whole export folder: model, processor, visual tokenizer."""
         model = modules["mllm"].model
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=merged_state(model))
         UniTokProcessor(self.text_tokenizer, model.config, self.visual.config.image_size).save_pretrained(folder)
         self.visual.save_pretrained(folder / TOKENIZER_FOLDER)

@@ -2,24 +2,29 @@
 
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
-from tiny import make_tokenizer, text_tower
+from tiny import PlainEngine, make_tokenizer, text_tower
 from torch import Tensor
 
 from unitok.core.config import load_config
 from unitok.core.distributed import rank
 from unitok.core.loop import train
+from unitok.core.optim import parameter_groups
 from unitok.core.run import TrainConfig
 from unitok.core.runlog import read_log
 from unitok.core.sampling import SampleOrder
 from unitok.core.task import Task
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.data.source import open_source
-from unitok.mllm.task import MixtureConfig, MllmTask, MllmTrainConfig
+from unitok.mllm import UniTokMLLM
+from unitok.mllm.settings import KINDS, Kind, MixtureConfig
+from unitok.mllm.task import Loaded, MllmTask, MllmTrainConfig
 from unitok.tokenizer.extract import extract_codes
 from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
 
@@ -203,14 +208,51 @@ def mix_by_rank(task: Task) -> None:
     task._sequence = sequence  # type: ignore[method-assign]
 
 
-def differences(log: list[dict[str, Any]], other: list[dict[str, Any]]) -> dict[str, float]:
-    """Largest relative difference of every logged value between two logs of the same steps and keys."""
-    assert [record["step"] for record in log] == [record["step"] for record in other]
-    worst: dict[str, float] = {}
-    for a, b in zip(log, other, strict=True):
-        assert a.keys() == b.keys(), (a["step"], a.keys() ^ b.keys())
-        for key in a:
-            gap = abs(a[key] - b[key])
-            # an accuracy that is 0 in one run and 1e-9 in the other is no difference
-            worst[key] = max(worst.get(key, 0.0), gap / max(abs(a[key]), abs(b[key]), 1e-6))
-    return worst
+def task_of(folder: Path, out: Path, *options: str, file: str = "mllm.yaml") -> MllmTask:
+    """Stage two's task for a configuration file of `folder`, in one process."""
+    task = make_task("mllm", folder / file, out, 1, options)[0]
+    assert isinstance(task, MllmTask)
+    return task
+
+
+def plain_steps(task: MllmTask, count: int = 2, size: int = 8) -> tuple[UniTokMLLM, list[dict[str, float]]]:
+    """Steps of plain SGD in this process, without DeepSpeed; the model and the metrics of each."""
+    network = task.build()["mllm"]
+    torch.manual_seed(0)
+    engine = PlainEngine(network.module.train())
+    optimizer = torch.optim.SGD(parameter_groups(network.module, network.optimizer), lr=0.1)
+    log = []
+    for step in range(count):
+        batch = task.load_batch(list(range(step * size, (step + 1) * size)), 0)
+        task.prepare_step([batch], step)
+        optimizer.zero_grad()
+        metrics = task.micro_step({"mllm": engine}, batch, 0, step)
+        optimizer.step()
+        log.append({name: float(value) for name, value in metrics.items()})
+    return network.module.model, log
+
+
+def out_of_phase(phases: Sequence[tuple[Kind, Kind]]) -> Callable[[Task], None]:
+    """Stage two: of every micro-batch the first half is of one kind alone and the second of another, `phases` in turn.
+    Each of two ranks then sees a kind of its own; one process sees the same samples."""
+
+    def prepare(task: Task) -> None:
+        assert isinstance(task, MllmTask)
+        data, size, order = task.config.data, task.num_samples, SampleOrder(task.num_samples, task.config.seed)
+        free = data.mixture
+        assert size % GLOBAL_BATCH == 0 and set(chain(*phases)) <= {k for k in KINDS if getattr(free, k) > 0}
+
+        def load(index: int, epoch: int) -> Loaded:
+            position = next(p for p in range(epoch * size, (epoch + 1) * size) if order.index(p) == index)
+            kind = phases[position // GLOBAL_BATCH % len(phases)][position % GLOBAL_BATCH * 2 // GLOBAL_BATCH]
+            if kind == "text":
+                return task._document(index % len(task.texts), epoch)
+            data.mixture = MixtureConfig(**(dict.fromkeys(KINDS, 0.0) | {"text": free.text, kind: 1.0}))
+            loaded = task._read(index, epoch)
+            data.mixture = free
+            assert loaded.kind == kind
+            return loaded
+
+        task._load = load  # type: ignore[method-assign]
+
+    return prepare

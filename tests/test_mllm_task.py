@@ -11,7 +11,7 @@ from stages import make_task, write_configs
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.conversations import IMAGE_MARK, Turn
-from unitok.mllm.task import MixtureConfig
+from unitok.mllm.settings import MixtureConfig
 
 WORDLESS, WORDY = 3, 5
 
@@ -78,13 +78,13 @@ def test_detailed_captions_are_drawn_more_often(files: dict[str, Path], tmp_path
     for detail, share in ((0, 0.5), (2, 0.8)):
         options = ["data.mixture={text_to_image: 1, caption: 0, chat: 0}", f"data.caption_detail={detail}"]
         task = built(files, tmp_path / str(detail), *options, "data.unconditional=0")
-        lengths = [len(task._sequence(sample, 0, epoch).ids) for epoch in range(600)]
+        lengths = [len(task._sequence(sample, 0, epoch)[1].ids) for epoch in range(600)]
         assert len(set(lengths)) == 2
         assert abs(lengths.count(max(lengths)) / 600 - share) < 0.07
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match="text_to_image, caption and chat are all 0"):
+    with pytest.raises(ValueError, match="text_to_image, caption, plain, chat and text are all 0"):
         MixtureConfig(text_to_image=0, caption=0, chat=0)
 
 

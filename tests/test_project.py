@@ -101,7 +101,8 @@ def test_importing_the_models_needs_no_training_library():
     """torch, timm and transformers are enough to use a model."""
     code = (
         "import sys\n"
-        "blocked = ('deepspeed', 'webdataset', 'open_clip', 'torch_fidelity', 'lm_eval', 'sklearn', 'matplotlib')\n"
+        "blocked = ('deepspeed', 'webdataset', 'open_clip', 'torch_fidelity', 'lm_eval', 'sklearn', 'matplotlib',"
+        " 'peft', 'liger_kernel', 'torchao')\n"
         "sys.modules.update({name: None for name in blocked})\n"
         "import unitok.tokenizer, unitok.mllm\n"
         "from unitok.tokenizer import UniTok, UniTokConfig\n"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from equal_runs import check_equal, check_weights, differences, run_with_weights
 from ranks import run_ranks
 from safetensors.torch import load_file
 from stages import (
@@ -17,7 +18,6 @@ from stages import (
     STAGES,
     START,
     STEPS,
-    differences,
     make_task,
     mix_by_rank,
     run_stage,
@@ -60,7 +60,7 @@ def references(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
         for accumulation in (1, 2):
             options = ["ema_decay=null", f"engine.accumulation_steps={accumulation}"]
             arguments = (stage, files[stage], out / f"{stage}{accumulation}", 1, options, mix_by_rank)
-            logs[stage, accumulation] = run_ranks(1, _run_with_weights, *arguments)[0]
+            logs[stage, accumulation] = run_ranks(1, run_with_weights, *arguments)[0]
     return logs
 
 
@@ -75,88 +75,14 @@ def test_two_ranks_log_what_one_process_logs(
     options = ["ema_decay=null", f"engine.accumulation_steps={accumulation}"]
     options.append(f"engine.zero_stage={zero}")
     arguments = (stage, files[stage], tmp_path, 2, options, mix_by_rank)
-    log, weights = run_ranks(2, _run_with_weights, *arguments, timeout=300)[0]
+    log, weights = run_ranks(2, run_with_weights, *arguments, timeout=300)[0]
     assert len(log) == STEPS
-    _check_equal(log, expected)
-    _check_weights(weights, expected_weights)
+    check_equal(log, expected)
+    check_weights(weights, expected_weights)
     if stage == "tokenizer":
         present = [{"adversarial", "adversarial_weight", "discriminator"} <= record.keys() for record in log]
         assert present == [False] * START + [True] * (STEPS - START)
         assert {"contrastive", "entropy", "vq", "reconstruction", "grad_norm_discriminator"} <= log[-1].keys()
-
-
-Weights = dict[str, dict[str, Tensor]]  # "NETWORK first" and "NETWORK last" -> parameter -> value
-
-
-def _run_with_weights(
-    stage: str, file: Path, out: Path, world: int, options: list[str], prepare: Any = None
-) -> tuple[list, Weights]:
-    """The log, and the weights of every network before the first step and after the last."""
-    weights: Weights = {}
-
-    def remember(task: Any) -> None:
-        if prepare is not None:
-            prepare(task)
-        after_step, micro_step = task.after_step, task.micro_step
-
-        def take(when: str, modules: dict[str, nn.Module]) -> None:
-            for name, module in modules.items():
-                with whole_parameters(module):
-                    parameters = {k: p.detach().clone() for k, p in module.named_parameters() if p.requires_grad}
-                weights[f"{name} {when}"] = parameters
-
-        def before(engines: dict[str, Any], batch: Any, micro_index: int, step: int) -> dict[str, Tensor]:
-            if not weights:
-                take("first", {name: engine.module for name, engine in engines.items()})
-            return micro_step(engines, batch, micro_index, step)
-
-        def after(modules: dict[str, nn.Module], step: int) -> Any:
-            replaced = after_step(modules, step)
-            if step == STEPS - 1:
-                take("last", modules)
-            return replaced
-
-        task.micro_step, task.after_step = before, after
-
-    return run_stage(stage, file, out, world, options, prepare=remember), weights
-
-
-def _without_key_biases(parameters: dict[str, Tensor]) -> Tensor:
-    """All values in one vector, but for the biases of attention's keys, in the middle third of a joint bias.
-
-    They shift all scores of a query alike, which softmax does not see: their gradient is 0 but for rounding, and Adam
-    makes steps of full size from rounding (measured: 3e-4 of the norm of all weights, from 16 values).
-    """
-    kept = []
-    for name, value in parameters.items():
-        query, key, rest = value.tensor_split(3) if name.endswith(("qkv.bias", "in_proj_bias")) else (value, None, None)
-        kept += [query.flatten()] if key is None else [query, rest]
-    return torch.cat(kept)
-
-
-def _check_weights(weights: Weights, expected: Weights, of_the_way: float = 1e-4) -> None:
-    """Every network ends with the same weights: to 1e-4 of their norm, and `of_the_way` that they moved."""
-    assert weights.keys() == expected.keys() and weights
-    for name in {key.split()[0] for key in weights}:
-        assert weights[f"{name} last"].keys() == expected[f"{name} last"].keys()
-        ours, theirs, start = (
-            _without_key_biases(one)
-            for one in (weights[f"{name} last"], expected[f"{name} last"], expected[f"{name} first"])
-        )
-        gap, moved = float((ours - theirs).norm()), float((theirs - start).norm())
-        print(name, "gap", gap / float(theirs.norm()), "of the way", gap / moved)
-        assert gap < 1e-4 * float(theirs.norm()) and gap < of_the_way * moved, (name, gap, moved)
-
-
-def _check_equal(log: list[dict[str, Any]], expected: list[dict[str, Any]]) -> None:
-    """Every value to 1e-4, gradient norms to 1e-3.
-
-    These have kinks where a pixel meets its target: L1's gradient is the sign of a difference that rounding decides.
-    Measured with accumulation 2: 1.9e-4 from one step to the next, and at most 4e-7 with loss.l1=0.
-    """
-    found = differences(log, expected)
-    assert max(value for name, value in found.items() if not name.startswith("grad_norm")) < 1e-4, found
-    assert all(value < 1e-3 for name, value in found.items() if name.startswith("grad_norm")), found
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +92,7 @@ def everything(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory)
     for accumulation in (1, 2):
         options = [*EVERYTHING, f"engine.accumulation_steps={accumulation}"]
         found[accumulation] = run_ranks(
-            1, _run_with_weights, "tokenizer", files["tokenizer"], out / str(accumulation), 1, options
+            1, run_with_weights, "tokenizer", files["tokenizer"], out / str(accumulation), 1, options
         )[0]
     return found
 
@@ -178,9 +104,7 @@ def test_two_ranks_equal_one_process_with_every_loss(
 ) -> None:
     """Released discriminator, perceptual and distillation loss, augmentations, stochastic depth, revived codes."""
     options = [*EVERYTHING, f"engine.accumulation_steps={accumulation}", f"engine.zero_stage={zero}"]
-    log, weights = run_ranks(2, _run_with_weights, "tokenizer", files["tokenizer"], tmp_path, 2, options, timeout=500)[
-        0
-    ]
+    log, weights = run_ranks(2, run_with_weights, "tokenizer", files["tokenizer"], tmp_path, 2, options, timeout=500)[0]
     expected_log, expected = everything[accumulation]
     assert len(log) == STEPS
     assert {"lpips", "distill", "consistency", "accuracy_fake", "adversarial_weight"} <= log[-1].keys()
@@ -192,7 +116,7 @@ def test_two_ranks_equal_one_process_with_every_loss(
     loose = {name: found.pop(name) for name in list(found) if name.startswith("grad_norm") or name in EVERYTHING_LOOSE}
     assert max(found.values()) < 1e-4, found
     assert max(loose.values()) < 5e-3, loose
-    _check_weights(weights, expected, of_the_way=5e-2)  # the discriminator hardly moves at its low rate
+    check_weights(weights, expected, of_the_way=5e-2)  # the discriminator hardly moves at its low rate
 
 
 @pytest.mark.parametrize("zero", [2, 3])
@@ -202,7 +126,7 @@ def test_ranks_with_missing_captions(files: dict[str, Path], tmp_path: Path, zer
     one = run_ranks(1, run_stage, "tokenizer", files["tokenizer"], tmp_path / "one", 1, options, None, _drop_captions)
     options.append(f"engine.zero_stage={zero}")
     two = run_ranks(2, run_stage, "tokenizer", files["tokenizer"], tmp_path / "two", 2, options, None, _drop_captions)
-    _check_equal(two[0], one[0])
+    check_equal(two[0], one[0])
     assert len({record["contrastive"] for record in one[0]}) == 6 and min(r["contrastive"] for r in one[0]) > 0
 
 
@@ -445,4 +369,4 @@ def test_launchers(files: dict[str, Path], tmp_path: Path, stage: str, tool: str
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     log = read_log(tmp_path / "two" / "log.jsonl")
     assert len(log) == STEPS
-    _check_equal(log, alone)
+    check_equal(log, alone)

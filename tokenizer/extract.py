@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from unitok.data.codes import CodeSample, write_codes
+from unitok.data.codes import LATENT_WIDTH, CodeSample, write_codes
 from unitok.data.source import Source, good_samples
 from unitok.data.transforms import eval_transform
 from unitok.tokenizer.model import UniTok
@@ -25,8 +25,18 @@ def fingerprint(tokenizer: UniTok) -> str:
 
 
 @torch.no_grad()
-def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int = 64, progress: bool = True) -> Path:
-    """Encode every image of `source` and write code shards with their header into `out`."""
+def extract_codes(
+    tokenizer: UniTok,
+    source: Source,
+    out: Path,
+    batch_size: int = 64,
+    progress: bool = True,
+    latents: bool = False,
+) -> Path:
+    """Encode every image of `source` and write code shards with their header into `out`.
+
+    `latents`: with the vectors before quantization, for models that read those (`visual_input: continuous`).
+    """
     from tqdm import tqdm
 
     config = tokenizer.eval().config
@@ -39,9 +49,12 @@ def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int 
             pixels = torch.stack(
                 [eval_transform(sample.image, config.image_size, config.preprocess) for sample in batch]
             )
-            codes = tokenizer.encode(pixels.to(tokenizer.device)).cpu()
-            for sample, code in zip(batch, codes, strict=True):
-                yield CodeSample(sample.key, code, sample.captions, sample.questions, sample.conversations, sample.meta)
+            pixels = pixels.to(tokenizer.device)
+            codes = tokenizer.encode(pixels).cpu()
+            vectors = tokenizer.latents(pixels).half().cpu() if latents else [None] * len(batch)
+            for sample, code, vectors_LC in zip(batch, codes, vectors, strict=True):
+                words = (sample.captions, sample.questions, sample.conversations, sample.meta)
+                yield CodeSample(sample.key, code, *words, vectors_LC)
 
     header = {
         "tokenizer": fingerprint(tokenizer),
@@ -50,4 +63,6 @@ def extract_codes(tokenizer: UniTok, source: Source, out: Path, batch_size: int 
         "image_size": config.image_size,
         "num_positions": config.num_positions,
     }
+    if latents:
+        header[LATENT_WIDTH] = config.code_width
     return write_codes(samples(), out, header)

@@ -188,6 +188,13 @@ class UniTok(PreTrainedModel):
             return self.quantizer.encode(self.quant_proj(encoded_BLC.float()))
 
     @torch.no_grad()
+    def latents(self, pixels: Tensor) -> Tensor:
+        """What `encode` finds the nearest codes of: normalised vectors `[B, L, C]` in fp32, as `code_vectors` are."""
+        encoded_BLC = self._encoded(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            return self.quantizer.normalized(self.quant_proj(encoded_BLC.float()))
+
+    @torch.no_grad()
     def decode(self, codes: Tensor, image_shape: tuple[int, int] | None = None) -> Tensor:
         """Pixels `[B, 3, H, W]`, clamped to [-1, 1], of codes `[B, K, L]`; `image_shape` when not square."""
         with torch.autocast(codes.device.type, enabled=False):

@@ -80,6 +80,10 @@ class Quantizer(nn.Module):
         """Quantized vectors, scaled as fits entries of these codebooks."""
 
     @abstractmethod
+    def normalized(self, features_BLC: Tensor) -> Tensor:
+        """What is quantized of features `[B, L, C]`: the vectors `[B, L, C]` that code vectors stand for, in fp32."""
+
+    @abstractmethod
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         """Code vectors `[B, L, C]` of codes `[B, K, L]`; DataError when K or a code does not fit."""
 
@@ -182,6 +186,9 @@ class MultiCodebookQuantizer(Quantizer):
         check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
         return lookup(codes_BKL, self.entries())
 
+    def normalized(self, features_BLC: Tensor) -> Tensor:
+        return self._chunks(features_BLC).view(features_BLC.shape)
+
     def _chunks(self, features_BLC: Tensor) -> Tensor:
         """Normalised chunks `[N, K, D]`."""
         self._check_channels(features_BLC)
@@ -236,6 +243,9 @@ class ResidualQuantizer(Quantizer):
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
         return residual_lookup(codes_BKL, self.entries())
+
+    def normalized(self, features_BLC: Tensor) -> Tensor:
+        return self._vectors(features_BLC).view(features_BLC.shape)
 
     def _vectors(self, features_BLC: Tensor) -> Tensor:
         self._check_width(features_BLC, self.code_dim, "code_dim")

@@ -126,6 +126,9 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
     codes.add_argument("--out", required=True, metavar="DIR")
     codes.add_argument("--batch-size", type=positive_int, default=64)
+    codes.add_argument(
+        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
+    )
     codes.set_defaults(run=("data", "codes"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
     check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")

@@ -45,7 +45,7 @@ def codes(arguments: argparse.Namespace) -> int:
 
     source = open_source(arguments.shards)
     tokenizer = load_model_folder(UniTok, arguments.tokenizer)
-    out = extract_codes(tokenizer, source, Path(arguments.out), arguments.batch_size)
+    out = extract_codes(tokenizer, source, Path(arguments.out), arguments.batch_size, latents=arguments.latents)
     left_out = f" ({len(source.bad)} bad ones left out)" if source.bad else ""
     print(f"{len(source) - len(source.bad)} images encoded to {out}{left_out}")
     return 0

@@ -104,6 +104,11 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def training_device(device: str = "auto") -> torch.device:
+    """The kind of device that a setting "auto" (a GPU if there is one), "cpu" or "cuda" means here."""
+    return torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
+
+
 def init_distributed(device: str = "auto") -> torch.device:
     """Join the process group of the launcher (`deepspeed`, `torchrun`), or make one of a single rank.
 
@@ -113,7 +118,7 @@ def init_distributed(device: str = "auto") -> torch.device:
     # DeepSpeed chooses its accelerator once per process, when it is first imported
     if device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device=cuda, but torch finds no GPU here; use device=auto or device=cpu")
-    use_cuda = torch.cuda.is_available() and device != "cpu"
+    use_cuda = training_device(device).type == "cuda"
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if use_cuda else "cpu")
     import deepspeed
     import deepspeed.comm

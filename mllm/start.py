@@ -1,0 +1,66 @@
+"""What a stage-two run begins with: the export of the step before, and the model made ready for its recipe."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from unitok.core.errors import ConfigError
+from unitok.core.pretrained import load_model_folder
+from unitok.mllm.cross_entropy import choose_method
+from unitok.mllm.lora import add_adapters
+from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.pipeline import check_same_codes
+from unitok.mllm.processor import load_text_tokenizer
+from unitok.mllm.recipes import apply_recipe
+from unitok.mllm.settings import MllmTrainConfig
+from unitok.tokenizer import UniTok
+
+
+def load_start(folder: str | Path, visual: UniTok) -> tuple[UniTokMLLM, PreTrainedTokenizerBase]:
+    """Model (fp32) and text tokenizer of an export folder; `visual` is its visual tokenizer.
+
+    Raises CheckpointError for a folder of something else or with weights that do not all fit, UserError where model and
+    visual tokenizer do not belong together.
+    """
+    model = load_model_folder(UniTokMLLM, folder).float()
+    check_same_codes(model, visual)
+    return model, load_text_tokenizer(Path(folder))
+
+
+def prepare_model(model: UniTokMLLM, config: MllmTrainConfig, device: torch.device) -> None:
+    """Adapters, what trains, attention, cross-entropy and checkpointing as the settings say."""
+    visual_input = model.config.visual_input
+    if visual_input != "codes" and config.data.mixture.text_to_image > 0:
+        raise ConfigError(
+            f"visual_input={visual_input} is for understanding alone, but data.mixture.text_to_image is "
+            f"{config.data.mixture.text_to_image}; set it to 0"
+        )
+    set_attention(model, config.attention, device)
+    model.cross_entropy = choose_method(config.cross_entropy, device)
+    if config.lora is not None:
+        add_adapters(model.backbone, config.lora, config.seed)
+    apply_recipe(model, config.recipe)
+    if config.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+
+
+def set_attention(model: UniTokMLLM, setting: str, device: torch.device) -> None:
+    """Give the backbone the attention that the setting names; ConfigError where it cannot have it."""
+    flash = find_spec("flash_attn") is not None and device.type == "cuda"
+    if setting == "flash" and not flash:
+        raise ConfigError(
+            f"attention=flash needs a CUDA GPU (the run is on {device.type}) and flash-attn: install unitok[flash], or "
+            "use attention=sdpa or flex"
+        )
+    if setting == "flex" and device.type != "cuda":
+        raise ConfigError("attention=flex needs a CUDA GPU: on a CPU it has no backward pass; use attention=sdpa")
+    if setting == "auto" and not flash:
+        return  # what transformers gave it: sdpa, wherever a backbone has it
+    name = {"auto": "flash_attention_2", "flash": "flash_attention_2", "flex": "flex_attention"}.get(setting, setting)
+    try:
+        model.backbone.set_attn_implementation(name)
+    except (ValueError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"attention={setting}: not for this backbone ({reason})") from error

@@ -1,0 +1,348 @@
+"""What each recipe trains, adapters, starting from the export before, and documents without images."""
+
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from stages import COMMON, mllm_values, plain_steps, task_of
+from tiny import PlainEngine, make_mllm, random_codes
+
+from unitok.core.config import load_config
+from unitok.core.errors import CheckpointError, ConfigError, DataError
+from unitok.data.texts import TextOrder, TextSource
+from unitok.mllm import UniTokMLLM
+from unitok.mllm.lora import add_adapters, is_adapter, merged_state
+from unitok.mllm.recipes import TRAINED, apply_recipe, check_recipe
+from unitok.mllm.settings import KINDS, LoraConfig, MllmDataConfig, MllmTrainConfig
+
+CHAT_ONLY = "data.mixture={text_to_image: 0, caption: 1, chat: 1}"
+EVERY_KIND = "data.mixture={text_to_image: 2, caption: 1, plain: 1, chat: 2, text: 2}"
+UNDERSTANDING = ("warmup", "align", "llava_sft")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`mllm.yaml`, what it names, and `texts.jsonl`."""
+    folder = tmp_path_factory.mktemp("recipes")
+    (folder / "mllm.yaml").write_text(yaml.safe_dump(COMMON | mllm_values(folder) | {"output_dir": "unset"}))
+    documents = [{"text": f"the {number} th red circle is left of a blue square"} for number in range(7)]
+    documents.append({"text": "a green triangle " * 40})
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
+    return folder
+
+
+# ---- what trains
+
+
+def counts(model: UniTokMLLM) -> dict[str, int]:
+    """Trained parameters below each part."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "adapters" if is_adapter(name) else ".".join(name.split(".")[: 1 + name.startswith("embedder.")])
+            found[part] = found.get(part, 0) + parameter.numel()
+    return found
+
+
+# Of the tiny model: width 32, 50 words, K = 3, V = 16, 24 visual channels, 12 code channels.
+MLP = 2 * 24 + (24 + 1) * 32 + (32 + 1) * 32
+LLAMA_LAYER = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 40 + 2 * 32
+BACKBONE = 50 * 32 + 2 * LLAMA_LAYER + 32
+HEAD = 50 * 32
+DEPTH = 2 * 16 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 40 + 2 * 32) + 32 + 16 * 32 + 16
+PROJECTION = 2 * (2 * 12) + 2 * 24 + 12 * 72 + 2 * 24 + (24 + 1) * 24 + (12 + 1) * 24
+PROJECTION += 2 * 36 + 2 * (24 + 1) * 36 + (36 + 1) * 24 - 2 * 36 + 2 * 24
+EXPECTED = {
+    "warmup": {"embedder.mlp": MLP},
+    "pretrain": {"backbone": BACKBONE, "embedder.projection": PROJECTION, "embedder.mlp": MLP, "depth": DEPTH,
+                 "lm_head": HEAD},
+    "sft": {"backbone": BACKBONE, "embedder.projection": PROJECTION, "embedder.mlp": MLP, "depth": DEPTH,
+            "lm_head": HEAD},
+    "align": {"embedder.mlp": MLP},
+    "llava_sft": {"backbone": BACKBONE, "embedder.mlp": MLP, "lm_head": HEAD},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+def test_each_recipe_trains_so_many_parameters(recipe: Any) -> None:
+    model = make_mllm()
+    apply_recipe(model, recipe)
+    assert counts(model) == EXPECTED[recipe]
+    assert not any("codebook" in name for name, p in model.named_parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("recipe", ["sft", "llava_sft"])
+def test_adapters_take_the_place_of_backbone_and_text_head(recipe: Any) -> None:
+    model = make_mllm()
+    add_adapters(model.backbone, LoraConfig(rank=2, targets=["q_proj", "down_proj"]), seed=0)
+    apply_recipe(model, recipe)
+    expected = {part: n for part, n in EXPECTED[recipe].items() if part not in ("backbone", "lm_head")}
+    assert counts(model) == expected | {"adapters": 2 * 2 * (32 + 32 + 40 + 32)}
+    whole = make_mllm()
+    add_adapters(whole.backbone, LoraConfig(rank=1), seed=0)
+    names = {name.split(".")[-4] for name, _ in whole.named_parameters() if is_adapter(name)}
+    assert names == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+@pytest.mark.parametrize("lora", ["null", "{rank: 2, alpha: 4}"], ids=["full", "lora"])
+def test_two_steps_move_what_is_trained_and_nothing_else(folder: Path, tmp_path: Path, recipe: str, lora: str) -> None:
+    options = [f"recipe={recipe}", f"lora={lora}", "data.pack=true"]
+    if recipe in UNDERSTANDING:
+        options.append(CHAT_ONLY)
+    task = (
+        task_of(folder, tmp_path / "moved", *options) if lora == "null" or recipe not in ("warmup", "align") else None
+    )
+    if task is None:
+        with pytest.raises(ConfigError, match=f"recipe={recipe} does not train the backbone, so lora has no place"):
+            task_of(folder, tmp_path, *options)
+        return
+    start = task_of(folder, tmp_path / "moved", *options).build()["mllm"].module.model.state_dict()
+    model, log = plain_steps(task_of(folder, tmp_path / "moved", *options))
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    moved = {name for name, value in model.state_dict().items() if not torch.equal(value, start[name])}
+    assert moved == trained and len(log) == 2 and ("image" in log[1]) == (recipe in ("pretrain", "sft"))
+
+
+@pytest.mark.parametrize("recipe", TRAINED)
+@pytest.mark.parametrize("family", ["qwen2", "mistral", "phi"])
+def test_other_families_train_by_every_recipe(folder: Path, tmp_path: Path, family: str, recipe: str) -> None:
+    options = [f"recipe={recipe}", f"backbone.config.model_type={family}", "data.pack=true"]
+    options.append(CHAT_ONLY if recipe in UNDERSTANDING else "lora={rank: 2, alpha: 4}")
+    model, log = plain_steps(task_of(folder, tmp_path, *options))
+    assert model.backbone.config.model_type == family and all(math.isfinite(record["loss"]) for record in log)
+    parts = set(counts(model))
+    expected = {part for part in EXPECTED[recipe] if recipe in UNDERSTANDING or part not in ("backbone", "lm_head")}
+    assert parts == expected | (set() if recipe in UNDERSTANDING else {"adapters"})
+
+
+def test_a_recipe_refuses_what_it_cannot_learn(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="recipe=warmup does not train the depth transformer, but data.mixture.text"):
+        task_of(folder, tmp_path, "recipe=warmup")
+    with pytest.raises(ConfigError, match="lora.targets: 'w_proj' is no linear map of the backbone; it has down_proj"):
+        task_of(folder, tmp_path, "lora.targets=[w_proj]").build()
+
+
+# ---- adapters
+
+
+def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> None:
+    """An export after training with adapters is a plain model that computes what the trained one did."""
+    task = task_of(folder, tmp_path, "lora={rank: 3, alpha: 5, dropout: 0.1}")
+    model, _ = plain_steps(task)
+    model.eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    module = torch.nn.Module()
+    module.model = model
+    task.export({"mllm": module}, tmp_path / "export")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    loaded = UniTokMLLM.from_pretrained(tmp_path / "export").eval()
+    assert loaded.state_dict().keys() == merged_state(model).keys()
+    assert not any(is_adapter(name) or "base_layer" in name for name in loaded.state_dict())
+    codes = random_codes(model.config, 1, model.config.num_image_positions)
+    ids = torch.tensor([[2, *[model.config.image_token_id] * model.config.num_image_positions, 9, 10]])
+    with torch.no_grad():
+        outputs = [one(ids, codes=codes).logits for one in (model, loaded)]
+        model.load_state_dict({k: v * 0 if "lora_B" in k else v for k, v in before.items()})
+        without = model(ids, codes=codes).logits
+    torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
+    assert (without - outputs[0]).abs().max() > 1e-3
+
+
+def test_adapters_start_at_nothing_and_from_the_seed() -> None:
+    models = [make_mllm() for _ in range(4)]
+    for model, seed in zip(models[1:], (0, 0, 1), strict=True):
+        add_adapters(model.backbone, LoraConfig(rank=2), seed)
+    ids = torch.tensor([[2, 9, 10, 11]])
+    with torch.no_grad():
+        assert torch.equal(models[0](ids).logits, models[1](ids).logits)
+    states = [{k: v for k, v in model.state_dict().items() if is_adapter(k)} for model in models[1:]]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert any(not torch.equal(states[0][name], states[2][name]) for name in states[0])
+
+
+# ---- starting from the step before
+
+
+def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: Path) -> None:
+    """Weights, sizes, text tokenizer and visual tokenizer: nothing else needs to be said."""
+    first = task_of(folder, tmp_path / "one", "recipe=warmup", CHAT_ONLY)
+    model, _ = plain_steps(first)
+    module = torch.nn.Module()
+    module.model = model
+    first.export({"mllm": module}, tmp_path / "export")
+    values = COMMON | {"output_dir": "unset", "data": {"codes": str(folder / "codes"), "mixture": {"caption": 0.5}}}
+    (tmp_path / "next.yaml").write_text(yaml.safe_dump(values | {"init_from": str(tmp_path / "export")}))
+    second = task_of(tmp_path, tmp_path / "two", file="next.yaml")
+    started = second.build()["mllm"].module.model
+    expected = load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(value, expected[name]) for name, value in started.state_dict().items())
+    ids = [task.text_tokenizer.encode("is there a green triangle?") for task in (first, second)]
+    assert ids[0] == ids[1] and second.builder.config.image_token_id == first.builder.config.image_token_id
+    _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
+    assert log[1]["loss"] < log[0]["loss"] * 1.5
+
+    for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
+        with pytest.raises(ConfigError, match=f"init_from=.* and {option.split('=')[0].split('.')[0]} are both set"):
+            load_config(MllmTrainConfig, tmp_path / "next.yaml", [option])
+    with pytest.raises(CheckpointError, match="no such model folder"):
+        task_of(tmp_path, tmp_path / "four", f"init_from={tmp_path / 'nothing'}", file="next.yaml")
+
+
+# ---- documents
+
+
+def test_documents_have_their_turn_evenly() -> None:
+    """Every epoch gives equally many places; none comes again before all had their turn; pure in its arguments."""
+    order = TextOrder(num_samples=30, share=0.4, num_texts=5, seed=3)
+    turns = [order.turn(index, epoch) for epoch in range(4) for index in range(30)]
+    for epoch in range(4):
+        assert sum(turn is not None for turn in turns[epoch * 30 : epoch * 30 + 30]) == 12
+    shown = [turn for turn in turns if turn is not None]
+    assert len(set(shown)) == len(shown) == 48
+    numbers = [number for number, _ in shown]
+    assert {numbers.count(number) for number in range(5)} == {9, 10}
+    assert max(before for _, before in shown) == 9
+    again = TextOrder(30, 0.4, 5, 3)
+    assert [again.turn(index, 2) for index in (7, 3)] == [turns[67], turns[63]]
+    assert [TextOrder(30, 0.4, 5, 4).turn(index, 0) for index in range(30)] != turns[:30]
+
+
+def test_documents_are_read_from_lines(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.txt").write_text("first document\n\n  second, with é  \n")
+    source = TextSource([folder / "texts.jsonl", tmp_path / "more.txt"])
+    assert len(source) == 10 and source[8] == "first document" and source[9] == "second, with é"
+    assert source[1] == "the 1 th red circle is left of a blue square" and source.key(9).endswith("more.txt at byte 16")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"words": "x"}\n', "at byte 0: no readable text \\(KeyError\\); expected"),
+        ("a.jsonl", "no json\n", "no readable text \\(JSONDecodeError\\)"),
+        ("a.jsonl", '{"text": 5}\n', "the text is 5; expected words"),
+        ("a.txt", "\n\n", "no document in it"),
+        ("a.csv", "x\n", "expected texts as .jsonl or .txt"),
+    ],
+)
+def test_what_is_no_document_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(DataError, match=message):
+        TextSource([tmp_path / name])[0]
+    with pytest.raises(DataError, match="no such file of texts"):
+        TextSource([tmp_path / "none.txt"])
+
+
+def test_a_long_document_comes_in_parts(folder: Path, tmp_path: Path) -> None:
+    """Together they are the whole document, each behind a `bos`, all of it learnt; `eos` ends the last one alone."""
+    task = task_of(folder, tmp_path)
+    task.build()
+    tokenizer, text = task.text_tokenizer, "a green triangle " * 40
+    whole = [*tokenizer.encode(text, add_special_tokens=False), tokenizer.eos_token_id]
+    size = 20
+    count = -(-len(whole) // (size - 1))
+    parts = [task.builder.text(text, size, part) for part in range(count + 1)]
+    assert count > 3 and parts[0].ids == parts[count].ids
+    assert all(part.labels == part.ids and part.ids[0] == tokenizer.bos_token_id for part in parts)
+    assert [index for part in parts[:count] for index in part.ids[1:]] == whole
+
+
+def test_a_mixture_with_documents(folder: Path, tmp_path: Path) -> None:
+    """Shares are kept, batches depend on (seed, epoch, index) alone, and the log counts every kind."""
+    options = (EVERY_KIND, f"data.texts=[{folder / 'texts.jsonl'}]", "data.max_length=100")
+    task = task_of(folder, tmp_path / "one", *options)
+    task.build()
+    total = sum(task.load_batch(list(range(48)), epoch)["kinds"] for epoch in range(6))
+    shares = dict(zip(KINDS, (total / total.sum()).tolist(), strict=True))
+    assert shares["text"] == pytest.approx(12 / 48)
+    for kind, share in {"text_to_image": 0.25, "caption": 0.125, "plain": 0.125, "chat": 0.25}.items():
+        assert abs(shares[kind] - share) < 0.08
+    other = task_of(folder, tmp_path / "two", *options)
+    other.build()
+    wanted = other.load_batch([5, 40, 2, 17], 3)
+    alone = [task.load_batch([index], 3) for index in (5, 40, 2, 17)]
+    for row, one in enumerate(alone):
+        assert torch.equal(wanted["input_ids"][row][wanted["attention_mask"][row] == 1], one["input_ids"][0])
+    _, log = plain_steps(task_of(folder, tmp_path / "three", *options), size=24)
+    for record in log:
+        assert sum(record[f"samples_{kind}"] for kind in KINDS) == 24 and record["image_z"] > 0
+    assert all(record["samples_text"] > 0 for record in log)
+
+
+def test_a_run_goes_on_with_the_same_documents_only(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "fewer.txt").write_text("one document\n")
+    tasks = [
+        task_of(folder, tmp_path, EVERY_KIND, f"data.texts=[{name}]")
+        for name in (folder / "texts.jsonl", tmp_path / "fewer.txt")
+    ]
+    tasks[0].load_extra_state(tasks[0].extra_state())
+    with pytest.raises(CheckpointError, match="trained on 8 documents, data.texts now holds 1; resume with the same"):
+        tasks[1].load_extra_state(tasks[0].extra_state())
+
+
+def test_documents_need_files_and_a_share() -> None:
+    with pytest.raises(ValueError, match="documents need both"):
+        MllmDataConfig(texts=["a.txt"])
+    with pytest.raises(ValueError, match="documents need both"):
+        MllmDataConfig(mixture={"text": 1.0})
+
+
+@pytest.mark.parametrize("pack", ["false", "true"])
+@pytest.mark.parametrize("weight", [0.0, 0.5])
+@pytest.mark.parametrize("normalisation", ["tokens", "modality"])
+def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight: float, normalisation: str) -> None:
+    """(n_image (CE + w z) + n_text CE) / (n_image + n_text), or the mean of the two parts."""
+    options = [f"image_z_weight={weight}", f"loss_normalisation={normalisation}", f"data.pack={pack}"]
+    task = task_of(folder, tmp_path, *options)
+    model = task.build()["mllm"].module
+    batch = task.load_batch(list(range(8)), 0)
+    task.prepare_step([batch], 0)
+    metrics = task.micro_step({"mllm": PlainEngine(model)}, batch, 0, 0)
+    with torch.no_grad():
+        sums = model(**{name: value for name, value in batch.items() if name != "kinds"})
+        image = (sums.image + weight * sums.image_z) / sums.num_image
+        text, n, m = sums.text / sums.num_text, sums.num_image, sums.num_text
+        expected = (n * image + m * text) / (n + m) if normalisation == "tokens" else (image + text) / 2
+    torch.testing.assert_close(metrics["loss"], expected.float(), rtol=1e-5, atol=1e-6)
+    assert metrics["image_z"].item() == pytest.approx(float(sums.image_z / n), rel=1e-5) and metrics["image_z"] > 0
+
+
+# ---- the packaged settings
+
+CONFIGS = Path(__file__).parents[1] / "configs" / "mllm"
+LADDERS = [(name, ("warmup", "pretrain", "sft")) for name in ("llama2_7b", "llama3_8b", "1b")]
+LADDERS.append(("llava_vicuna7b", ("align", "sft")))
+
+
+@pytest.mark.parametrize(("name", "ladder"), LADDERS, ids=[name for name, _ in LADDERS])
+def test_the_packaged_steps_follow_each_other(name: str, ladder: tuple[str, ...]) -> None:
+    """Every step has its recipe, begins with the export of the one before, and is one that can be trained."""
+    before = None
+    for step in ladder:
+        config = load_config(MllmTrainConfig, CONFIGS / f"{name}_{step}.yaml")
+        check_recipe(config)
+        assert config.recipe == ("llava_sft" if name.startswith("llava") and step == "sft" else step)
+        assert config.init_from == (f"{before}/export" if before else None)
+        assert config.data.pack and config.gradient_checkpointing and config.engine.precision == "autocast"
+        assert config.optimizer.lr == {"pretrain": 5e-5, "sft": 2e-5}.get(step, 1e-3)
+        before = config.output_dir
+
+
+@pytest.mark.parametrize("name", [f"{name}_{step}" for name, ladder in LADDERS for step in ladder])
+def test_each_opens_with_command_hardware_hours_and_figures(name: str) -> None:
+    """The hours are those of the FLOPs beside them at 40 % of the GPUs' peak."""
+    lines = (CONFIGS / f"{name}.yaml").read_text().splitlines()
+    assert lines[1].startswith("# Command:   deepspeed ") and f"--config configs/mllm/{name}.yaml" in lines[1]
+    gpus, peak = re.fullmatch(r"# Hardware:  (\d+) GPUs of 80 GB \(peak (\d+e12) bf16.*", lines[3]).groups()
+    pattern = r"# Hours:     ([\d.]+) = FLOPs / \((.*)\), FLOPs = (.*) = (.*)"
+    hours, used, terms, flops = re.fullmatch(pattern, lines[4]).groups()
+    total = sum(math.prod(float(factor) for factor in term.split(" x ")) for term in terms.split(" + "))
+    assert used == f"0.4 x {peak} x {gpus} x 3600" and float(flops) == pytest.approx(total, rel=0.05)
+    assert float(hours) == pytest.approx(total / math.prod(map(float, used.split(" x "))), abs=0.051)
+    assert lines[5].startswith("# Expected:  not yet run")
