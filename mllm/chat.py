@@ -1,6 +1,6 @@
 """Answers in text: several conversations decoded together, and one whose keys and values are kept from turn to turn.
 
-Everything here works on ids and codes; `unitok.mllm.session` and `unitok.mllm.pipeline` turn texts and images into them.
+Everything here works on ids and codes; `unitok.mllm.session` and `unitok.mllm.pipeline` are about texts and images.
 
 B conversations (rows), T positions, D model width, V text vocabulary, I images of a conversation, K codebooks, L image
 positions.

@@ -139,9 +139,11 @@ class UniTokPipeline:
     ) -> list[str]:
         """Answers to several conversations, `batch_size` of them decoded together.
 
-        `sampling`: `do_sample`, `temperature`, `top_k`, `top_p` as in `TextSampling`; without them the likeliest answer.
+        `sampling`: `do_sample`, `temperature`, `top_k`, `top_p` of `TextSampling`; without them the likeliest answer.
         `seed`: one number (conversation i gets seed + i) or one each. An answer does not depend on the others.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: expected at least 1")
         rule, seeds = TextSampling(**sampling), _seeds(seed, len(conversations), "conversations")
         answers: list[str] = []
         for start in range(0, len(conversations), batch_size):
