@@ -241,11 +241,13 @@ class KeptConversation:
         known, images = 0, 0
         last = min(len(self._ids), len(prompt.ids) - 1)  # the last id is always fed: its logits begin the answer
         while known < last and self._ids[known] == prompt.ids[known]:
-            step = 1
-            if prompt.ids[known] == self.model.config.image_token_id:
-                if not _same_image(self._codes, prompt.codes, images):
-                    break
-                step, images = prompt.codes.shape[-1], images + 1
+            is_image = prompt.ids[known] == self.model.config.image_token_id
+            if is_image and not _same_image(self._codes, prompt.codes, images):
+                break
+            step = prompt.codes.shape[-1] if is_image else 1
+            if known + step > last:
+                break
+            images += is_image
             known += step
         if known == 0 or not self._rows.cut(known):
             self.reset()

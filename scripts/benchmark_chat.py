@@ -14,7 +14,7 @@ import torch
 
 from unitok.core.pretrained import load_model_folder
 from unitok.eval.results import print_table
-from unitok.eval.speed_chat import ChatWork, answer_speed, recorded_config
+from unitok.eval.speed_chat import ChatWork, answer_speed, recorded_model
 from unitok.mllm import UniTokMLLM
 
 HEADERS = ("way", "batch", "answer ids/s", "decode ids/s", "ratio", "same ids")
@@ -34,8 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the figures as JSON")
     arguments = parser.parse_args(argv)
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    model = load_model_folder(UniTokMLLM, arguments.model) if arguments.model else UniTokMLLM(recorded_config())
+    model = load_model_folder(UniTokMLLM, arguments.model) if arguments.model else recorded_model(arguments.seed)
     work = ChatWork(
         batch=arguments.batch,
         new_tokens=arguments.new_tokens,
