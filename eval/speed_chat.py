@@ -52,20 +52,19 @@ def recorded_model(seed: int = 0) -> UniTokMLLM:
 
 
 def random_prompts(config: UniTokMLLMConfig, work: ChatWork) -> list[Prompt]:
-    """Random ids that are no special ones, with one picture of random codes in each."""
+    """Random words around a picture of random codes; as in a chat, all prompts begin with the same words."""
     rng, marks = torch_rng("chat speed", work.seed), {config.begin_image_id, config.end_image_id, config.image_token_id}
     words = torch.tensor([index for index in range(config.text_config.vocab_size) if index not in marks])
     images = 1 if work.same_picture else work.batch
     codes = torch.randint(
         config.codebook_size, (images, config.num_codebooks, config.num_image_positions), generator=rng
     )
-    image = [config.image_token_id] * config.num_image_positions
-    prompts = []
-    for row in range(work.batch):
-        text = words[torch.randint(len(words), (work.text_ids,), generator=rng)].tolist()
-        ids = text[: work.text_ids_before_image] + image + text[work.text_ids_before_image :]
-        prompts.append(Prompt(ids, codes[row % images : row % images + 1]))
-    return prompts
+    texts = words[torch.randint(len(words), (work.batch, work.text_ids), generator=rng)].tolist()
+    before, picture = texts[0][: work.text_ids_before_image], [config.image_token_id] * config.num_image_positions
+    return [
+        Prompt(before + picture + text[len(before) :], codes[row % images : row % images + 1])
+        for row, text in enumerate(texts)
+    ]
 
 
 def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int = 5) -> list[dict[str, Any]]:
@@ -85,7 +84,7 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
         BASELINE: (generated, prompts, work.new_tokens),
         "chat, one at a time": (alone, prompts, work.new_tokens),
         f"chat, batch of {work.batch}": (together, prompts, work.new_tokens),
-        "plain loop without a cache": (recomputed, prompts[:1], work.plain_tokens),
+        "plain loop without a cache": (recomputed, prompts[:1], min(work.plain_tokens, work.new_tokens)),
     }
     whole, first, answers = (dict[str, float](), dict[str, float](), dict[str, Answers]())
     for _ in range(repeats):

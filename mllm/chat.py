@@ -105,58 +105,91 @@ class GrowingLayer(DynamicLayer):
 
 
 class TextRows:
-    """Left-padded rows inside the backbone: their keys and values, and how much of them is padding."""
+    """Rows of ids inside the backbone: their keys and values, and which positions are not padding."""
 
     def __init__(self, model: UniTokMLLM, room: int) -> None:
-        self.model, self.length = model, 0
-        self.padding_B1: Tensor | None = None  # None: no row is padded
+        self.model = model
+        self.mask_BT: Tensor | None = None  # True for what is no padding; None before the first pass
+        self.padded = False
         self.cache = DynamicCache(config=model.config.text_config)
         # Layers of another kind (sliding windows) stay what they are.
         self.cache.layers = [GrowingLayer(room) if type(one) is DynamicLayer else one for one in self.cache.layers]
+        self.plain = all(isinstance(one, GrowingLayer) for one in self.cache.layers)
         self._suppressed = torch.tensor(model.suppressed_ids(), dtype=torch.long, device=model.device)
 
     def start(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
-        """Feed the prompts; logits `[B, V]` of the first ids of their answers."""
-        input_ids, mask_BT = (one.to(self.model.device) for one in pad_left([one.ids for one in prompts], pad_id))
-        if not mask_BT.all():
-            self.padding_B1 = (mask_BT == 0).sum(dim=1, keepdim=True)
-        codes = [prompt.codes for prompt in prompts if prompt.codes is not None]
-        return self.feed(input_ids, torch.cat(codes) if codes else None)
+        """Feed the prompts; logits `[B, V]` of the first ids of their answers.
 
-    def feed(self, input_ids: Tensor, codes: Tensor | None = None) -> Tensor:
+        Questions about one picture share what stands before them, which then goes through the backbone once.
+        """
+        beginnings, owners = shared_beginnings(prompts, self.model.config.image_token_id)
+        # Padding between a beginning and its rest would count in a sliding window.
+        if len(beginnings) == len(prompts) or not self.plain:
+            return self._feed_padded(prompts, pad_id)
+        self._feed_padded(beginnings, pad_id)
+        self.select(owners)
+        lengths = [len(beginnings[owner].ids) for owner in owners]
+        rests = [Prompt(prompt.ids[length:]) for prompt, length in zip(prompts, lengths, strict=True)]
+        return self._feed_padded(rests, pad_id)
+
+    def _feed_padded(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
+        input_ids, mask_BT = (one.to(self.model.device) for one in pad_left([one.ids for one in prompts], pad_id))
+        codes = [prompt.codes for prompt in prompts if prompt.codes is not None]
+        return self.feed(input_ids, torch.cat(codes) if codes else None, mask_BT.bool())
+
+    def feed(self, input_ids: Tensor, codes: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
         """Append ids `[B, T]` and the codes of the images among them; text logits `[B, V]` after the last one, with
-        -inf for what no answer may hold."""
-        end = self.length + input_ids.shape[1]
-        columns = torch.arange(end, device=input_ids.device)
-        positions_BT, mask_BT = columns[self.length :].expand(len(input_ids), -1), None
-        if self.padding_B1 is not None:
-            positions_BT, mask_BT = (positions_BT - self.padding_B1).clamp(min=0), columns >= self.padding_B1
+        -inf for what no answer may hold. `mask_BT`: False for padding."""
+        new_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT
+        self.padded = self.padded or not (mask_BT is None or bool(mask_BT.all()))
+        now_BT = new_BT if self.mask_BT is None else torch.cat([self.mask_BT, new_BT], dim=1)
         with wide_products(input_ids):
             hidden_BTD = self.model.backbone(
                 inputs_embeds=self.model.embed(input_ids, codes),
-                attention_mask=mask_BT,
-                position_ids=positions_BT,
+                attention_mask=now_BT if self.padded else None,
+                position_ids=(now_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
                 past_key_values=self.cache,
                 use_cache=True,
             ).last_hidden_state
-        self.length = end
+        self.mask_BT = now_BT
         return self.model.lm_head(hidden_BTD[:, -1]).index_fill(-1, self._suppressed, -torch.inf)
 
-    def keep(self, rows: Sequence[int]) -> None:
-        """Drop all rows but these."""
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, each of which may be named several times."""
         index = torch.tensor(rows, device=self.model.device)
         self.cache.batch_select_indices(index)
-        self.padding_B1 = None if self.padding_B1 is None else self.padding_B1[index]
+        self.mask_BT = self.mask_BT[index]
 
     def cut(self, length: int) -> bool:
         """Forget all positions from `length` on; False where a layer has no way back."""
-        if not all(isinstance(layer, GrowingLayer) for layer in self.cache.layers):
-            lengths = {layer.get_seq_length() for layer in self.cache.layers}
-            return lengths == {length}
+        if not self.plain:
+            return {layer.get_seq_length() for layer in self.cache.layers} == {length}
         for layer in self.cache.layers:
             layer.cut(length)
-        self.length = length
+        self.mask_BT = self.mask_BT[:, :length]
         return True
+
+
+def shared_beginnings(prompts: Sequence[Prompt], image_id: int | None) -> tuple[list[Prompt], list[int]]:
+    """The different beginnings of the prompts, and the number of each prompt's own.
+
+    A beginning ends with the last picture (without one: after the first id). Where a prompt has nothing behind it, the
+    prompts themselves are given.
+    """
+    cuts = []
+    for prompt in prompts:
+        pictures = [place for place, one in enumerate(prompt.ids) if one == image_id]
+        cuts.append(pictures[-1] + 1 if pictures else 1)
+    if any(cut >= len(prompt.ids) for cut, prompt in zip(cuts, prompts, strict=True)):
+        return list(prompts), list(range(len(prompts)))
+    numbers: dict[tuple, int] = {}
+    beginnings, owners = [], []
+    for cut, prompt in zip(cuts, prompts, strict=True):
+        codes = None if prompt.codes is None else tuple(prompt.codes.flatten().tolist())
+        owners.append(numbers.setdefault((tuple(prompt.ids[:cut]), codes), len(numbers)))
+        if owners[-1] == len(beginnings):
+            beginnings.append(Prompt(prompt.ids[:cut], prompt.codes))
+    return beginnings, owners
 
 
 @torch.no_grad()
@@ -192,7 +225,7 @@ def generate_answers(
         if not going or step == max_new_tokens - 1:
             break
         if len(going) < len(owners):
-            rows.keep(going)
+            rows.select(going)
             owners, ids_B = [owners[row] for row in going], ids_B[going]
         logits_BV = rows.feed(ids_B.unsqueeze(1))
     return answers

@@ -80,6 +80,27 @@ def test_every_row_stops_at_its_own_end_and_costs_nothing_after_it(monkeypatch):
     assert generate_answers(model, prompts[:1], first, PAD, NEW) == [[]]
 
 
+@pytest.mark.parametrize("backbone", ["llama", "qwen2", "sliding"])
+def test_questions_about_one_picture_share_it(backbone, monkeypatch):
+    """Three questions about one picture, one about two, one about another picture, two about none."""
+    model = make_mllm(**BACKBONES[backbone])
+    one, other, more = random_codes(model.config, 4, L).split([1, 1, 2])
+    texts = [[BOS, *PICTURE, *rest] for rest in ([20], [21, 22, 23], [24, 25])]
+    prompts = [Prompt(ids, one) for ids in texts] + [Prompt(texts[0], other), Prompt(TEXTS[1], more)]
+    prompts += [Prompt([BOS, 27]), Prompt([BOS, 28, 29, 30])]
+    expected = generated(model, prompts, NEW)
+    assert len({tuple(answer) for answer in expected}) == len(prompts)
+    shapes = count_fed(model, monkeypatch)
+    assert together(model, prompts, NEW) == expected
+    if backbone == "sliding":  # padding within a row would shorten its window
+        assert shapes[0] == (7, len(TEXTS[1]))
+    else:
+        assert shapes[:2] == [(4, len(TEXTS[1]) - 4), (7, 4)]
+    # the same ids around other pictures are no shared beginning, and what ends with a picture stays whole
+    apart = [Prompt(texts[0], one), Prompt(texts[0], other), Prompt([BOS, *PICTURE], one)]
+    assert together(model, apart, NEW) == generated(model, apart, NEW)
+
+
 def test_answers_never_hold_an_image_mark():
     model = make_mllm()
     with torch.no_grad():
@@ -135,6 +156,11 @@ def test_a_drawn_answer_depends_on_its_own_prompt_and_seed_alone():
         assert fresh(model, prompt, sampling=rule, seeds=[seed]) == answer
         assert list(KeptConversation(model).answer(prompt, EOS, NEW, rule, seed)) == answer
     assert fresh(model, prompts[0], sampling=rule, seeds=[6]) != batch[0]
+    endless = generate_answers(model, prompts, None, PAD, NEW, rule, seeds)
+    end = endless[0][2]  # rows that have ended take nobody's random stream along
+    shorter = [answer[: answer.index(end)] if end in answer else answer for answer in endless]
+    assert len(shorter[0]) < max(map(len, shorter))
+    assert generate_answers(model, prompts, end, PAD, NEW, rule, seeds) == shorter
     cold = TextSampling(do_sample=True, temperature=1e-4)
     assert generate_answers(model, prompts, EOS, PAD, NEW, cold) == generate_answers(model, prompts, EOS, PAD, NEW)
 

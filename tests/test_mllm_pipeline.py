@@ -14,6 +14,7 @@ from unitok.core.errors import CheckpointError, UserError
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
+from unitok.scripts import benchmark_chat
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red"]
 BACKBONE = {
@@ -280,6 +281,15 @@ def test_wrong_requests_in_a_chat(pipe):
         pipe.chat([*ask("q"), {"role": "assistant", "content": "r"}])
     with pytest.raises(UserError, match="1 x <image> .* 0 images"):
         pipe.chat([{"role": "user", "content": "what is <image>?"}])
+
+
+def test_the_benchmark_compares_the_ways_of_answering(export, tmp_path, capsys):
+    size = ["--batch", "2", "--new-tokens", "3", "--repeats", "1", "--threads", str(torch.get_num_threads())]
+    assert benchmark_chat.main(["--model", str(export), *size, "--out", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["same_ids"] and row["answer_tokens_per_second"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(row["way"] in printed for row in rows)
 
 
 # ---- folders
