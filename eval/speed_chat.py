@@ -38,6 +38,11 @@ class ChatWork:
     same_picture: bool = False
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("batch", 1), ("new_tokens", 2), ("plain_tokens", 2)):
+            if getattr(self, name) < least:
+                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
+
 
 def recorded_model(seed: int = 0) -> UniTokMLLM:
     """Random weights in the sizes on which the reference code's speed was recorded (98 to 115 answer ids per second on

@@ -354,3 +354,5 @@ def test_speed_compares_equal_answers():
     assert torch.equal(prompts[0].codes, prompts[2].codes) and prompts[0].ids != prompts[2].ids
     with pytest.raises(UserError, match="reads 256"):
         answer_speed(model, ChatWork(text_ids=250))
+    with pytest.raises(UserError, match="new_tokens=1"):
+        ChatWork(new_tokens=1)

@@ -257,7 +257,7 @@ def test_a_conversation_on_the_terminal(pipe, tmp_path, monkeypatch, capsys):
     assert _converse(session, [picture()], max_new_tokens=6) == 0
     assert asked == [("two", 1), ("yes", 2), ("stop", 0), ("red", 0)]
     printed = capsys.readouterr()
-    assert printed.err.count("cannot read image") == 2
+    assert printed.err.count("cannot read image") == 1 and printed.err.count("name a file") == 1
     answers = [message["content"] for message in session.messages if message["role"] == "assistant"]
     assert len(answers) == 4 and printed.out == "".join(f"{answer}\n" for answer in [*answers, ""])
     lines = iter(["/reset", "two", KeyboardInterrupt])

@@ -97,6 +97,8 @@ def _converse(session: "ChatSession", images: list[Image.Image], max_new_tokens:
         turns = len(session.messages)
         try:
             if command == "/image":
+                if not rest.strip():
+                    raise UserError("/image: name a file, as in `/image photo.png`")
                 images.append(load_image(Path(rest.strip())))
             elif line == "/reset":
                 session.reset()
