@@ -163,7 +163,8 @@ class TextRows:
     def cut(self, length: int) -> bool:
         """Forget all positions from `length` on; False where a layer has no way back."""
         if not self.plain:
-            return {layer.get_seq_length() for layer in self.cache.layers} == {length}
+            layers = self.cache.layers
+            return all(isinstance(layer, DynamicLayer) and layer.get_seq_length() == length for layer in layers)
         for layer in self.cache.layers:
             layer.cut(length)
         self.mask_BT = self.mask_BT[:, :length]

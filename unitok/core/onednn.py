@@ -27,7 +27,7 @@ def wide_products(x: Tensor) -> AbstractContextManager[object]:
 class WideProducts(TorchFunctionMode):
     """Inside `with WideProducts():` linear layers of many rows in float32 on the CPU run in oneDNN, without gradients.
 
-    Anything else (few rows, another device or type, quantized weights, gradients wanted) runs as it would without.
+    Anything else (few rows, another device or type, quantized weights, autocast, gradients) runs as it would without.
     """
 
     def __torch_function__(
@@ -43,6 +43,7 @@ def _is_wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     return (
         torch.backends.mkldnn.is_available()
         and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
         and x.numel() >= LEAST_ROWS * x.shape[-1]
         and all(
             type(one) in (Tensor, torch.nn.Parameter) and one.dtype == torch.float32 and one.device.type == "cpu"
