@@ -220,11 +220,15 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
             inputs["codes"] = codes  # the first pass holds the whole prompt; later ones only new text
         return inputs
 
+    def suppressed_ids(self) -> list[int]:
+        """Ids of the vocabulary that no answer may hold: the marks of images."""
+        marks = (self.config.image_token_id, self.config.begin_image_id, self.config.end_image_id)
+        return [mark for mark in marks if mark is not None and 0 <= mark < self.config.text_config.vocab_size]
+
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """transformers' generate, with `codes` `[I, K, L]` of the prompts' images. Answers never hold an image mark: as
         text it would mean an image that is not there, also in the next turn."""
-        marks = (self.config.image_token_id, self.config.begin_image_id, self.config.end_image_id)
-        if present := [mark for mark in marks if mark is not None]:
+        if present := self.suppressed_ids():
             kwargs.setdefault("suppress_tokens", present)
         return super().generate(*args, **kwargs)
 

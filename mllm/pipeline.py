@@ -1,7 +1,8 @@
 """Everything a user needs from one export folder: pictures from text, and conversations about pictures."""
 
+import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ from unitok.core.errors import UserError
 from unitok.core.pretrained import check_model_folder, load_model_folder
 from unitok.data.conversations import IMAGE_MARK
 from unitok.data.transforms import to_pil
+from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.processor import UniTokProcessor, split_messages
 from unitok.mllm.sequence import pad_left
+from unitok.mllm.session import ChatSession, answer_text, text_deltas
 from unitok.tokenizer import UniTok
 
 _LOGGER = logging.getLogger(__name__)
@@ -23,11 +26,17 @@ TOKENIZER_FOLDER = "visual_tokenizer"
 
 
 class UniTokPipeline:
-    """Model, processor and visual tokenizer of an export folder. The tokenizer is loaded on first use and frozen."""
+    """Model, processor and visual tokenizer of an export folder. The tokenizer is loaded on first use and frozen.
 
-    def __init__(self, model: UniTokMLLM, processor: UniTokProcessor, tokenizer: UniTok | Path) -> None:
-        self.model, self.processor = model.eval(), processor
+    `image_cache_size`: of how many pictures of conversations the codes are kept.
+    """
+
+    def __init__(
+        self, model: UniTokMLLM, processor: UniTokProcessor, tokenizer: UniTok | Path, image_cache_size: int = 256
+    ) -> None:
+        self.model, self.processor, self.image_cache_size = model.eval(), processor, image_cache_size
         self._tokenizer_source, self._tokenizer = tokenizer, None
+        self._image_codes: dict[bytes, torch.Tensor] = {}  # by hash, the longest unused first
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "UniTokPipeline":
@@ -75,11 +84,7 @@ class UniTokPipeline:
         whatever the batch. Sampler settings default to the export's generation_config.json.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        if not isinstance(seed, Integral | Sequence):
-            raise UserError(f"seed={seed!r}: expected a whole number, or a list of one per prompt")
-        seeds = [int(seed) + i for i in range(len(prompts))] if isinstance(seed, Integral) else list(seed)
-        if len(seeds) != len(prompts):
-            raise UserError(f"{len(seeds)} seeds for {len(prompts)} prompts: give one seed, or one per prompt")
+        seeds = _seeds(seed, len(prompts), "prompts")
         given = {
             "guidance_scale": guidance_scale,
             "temperature": temperature,
@@ -119,19 +124,72 @@ class UniTokPipeline:
                     "%.200r has characters that the text tokenizer does not know; they are read as unknown", text
                 )
 
-    @torch.no_grad()
-    def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, **generate: Any) -> str:
-        """The assistant's answer to a conversation that ends with a user message."""
-        return self.chat_batch([messages], max_new_tokens, **generate)[0]
+    def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, seed: int = 0, **sampling: Any) -> str:
+        """The assistant's answer to a conversation that ends with a user message; see `chat_batch`."""
+        return self.chat_batch([messages], max_new_tokens, seed=seed, **sampling)[0]
 
     @torch.no_grad()
     def chat_batch(
-        self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int = 128, **generate: Any
+        self,
+        conversations: Sequence[list[dict[str, Any]]],
+        max_new_tokens: int = 128,
+        seed: int | Sequence[int] = 0,
+        batch_size: int = 32,
+        **sampling: Any,
     ) -> list[str]:
-        """Answers to several conversations at once; greedy unless `do_sample=True` and friends are given."""
+        """Answers to several conversations, `batch_size` of them decoded together.
+
+        `sampling`: `do_sample`, `temperature`, `top_k`, `top_p` of `TextSampling`; without them the likeliest answer.
+        `seed`: one number (conversation i gets seed + i) or one each. An answer does not depend on the others.
+        """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: expected at least 1")
+        rule, seeds = TextSampling(**sampling), _seeds(seed, len(conversations), "conversations")
+        answers: list[str] = []
+        for start in range(0, len(conversations), batch_size):
+            prompts = self._chat_prompts(conversations[start : start + batch_size], max_new_tokens)
+            answers += [
+                answer_text(self.processor.tokenizer, ids)
+                for ids in generate_answers(
+                    self.model,
+                    prompts,
+                    self.processor.tokenizer.eos_token_id,
+                    self.processor.tokenizer.pad_token_id,
+                    max_new_tokens,
+                    rule,
+                    seeds[start : start + batch_size],
+                )
+            ]
+        return answers
+
+    def stream_chat(
+        self,
+        messages: list[dict[str, Any]],
+        max_new_tokens: int = 128,
+        seed: int = 0,
+        kept: KeptConversation | None = None,
+        **sampling: Any,
+    ) -> Iterator[str]:
+        """The answer in pieces, as soon as their characters are complete; together they are what `chat` returns.
+
+        `kept`: a conversation whose beginning is in the backbone's cache (see `new_session`). Errors come when the
+        first piece is asked for.
+        """
+        rule = TextSampling(**sampling)
+        (prompt,) = self._chat_prompts([messages], max_new_tokens)
+        kept = kept or KeptConversation(self.model)
+        ids = kept.answer(prompt, self.processor.tokenizer.eos_token_id, max_new_tokens, rule, seed)
+        yield from text_deltas(self.processor.tokenizer, ids)
+
+    def new_session(self) -> ChatSession:
+        """A conversation over several turns, whose earlier turns stay in the backbone's cache."""
+        return ChatSession(self)
+
+    def _chat_prompts(self, conversations: Sequence[list[dict[str, Any]]], max_new_tokens: int) -> list[Prompt]:
+        """Ids and codes of each conversation; UserError when one cannot be asked."""
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens={max_new_tokens}: expected at least 1")
-        prompts, images = [], []
+        rows, images = [], []
         for messages in conversations:
             turns, own = split_messages(messages)
             if not turns or not turns[-1].content.strip():
@@ -139,49 +197,63 @@ class UniTokPipeline:
             marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)
             if marks != len(own):
                 raise UserError(f"{marks} x {IMAGE_MARK} in a conversation with {len(own)} images: expected as many")
-            prompts.append(self.processor.builder.chat(turns, prompt=True).ids)
-            images += own
-        tokenizer = self.processor.tokenizer
-        self._check_prompts(prompts, [messages[-1]["content"] for messages in conversations], max_new_tokens)
-        input_ids, mask = pad_left(prompts, tokenizer.pad_token_id)
-        device = self.model.device
-        codes = self._read(images) if images else None
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
-            attention_mask=mask.to(device),
-            codes=codes,
-            max_new_tokens=max_new_tokens,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            **({"do_sample": False, "temperature": None, "top_k": None, "top_p": None} | generate),
-        )
-        answers = tokenizer.batch_decode(output[:, input_ids.shape[1] :], skip_special_tokens=True)
-        return [answer.strip() for answer in answers]
+            rows.append(self.processor.builder.chat(turns, prompt=True).ids)
+            images.append(own)
+        self._check_prompts(rows, [messages[-1]["content"] for messages in conversations], max_new_tokens)
+        codes = self.image_codes([image for own in images for image in own])
+        prompts = []
+        for ids, own in zip(rows, images, strict=True):
+            prompts.append(Prompt(ids, torch.stack(codes[: len(own)]) if own else None))
+            codes = codes[len(own) :]
+        return prompts
 
-    def _read(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """What the model takes for images: codes `[I, K, L]`, or latents `[I, C, L]` where it reads those."""
-        pixels = self.processor.pixels(list(images)).to(self.model.device)
+    @torch.no_grad()
+    def image_codes(self, images: Sequence[Image.Image]) -> list[torch.Tensor]:
+        """Codes `[K, L]` (or latents `[C, L]`) of every image. Those of the last `image_cache_size` different pictures
+        are kept, by a hash of the pixels that the visual tokenizer sees."""
+        if not images:
+            return []
+        pixels_I3HW = self.processor.pixels(list(images))
+        keys = [hashlib.sha256(pixels.numpy().tobytes()).digest() for pixels in pixels_I3HW]
+        known = {key: self._image_codes.pop(key) for key in dict.fromkeys(keys) if key in self._image_codes}
+        new = {key: index for index, key in enumerate(keys) if key not in known}
+        if new:
+            codes_NKL = self._read(pixels_I3HW[list(new.values())].to(self.model.device))
+            known |= dict(zip(new, codes_NKL, strict=True))
+        self._image_codes |= known  # the newest stand last
+        for key in list(self._image_codes)[: max(0, len(self._image_codes) - self.image_cache_size)]:
+            del self._image_codes[key]
+        return [known[key] for key in keys]
+
+    def _read(self, pixels: torch.Tensor) -> torch.Tensor:
+        """What the model takes for pixels `[I, 3, H, W]`: codes `[I, K, L]`, or latents `[I, C, L]`."""
         if self.model.config.visual_input == "continuous":
             return self.tokenizer.latents(pixels).transpose(1, 2)
         return self.tokenizer.encode(pixels)
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 64) -> list[str]:
         """Short answers to one question about each image."""
-        answers: list[str] = []
-        for start in range(0, len(questions), batch_size):
-            pairs = zip(images[start : start + batch_size], questions[start : start + batch_size], strict=True)
-            conversations = [
-                [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
-                for image, question in pairs
-            ]
-            answers += self.chat_batch(conversations, max_new_tokens=16)
-        return answers
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
+            for image, question in zip(images, questions, strict=True)
+        ]
+        return self.chat_batch(conversations, max_new_tokens=16, batch_size=batch_size)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write model, processor and visual tokenizer into one export folder."""
         self.model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
         self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
+
+
+def _seeds(seed: int | Sequence[int], count: int, what: str) -> list[int]:
+    """One seed each: those given, or `seed` and the numbers after it."""
+    if not isinstance(seed, Integral | Sequence):
+        raise UserError(f"seed={seed!r}: expected a whole number, or a list of one for each of the {what}")
+    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+    if len(seeds) != count:
+        raise UserError(f"{len(seeds)} seeds for {count} {what}: give one seed, or one for each")
+    return seeds
 
 
 def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:

@@ -9,10 +9,12 @@ import torch
 from PIL import Image
 from tiny import make_text_tokenizer, make_tokenizer, roughen
 
+from unitok.commands.use import _converse
 from unitok.core.errors import CheckpointError, UserError
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
+from unitok.scripts import benchmark_chat
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red"]
 BACKBONE = {
@@ -136,6 +138,133 @@ def test_answers_in_a_batch_equal_answers_alone(pipe):
     assert all(isinstance(answer, str) and "<image>" not in answer for answer in together)
 
 
+def test_sampled_answers_have_seeds_of_their_own(pipe):
+    conversations = [ask("two"), ask("red", picture("blue")), ask("two")]
+    drawn = {"max_new_tokens": 8, "do_sample": True, "temperature": 2.0}
+    together = pipe.chat_batch(conversations, seed=[5, 6, 7], **drawn)
+    assert together == pipe.chat_batch(conversations, seed=5, batch_size=2, **drawn)
+    assert together[1] == pipe.chat(conversations[1], seed=6, **drawn) and together[0] != together[2]
+    assert "".join(pipe.stream_chat(conversations[1], seed=6, **drawn)) == together[1]
+    for options, message in (({"seed": [1]}, "1 seeds for 3"), ({"top_p": 2}, "top_p=2"), ({"batch_size": 0}, "=0")):
+        with pytest.raises(UserError, match=message):
+            pipe.chat_batch(conversations, **options)
+    assert pipe.chat_batch([]) == []
+
+
+def test_pieces_together_are_the_answer(pipe):
+    for conversation in (ask("what color is the circle?"), [{"role": "user", "content": "yes"}]):
+        pieces = list(pipe.stream_chat(conversation, max_new_tokens=20))
+        assert "".join(pieces) == pipe.chat(conversation, max_new_tokens=20)
+        assert len(pieces) > 2
+    with pytest.raises(UserError, match="empty question"):
+        next(pipe.stream_chat([]))
+
+
+def count_encoded(pipe, monkeypatch):
+    """How many pictures each call of the visual tokenizer encodes."""
+    counts, original = [], pipe.tokenizer.encode
+
+    def encode(pixels):
+        counts.append(len(pixels))
+        return original(pixels)
+
+    monkeypatch.setattr(pipe.tokenizer, "encode", encode)
+    return counts
+
+
+def test_a_picture_is_encoded_once(made, monkeypatch):
+    pipe = UniTokPipeline(made.model, made.processor, made.tokenizer, image_cache_size=2)
+    counts = count_encoded(pipe, monkeypatch)
+    red, blue, green = picture("red"), picture("blue"), picture("green")
+    first = pipe.image_codes([red, blue, red])
+    assert counts == [2] and torch.equal(first[0], first[2]) and not torch.equal(first[0], first[1])
+    again = pipe.image_codes([blue, red.copy()])
+    assert counts == [2] and torch.equal(again[0], first[1]) and torch.equal(again[1], first[0])
+    pipe.image_codes([green])  # the one unused for longest goes: blue
+    pipe.image_codes([red])
+    assert counts == [2, 1]
+    pipe.image_codes([blue])
+    assert counts == [2, 1, 1]
+    reference = made.tokenizer.encode(made.processor.pixels([red]))[0]
+    assert torch.equal(pipe.image_codes([red])[0], reference)
+    many = [picture((shade, 0, 0)) for shade in range(0, 250, 50)]
+    assert len(pipe.image_codes(many)) == 5, "more than are kept"
+    assert len({codes.numpy().tobytes() for codes in pipe.image_codes([red, blue, green])}) == 3
+    assert len(pipe._image_codes) == 2
+
+
+def test_a_session_answers_as_the_whole_conversation_does_and_feeds_only_what_is_new(pipe, monkeypatch):
+    counts, session, messages = count_encoded(pipe, monkeypatch), pipe.new_session(), []
+    turns = [("what color is the circle?", [picture("red")]), ("yes", []), ("two", [picture("blue"), picture("red")])]
+    for question, images in turns:
+        parts = [{"type": "image", "image": image} for image in images]
+        messages.append({"role": "user", "content": [*parts, {"type": "text", "text": question}]})
+        expected = pipe.chat(messages, max_new_tokens=6)
+        assert session.ask(question, images, max_new_tokens=6) == expected
+        messages.append({"role": "assistant", "content": expected})
+    assert session.messages == messages
+    assert sum(counts) <= 2, "red and blue, whoever asks"
+    # No id of a question or a picture is fed twice. Of each answer up to 6 ids are, and again as its text reads: a
+    # random model's ids are not those that its text is read as.
+    whole = len(pipe._chat_prompts([messages[:-1]], 6)[0].ids)
+    assert whole < session.kept.positions_fed <= whole + 3 * 6
+    session.reset()
+    assert session.messages == [] and session.ask("yes", max_new_tokens=6) == pipe.chat(
+        [{"role": "user", "content": "yes"}], max_new_tokens=6
+    )
+
+
+def test_a_turn_that_cannot_be_asked_is_forgotten_and_one_that_is_left_stays(pipe):
+    session = pipe.new_session()
+    session.ask("red", [picture()], max_new_tokens=4)
+    with pytest.raises(UserError, match="<image>"):
+        session.ask("what <image>?")
+    with pytest.raises(UserError, match="max_new_tokens"):
+        session.ask("two", max_new_tokens=0)
+    assert len(session.messages) == 2
+    stream = session.stream("two", max_new_tokens=20)
+    begun = next(stream)
+    stream.close()
+    assert session.messages[-1] == {"role": "assistant", "content": begun}
+    follow_up = [*session.messages, {"role": "user", "content": [{"type": "text", "text": "yes"}]}]
+    assert session.ask("yes", max_new_tokens=6) == pipe.chat(follow_up, max_new_tokens=6)
+
+
+def test_a_conversation_on_the_terminal(pipe, tmp_path, monkeypatch, capsys):
+    """Images in the middle, a new beginning, Ctrl-C within an answer, and one at the prompt."""
+    picture("blue").save(tmp_path / "blue.png")
+    session = pipe.new_session()
+    stream, asked = session.stream, []
+
+    def stopped_after_a_piece(question, images, **options):
+        asked.append((question, len(images)))
+        for piece in stream(question, images, **options):
+            yield piece
+            if question == "stop":
+                raise KeyboardInterrupt
+
+    def read(prompt=""):
+        line = next(lines)
+        if line is KeyboardInterrupt:
+            raise KeyboardInterrupt
+        return line
+
+    monkeypatch.setattr(session, "stream", stopped_after_a_piece)
+    monkeypatch.setattr("builtins.input", read)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    blue = f"/image {tmp_path / 'blue.png'}"
+    lines = iter(["two", blue, f"{blue}x", "/image", blue, "yes", "stop", "red", KeyboardInterrupt, "never read"])
+    assert _converse(session, [picture()], max_new_tokens=6) == 0
+    assert asked == [("two", 1), ("yes", 2), ("stop", 0), ("red", 0)]
+    printed = capsys.readouterr()
+    assert printed.err.count("cannot read image") == 1 and printed.err.count("name a file") == 1
+    answers = [message["content"] for message in session.messages if message["role"] == "assistant"]
+    assert len(answers) == 4 and printed.out == "".join(f"{answer}\n" for answer in [*answers, ""])
+    lines = iter(["/reset", "two", KeyboardInterrupt])
+    _converse(session, [picture()], max_new_tokens=6)
+    assert asked[-1] == ("two", 0) and len(session.messages) == 2
+
+
 def test_answer_is_chat_about_one_image_each(pipe):
     images, questions = [picture("red"), picture("blue")], ["what color is the circle?", "two"]
     expected = [pipe.chat(ask(q, i), max_new_tokens=16) for i, q in zip(images, questions, strict=True)]
@@ -152,6 +281,15 @@ def test_wrong_requests_in_a_chat(pipe):
         pipe.chat([*ask("q"), {"role": "assistant", "content": "r"}])
     with pytest.raises(UserError, match="1 x <image> .* 0 images"):
         pipe.chat([{"role": "user", "content": "what is <image>?"}])
+
+
+def test_the_benchmark_compares_the_ways_of_answering(export, tmp_path, capsys):
+    size = ["--batch", "2", "--new-tokens", "3", "--repeats", "1", "--threads", str(torch.get_num_threads())]
+    assert benchmark_chat.main(["--model", str(export), *size, "--out", str(tmp_path / "speed.json")]) == 0
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert len(rows) == 4 and all(row["same_ids"] and row["answer_tokens_per_second"] > 0 for row in rows)
+    printed = capsys.readouterr().out
+    assert all(row["way"] in printed for row in rows)
 
 
 # ---- folders

@@ -2,13 +2,18 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from unitok.core.errors import UserError
 from unitok.data.transforms import IMAGE_EXTENSIONS
+
+if TYPE_CHECKING:
+    from unitok.mllm.session import ChatSession
 
 
 def reconstruct(arguments: argparse.Namespace) -> int:
@@ -63,34 +68,59 @@ def chat(arguments: argparse.Namespace) -> int:
 
     if arguments.question is not None and not arguments.question.strip():
         raise UserError("empty question: say what you want to know")
-    parts = [{"type": "image", "image": load_image(Path(name))} for name in arguments.image]
-    pipeline = UniTokPipeline.from_pretrained(arguments.model)
-    messages: list[dict] = []
-
-    def ask(question: str) -> str:
-        # Images stand in the first turn, as in training.
-        content = (parts if not messages else []) + [{"type": "text", "text": question}]
-        messages.append({"role": "user", "content": content})
-        answer = pipeline.chat(messages, max_new_tokens=arguments.max_new_tokens)
-        messages.append({"role": "assistant", "content": answer})
-        return answer
-
+    images = [load_image(Path(name)) for name in arguments.image]
+    session = UniTokPipeline.from_pretrained(arguments.model).new_session()
     if arguments.question is not None:
-        print(ask(arguments.question))
+        _print_answer(session.stream(arguments.question, images, max_new_tokens=arguments.max_new_tokens))
         return 0
-    prompt = "you: " if sys.stdin.isatty() else ""
+    return _converse(session, images, arguments.max_new_tokens)
+
+
+def _converse(session: "ChatSession", images: list[Image.Image], max_new_tokens: int) -> int:
+    """Questions from the standard input until it ends. Images wait for the next question, before whose text they stand.
+
+    Lines of their own: `/image FILE` adds an image, `/reset` begins a new conversation. Ctrl-C stops an answer, which
+    then stays as far as it got; at the prompt it ends the conversation.
+    """
+    from unitok.data.transforms import load_image
+
+    terminal = sys.stdin.isatty()
+    if terminal:
+        print("/image FILE adds an image, /reset begins anew, Ctrl-C stops an answer, Ctrl-D leaves", file=sys.stderr)
     while True:
         try:
-            question = input(prompt).strip()
-        except EOFError:
+            line = input("you: " if terminal else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            print(end="\n" if terminal else "")
             return 0
-        if not question:
-            continue
+        command, _, rest = line.partition(" ")
+        turns = len(session.messages)
         try:
-            print(ask(question), flush=True)
+            if command == "/image":
+                if not rest.strip():
+                    raise UserError("/image: name a file, as in `/image photo.png`")
+                images.append(load_image(Path(rest.strip())))
+            elif line == "/reset":
+                session.reset()
+                images.clear()
+            elif line:
+                _print_answer(session.stream(line, images, max_new_tokens=max_new_tokens))
         except UserError as error:  # one bad line does not end the conversation
-            messages.pop()
             print(f"unitok: error: {error}", file=sys.stderr, flush=True)
+        except KeyboardInterrupt:
+            if not terminal:
+                raise
+            print(flush=True)
+        if len(session.messages) > turns:  # asked, also where the answer was stopped
+            images.clear()
+
+
+def _print_answer(deltas: Generator[str, None, None]) -> None:
+    """The pieces of an answer as they come, then the end of the line."""
+    with closing(deltas):  # so that an answer that is stopped is put on record at once
+        for delta in deltas:
+            print(delta, end="", flush=True)
+    print(flush=True)
 
 
 def output_files(out: str | None, names: Sequence[str]) -> list[Path]:

@@ -1,0 +1,302 @@
+"""Answers in text: several conversations decoded together, and one whose keys and values are kept from turn to turn.
+
+Everything here works on ids and codes; `unitok.mllm.session` and `unitok.mllm.pipeline` are about texts and images.
+
+B conversations (rows), T positions, D model width, V text vocabulary, I images of a conversation, K codebooks, L image
+positions.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from unitok.core.errors import UserError
+from unitok.core.onednn import wide_products
+from unitok.core.rng import torch_rng
+from unitok.mllm.generation import filter_logits
+from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.sequence import pad_left
+
+ROOM = 128  # positions that a kept conversation's buffers grow by
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Ids of a conversation up to where the answer begins, and codes `[I, K, L]` of its images in their order."""
+
+    ids: Sequence[int]
+    codes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class TextSampling:
+    """How the next id is chosen: the likeliest, or drawn after temperature, top-k (0: off) and nucleus filtering.
+
+    Raises UserError for settings out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.do_sample and not 0 < self.temperature < math.inf:
+            raise UserError(f"temperature={self.temperature}: must be positive (do_sample=False: the likeliest word)")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p}: expected a share in (0, 1]")
+        if self.top_k < 0 or self.top_k != int(self.top_k):
+            raise UserError(f"top_k={self.top_k}: expected 0 (off) or a positive number")
+
+    def choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        """Ids `[B]`; every row has a generator of its own, so that it does not depend on its neighbours."""
+        if not self.do_sample:
+            return logits_BV.argmax(dim=-1)
+        probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)
+        # argmax(p / e) with e ~ Exp(1) draws from p
+        noise = torch.stack([torch.empty(probs_BV.shape[-1]).exponential_(generator=g) for g in generators])
+        return (probs_BV / noise.to(probs_BV.device)).argmax(dim=-1)
+
+
+class GrowingLayer(DynamicLayer):
+    """Keys and values at the front of buffers with `room` behind them.
+
+    A step writes its column; transformers' own layer copies all columns in every step.
+    """
+
+    def __init__(self, room: int) -> None:
+        super().__init__()
+        self.room = room
+        self._buffers: list[Tensor | None] = [None, None]
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values `[B, heads, T, width]` with the new positions at the end."""
+        start = self.get_seq_length()
+        self.keys = self._append(0, self.keys, key_states, start)
+        self.values = self._append(1, self.values, value_states, start)
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
+        return self.keys, self.values
+
+    def _append(self, which: int, held: Tensor | None, new: Tensor, start: int) -> Tensor:
+        end, buffer = start + new.shape[-2], self._buffers[which]
+        if buffer is None or buffer.shape[-2] < end:
+            buffer = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
+            if start:
+                buffer[..., :start, :] = held
+            self._buffers[which] = buffer
+        buffer[..., start:end, :] = new
+        return buffer[..., :end, :]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._buffers = [None, None]  # those of the old rows
+
+    def cut(self, length: int) -> None:
+        """Forget all positions from `length` on, also where an interrupted pass has filled some of the layers only."""
+        if self.is_initialized:
+            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
+
+
+class TextRows:
+    """Rows of ids inside the backbone: their keys and values, and which positions are not padding."""
+
+    def __init__(self, model: UniTokMLLM, room: int) -> None:
+        self.model = model
+        self.mask_BT: Tensor | None = None  # True for what is no padding; None before the first pass
+        self.padded = False
+        self.cache = DynamicCache(config=model.config.text_config)
+        # Layers of another kind (sliding windows) stay what they are.
+        self.cache.layers = [GrowingLayer(room) if type(one) is DynamicLayer else one for one in self.cache.layers]
+        self.plain = all(isinstance(one, GrowingLayer) for one in self.cache.layers)
+        self._suppressed = torch.tensor(model.suppressed_ids(), dtype=torch.long, device=model.device)
+
+    def start(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
+        """Feed the prompts; logits `[B, V]` of the first ids of their answers.
+
+        Questions about one picture share what stands before them, which then goes through the backbone once.
+        """
+        beginnings, owners = shared_beginnings(prompts, self.model.config.image_token_id)
+        # Padding between a beginning and its rest would count in a sliding window.
+        if len(beginnings) == len(prompts) or not self.plain:
+            return self._feed_padded(prompts, pad_id)
+        self._feed_padded(beginnings, pad_id)
+        self.select(owners)
+        lengths = [len(beginnings[owner].ids) for owner in owners]
+        rests = [Prompt(prompt.ids[length:]) for prompt, length in zip(prompts, lengths, strict=True)]
+        return self._feed_padded(rests, pad_id)
+
+    def _feed_padded(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
+        input_ids, mask_BT = (one.to(self.model.device) for one in pad_left([one.ids for one in prompts], pad_id))
+        codes = [prompt.codes for prompt in prompts if prompt.codes is not None]
+        return self.feed(input_ids, torch.cat(codes) if codes else None, mask_BT.bool())
+
+    def feed(self, input_ids: Tensor, codes: Tensor | None = None, mask_BT: Tensor | None = None) -> Tensor:
+        """Append ids `[B, T]` and the codes of the images among them; text logits `[B, V]` after the last one, with
+        -inf for what no answer may hold. `mask_BT`: False for padding."""
+        new_BT = torch.ones_like(input_ids, dtype=torch.bool) if mask_BT is None else mask_BT
+        self.padded = self.padded or not (mask_BT is None or bool(mask_BT.all()))
+        now_BT = new_BT if self.mask_BT is None else torch.cat([self.mask_BT, new_BT], dim=1)
+        with wide_products(input_ids):
+            hidden_BTD = self.model.backbone(
+                inputs_embeds=self.model.embed(input_ids, codes),
+                attention_mask=now_BT if self.padded else None,
+                position_ids=(now_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
+                past_key_values=self.cache,
+                use_cache=True,
+            ).last_hidden_state
+        self.mask_BT = now_BT
+        return self.model.lm_head(hidden_BTD[:, -1]).index_fill(-1, self._suppressed, -torch.inf)
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Go on with these rows, each of which may be named several times."""
+        index = torch.tensor(rows, device=self.model.device)
+        self.cache.batch_select_indices(index)
+        self.mask_BT = self.mask_BT[index]
+
+    def cut(self, length: int) -> bool:
+        """Forget all positions from `length` on; False where a layer has no way back."""
+        if not self.plain:
+            layers = self.cache.layers
+            return all(isinstance(layer, DynamicLayer) and layer.get_seq_length() == length for layer in layers)
+        for layer in self.cache.layers:
+            layer.cut(length)
+        self.mask_BT = self.mask_BT[:, :length]
+        return True
+
+
+def shared_beginnings(prompts: Sequence[Prompt], image_id: int | None) -> tuple[list[Prompt], list[int]]:
+    """The different beginnings of the prompts, and the number of each prompt's own.
+
+    A beginning ends with the last picture (without one: after the first id). Where a prompt has nothing behind it, the
+    prompts themselves are given.
+    """
+    cuts = []
+    for prompt in prompts:
+        pictures = [place for place, one in enumerate(prompt.ids) if one == image_id]
+        cuts.append(pictures[-1] + 1 if pictures else 1)
+    if any(cut >= len(prompt.ids) for cut, prompt in zip(cuts, prompts, strict=True)):
+        return list(prompts), list(range(len(prompts)))
+    numbers: dict[tuple, int] = {}
+    beginnings, owners = [], []
+    for cut, prompt in zip(cuts, prompts, strict=True):
+        codes = None if prompt.codes is None else tuple(prompt.codes.flatten().tolist())
+        owners.append(numbers.setdefault((tuple(prompt.ids[:cut]), codes), len(numbers)))
+        if owners[-1] == len(beginnings):
+            beginnings.append(Prompt(prompt.ids[:cut], prompt.codes))
+    return beginnings, owners
+
+
+@torch.no_grad()
+def generate_answers(
+    model: UniTokMLLM,
+    prompts: Sequence[Prompt],
+    eos_id: int | None,
+    pad_id: int,
+    max_new_tokens: int = 128,
+    sampling: TextSampling | None = None,
+    seeds: Sequence[int] | None = None,
+) -> list[list[int]]:
+    """New ids of every prompt, without `eos_id` (None: nothing ends an answer but `max_new_tokens`).
+
+    `seeds`: one per prompt where ids are drawn (None: 0 to B - 1); an answer depends on its own prompt and seed alone.
+    """
+    sampling = sampling or TextSampling()
+    seeds = range(len(prompts)) if seeds is None else seeds
+    if len(seeds) != len(prompts):
+        raise UserError(f"{len(seeds)} seeds for {len(prompts)} conversations: give one seed per conversation")
+    generators = [torch_rng("answer", seed) for seed in seeds]
+    answers: list[list[int]] = [[] for _ in prompts]
+    rows = TextRows(model, room=max_new_tokens)
+    logits_BV = rows.start(prompts, pad_id)
+    owners = list(range(len(prompts)))  # whose answer each row is
+    for step in range(max_new_tokens):
+        ids_B = sampling.choose(logits_BV, [generators[owner] for owner in owners])
+        going = []
+        for row, (owner, new) in enumerate(zip(owners, ids_B.tolist(), strict=True)):
+            if new != eos_id:
+                answers[owner].append(new)
+                going.append(row)
+        if not going or step == max_new_tokens - 1:
+            break
+        if len(going) < len(owners):
+            rows.select(going)
+            owners, ids_B = [owners[row] for row in going], ids_B[going]
+        logits_BV = rows.feed(ids_B.unsqueeze(1))
+    return answers
+
+
+class KeptConversation:
+    """One conversation in the backbone, kept between its turns: a new prompt feeds only what was not yet fed.
+
+    A prompt that changes earlier text or images is fed again from there on (from its beginning where the backbone has
+    layers without a way back), so answers are always those of a fresh start. `positions_fed` counts all positions that
+    went through the backbone.
+    """
+
+    def __init__(self, model: UniTokMLLM) -> None:
+        self.model, self.positions_fed = model, 0
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation."""
+        self._rows, self._ids, self._codes = TextRows(self.model, ROOM), [], None
+
+    @torch.no_grad()
+    def answer(
+        self,
+        prompt: Prompt,
+        eos_id: int | None,
+        max_new_tokens: int = 128,
+        sampling: TextSampling | None = None,
+        seed: int = 0,
+    ) -> Iterator[int]:
+        """The new ids of one answer as they come, without `eos_id`. It may be left before its end."""
+        sampling, generator = sampling or TextSampling(), torch_rng("answer", seed)
+        known, images = self._rewind(prompt)
+        more_images = prompt.codes is not None and len(prompt.codes) > images
+        logits_1V = self._feed(list(prompt.ids[known:]), prompt.codes[images:] if more_images else None)
+        for step in range(max_new_tokens):
+            new = int(sampling.choose(logits_1V, [generator]))
+            if new == eos_id:
+                return
+            yield new
+            if step < max_new_tokens - 1:
+                logits_1V = self._feed([new])
+
+    def _rewind(self, prompt: Prompt) -> tuple[int, int]:
+        """Forget what differs from `prompt`; how many of its ids and images are then in the cache."""
+        known, images = 0, 0
+        last = min(len(self._ids), len(prompt.ids) - 1)  # the last id is always fed: its logits begin the answer
+        while known < last and self._ids[known] == prompt.ids[known]:
+            is_image = prompt.ids[known] == self.model.config.image_token_id
+            if is_image and not _same_image(self._codes, prompt.codes, images):
+                break
+            step = prompt.codes.shape[-1] if is_image else 1
+            if known + step > last:
+                break
+            images += is_image
+            known += step
+        if known == 0 or not self._rows.cut(known):
+            self.reset()
+            known, images = 0, 0
+        self._ids, self._codes = self._ids[:known], prompt.codes
+        return known, images
+
+    def _feed(self, ids: list[int], codes: Tensor | None = None) -> Tensor:
+        logits_1V = self._rows.feed(torch.tensor([ids], device=self.model.device), codes)
+        self._ids += ids
+        self.positions_fed += len(ids)
+        return logits_1V
+
+
+def _same_image(held: Tensor | None, given: Tensor | None, index: int) -> bool:
+    if held is None or given is None or index >= min(len(held), len(given)):
+        return False
+    return torch.equal(held[index], given[index])
