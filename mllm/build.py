@@ -23,7 +23,15 @@ from unitok.mllm.processor import UniTokTextTokenizer, special_ids
 from unitok.tokenizer import UniTok
 
 # What the visual tokenizer, the backbone and the text tokenizer determine is not set by hand.
-DERIVED = ("text_config", "quantizer", "num_codebooks", "codebook_size", "code_dim", "num_image_positions")
+DERIVED = (
+    "text_config",
+    "quantizer",
+    "num_codebooks",
+    "codebook_size",
+    "code_dim",
+    "num_image_positions",
+    "code_usage",
+)
 DERIVED_IDS = ("begin_image_id", "end_image_id", "image_token_id")
 UniTokMLLMSettings = config_from_signature(UniTokMLLMConfig, "UniTokMLLMSettings", skip=(*DERIVED, *DERIVED_IDS))
 

@@ -3,10 +3,13 @@
     text to image   bos  text suffix  boi  <img> * L  eoi eos          learnt: boi, the image's codes, eoi, eos
     caption         bos  boi  <img> * L  eoi  text  eos                learnt: text, eos
     chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answer, eos
+    description     bos  <img> * L  text  eos                          learnt: text, eos
+    plain text      bos  text  eos                                     learnt: all of it
 
 A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
 whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
-special id or a learnt part begins, so that prompt and training agree id for id.
+special id or a learnt part begins, so that prompt and training agree id for id. The turn after an answer is tokenized
+as it stands behind the answer's end, where some tokenizers put no space.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -25,6 +28,7 @@ class TextTokenizer(Protocol):
     """What a layout needs of a transformers tokenizer."""
 
     bos_token_id: int | None
+    eos_token: str
     eos_token_id: int
     pad_token_id: int
 
@@ -56,7 +60,7 @@ class SequenceBuilder:
             if getattr(config, name) is None:
                 raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
         self.config, self.tokenizer = config, tokenizer
-        self._cache: dict[str, list[int]] = {}
+        self._cache: dict[tuple[str, bool], list[int]] = {}
 
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
@@ -77,6 +81,16 @@ class SequenceBuilder:
         sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
         sequence.add([self.config.end_image_id])
         return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+
+    def description(self, text: str) -> Sequence:
+        """Image and its description alone, as a projector is aligned on (LLaVA's first step): no marks, no prompt."""
+        sequence = self._image(self._start(), learn=False).add(self._text(text), learn=True)
+        return sequence.add([self.tokenizer.eos_token_id], learn=True)
+
+    def text(self, text: str) -> Sequence:
+        """Language modelling."""
+        start = self._start().ids
+        return Sequence().add([*start, *self._text(text), self.tokenizer.eos_token_id], learn=True)
 
     def chat(self, turns: SequenceOf[Turn], prompt: bool = False) -> Sequence:
         """A conversation of user and assistant turns in alternation.
@@ -100,7 +114,7 @@ class SequenceBuilder:
                 for position, piece in enumerate(pieces):
                     if position > 0:
                         self.chat_image(sequence)
-                    sequence.add(self._text(piece))
+                    sequence.add(self._text(piece, after_end=index > 0 and position == 0))
                 text = ""
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
@@ -123,14 +137,23 @@ class SequenceBuilder:
         bos = self.tokenizer.bos_token_id
         return Sequence().add([] if bos is None else [bos])
 
-    def _text(self, text: str) -> list[int]:
-        if text not in self._cache:
-            ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+    def _text(self, text: str, after_end: bool = False) -> list[int]:
+        """Ids of a text that begins anew, or that stands right after an answer's end id."""
+        if (text, after_end) not in self._cache:
+            ids = self._encode(text, after_end) if text else []
             marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
             if marks & set(ids):
                 raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
-            self._cache[text] = ids
-        return self._cache[text]
+            self._cache[text, after_end] = ids
+        return self._cache[text, after_end]
+
+    def _encode(self, text: str, after_end: bool) -> list[int]:
+        if not after_end:
+            return list(self.tokenizer.encode(text, add_special_tokens=False))
+        end, *ids = self.tokenizer.encode(self.tokenizer.eos_token + text, add_special_tokens=False)
+        if end != self.tokenizer.eos_token_id:
+            raise UserError(f"the text tokenizer reads its own end {self.tokenizer.eos_token!r} as other ids")
+        return ids
 
     def _image(self, sequence: Sequence, learn: bool) -> Sequence:
         sequence.learn_image.append(learn)

@@ -18,10 +18,11 @@ class LetterTokenizer:
     """One id per character, so that every id of a layout can be written down."""
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, PAD
+    eos_token = "$"
 
     def encode(self, text, add_special_tokens=True):
         assert not add_special_tokens, "layouts place special ids themselves"
-        return letters(text)
+        return [EOS if character == self.eos_token else ids for character, ids in zip(text, letters(text), strict=True)]
 
 
 def letters(text):
