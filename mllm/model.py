@@ -125,11 +125,9 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         """The tokenizer that came with the model, if any: beside it, no part of its state."""
         return self._visual[0]
 
-    @visual_tokenizer.setter
-    def visual_tokenizer(self, tokenizer: UniTok | None) -> None:
-        """UserError unless its codes are those that the model was trained on."""
-        if tokenizer is not None:
-            check_same_codes(self, tokenizer)
+    def keep_tokenizer(self, tokenizer: UniTok) -> None:
+        """Make it the `visual_tokenizer`; UserError unless its codes are those that the model was trained on."""
+        check_same_codes(self, tokenizer)
         self._visual = (tokenizer,)  # in a tuple: torch would take a bare module for a part of the model
 
     def embed_codes(self, codes: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig
 from transformers.initialization import no_init_weights
@@ -82,11 +83,14 @@ def load_official(
     config = official_config(folder, visual)
     shards = open_shards(folder)
     with no_init_weights():
-        model = UniTokMLLM(config).to(dtype or stored_dtype(shards))
+        model = UniTokMLLM(config)
+    for tensor in model.state_dict(keep_vars=True).values():  # not `model.to`: rotary angles stay fp32
+        tensor.data = tensor.data.to(dtype or stored_dtype(shards))
     load_sharded(model, folder, official_places(model), zeros=(_ZERO_KEY_BIAS,))
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids, image_sampler=RELEASED_SAMPLER)
-    model.visual_tokenizer = visual
+    if visual is not None:
+        model.keep_tokenizer(visual)
     return model.eval()
 
 
@@ -125,8 +129,9 @@ def official_config(folder: Path, visual: UniTok | None = None) -> UniTokMLLMCon
             code_usage=True,
             **RELEASED_LAYOUT,
         )
-    except (ConfigError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its sizes do not fit: {error}") from error
+    except (ConfigError, TypeError, StrictDataclassError) as error:
+        reason = " ".join(str(error).split())
+        raise CheckpointError(f"{folder}: its sizes do not fit: {reason}") from error
     _check_marks(folder, config)
     return config
 

@@ -198,8 +198,8 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         "mllm",
         help="released folder of the unified model <-> export folder",
         description="A released folder (config.json, weights in one file or in shards, tokenizer.model) becomes an "
-        "export folder, an export folder one in the released layout. Without --tokenizer a released model becomes one that "
-        "takes and gives codes alone. Every key must be accounted for; nothing in a file is executed.",
+        "export folder, an export folder one in the released layout. Without --tokenizer the export of a release takes "
+        "and gives codes only. Every key must be accounted for; nothing in a file is executed.",
     )
     mllm.add_argument("source", metavar="SOURCE", help="released folder, or export folder")
     mllm.add_argument("dest", metavar="DEST", help="new folder")

@@ -89,7 +89,7 @@ def _export_to_released(source: Path, target: Path, tokenizer: str | None) -> li
     model = load_model_folder(UniTokMLLM, source)
     visual = source / TOKENIZER_FOLDER
     if tokenizer is not None or visual.is_dir():
-        model.visual_tokenizer = load_visual_tokenizer(tokenizer or visual)
+        model.keep_tokenizer(load_visual_tokenizer(tokenizer or visual))
     processor = UniTokProcessor.from_pretrained(source) if (source / PROCESSOR_FILE).is_file() else None
     left_out = save_official(model, target, processor)
     lines = [f"left out, as the released layout has no place for it: {', '.join(left_out)}"] if left_out else []
