@@ -2,9 +2,9 @@
 
     text to image   bos  text suffix  boi  <img> * L  eoi eos          learnt: boi, the image's codes, eoi, eos
     caption         bos  boi  <img> * L  eoi  text  eos                learnt: text, eos
+    plain           bos  <img> * L  text newline                       learnt: text, newline
+    text            bos  text  eos                                     learnt: all
     chat            bos  system  (user_prefix content assistant_prefix  answer eos) ...     learnt: answer, eos
-    description     bos  <img> * L  text  eos                          learnt: text, eos
-    plain text      bos  text  eos                                     learnt: all of it
 
 A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
 whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
@@ -82,15 +82,18 @@ class SequenceBuilder:
         sequence.add([self.config.end_image_id])
         return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
 
-    def description(self, text: str) -> Sequence:
-        """Image and its description alone, as a projector is aligned on (LLaVA's first step): no marks, no prompt."""
-        sequence = self._image(self._start(), learn=False).add(self._text(text), learn=True)
-        return sequence.add([self.tokenizer.eos_token_id], learn=True)
+    def plain(self, caption: str) -> Sequence:
+        """Image to text as LLaVA aligns with: a conversation of nothing but the image and the caption."""
+        return self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True)
 
-    def text(self, text: str) -> Sequence:
-        """Language modelling."""
-        start = self._start().ids
-        return Sequence().add([*start, *self._text(text), self.tokenizer.eos_token_id], learn=True)
+    def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
+        """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
+        behind the last. `eos` ends the last part only. Documents are not kept in memory as other texts are."""
+        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
+        ids = [*self._encode(text), self.tokenizer.eos_token_id]
+        size = max_length - len(bos)
+        first = part % -(-len(ids) // size) * size
+        return Sequence().add([*bos, *ids[first : first + size]], learn=True)
 
     def chat(self, turns: SequenceOf[Turn], prompt: bool = False) -> Sequence:
         """A conversation of user and assistant turns in alternation.
@@ -138,21 +141,19 @@ class SequenceBuilder:
         return Sequence().add([] if bos is None else [bos])
 
     def _text(self, text: str, after_end: bool = False) -> list[int]:
-        """Ids of a text that begins anew, or that stands right after an answer's end id."""
         if (text, after_end) not in self._cache:
-            ids = self._encode(text, after_end) if text else []
-            marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
-            if marks & set(ids):
-                raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
-            self._cache[text, after_end] = ids
+            self._cache[text, after_end] = self._encode(text, after_end)
         return self._cache[text, after_end]
 
-    def _encode(self, text: str, after_end: bool) -> list[int]:
-        if not after_end:
-            return list(self.tokenizer.encode(text, add_special_tokens=False))
-        end, *ids = self.tokenizer.encode(self.tokenizer.eos_token + text, add_special_tokens=False)
-        if end != self.tokenizer.eos_token_id:
-            raise UserError(f"the text tokenizer reads its own end {self.tokenizer.eos_token!r} as other ids")
+    def _encode(self, text: str, after_end: bool = False) -> list[int]:
+        """Ids of a text that begins anew, or (`after_end`) that stands right behind an answer's end."""
+        before = self.tokenizer.eos_token if after_end and text else ""
+        ids = list(self.tokenizer.encode(before + text, add_special_tokens=False)) if text else []
+        if before and ids.pop(0) != self.tokenizer.eos_token_id:
+            raise UserError(f"the text tokenizer does not read its own end {before!r} as one id; give another backbone")
+        marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
+        if marks & set(ids):
+            raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
         return ids
 
     def _image(self, sequence: Sequence, learn: bool) -> Sequence:

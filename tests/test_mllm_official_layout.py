@@ -178,9 +178,8 @@ def test_convert_both_ways(released, tokenizer_file, tmp_path, capsys):
     assert capsys.readouterr().out.strip() == str(export)
     pipeline = UniTokPipeline.from_pretrained(export, device="cpu")
     assert pipeline.tokenizer.config.num_positions == POSITIONS
-    assert UniTokProcessor.from_pretrained(export).tokenizer.encode("  t") == official_text_tokenizer(released).encode(
-        "  t"
-    )
+    own, given = UniTokProcessor.from_pretrained(export).tokenizer, official_text_tokenizer(released)
+    assert own.encode("  two") == given.encode("  two")
     assert main(["convert", "mllm", str(export), str(back)]) == 0
     assert "convert tokenizer" in capsys.readouterr().out
     before, after = (load_file(folder / "model.safetensors") for folder in (released, back))

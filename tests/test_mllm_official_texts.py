@@ -8,7 +8,6 @@ from reference import fixture, numbers, tensors
 
 from unitok.data.conversations import Turn, parse_conversations
 from unitok.mllm import UniTokMLLMConfig
-from unitok.mllm.configuration import IGNORE
 from unitok.mllm.official import RELEASED_LAYOUT
 from unitok.mllm.processor import UniTokProcessor, load_text_tokenizer
 from unitok.mllm.sequence import SequenceBuilder, pad_left
@@ -83,32 +82,28 @@ def test_chat_prompts(builder, text_tokenizer):
 
 @pytest.mark.parametrize("folder", ["mllm/tiny", "mllm/official_codebooks"])
 def test_training_sequences(text_tokenizer, folder):
-    """Every recorded row, id for id and label for label, with the two differences that are meant.
+    """Every recorded row, id for id and label for label, but for how two kinds end.
 
-    The released code ends a description by the separator of its conversations, a space, and plain text not at all:
-    ours end by the end token, so that both can be found to be complete. Labels that the loss never reads (of the first
-    position) do not count.
+    The released code ends the caption of a plain conversation with its chat's separator, a space, where ours has the
+    new line that it is with LLaVA; and a text with nothing, where ours has the end token, so that documents can be told
+    apart. Whether a row's first id is a label makes no difference: nothing stands before it.
     """
     io, notes = tensors(f"{folder}/io.safetensors"), numbers(f"{folder}/train_batches.json")
     length, seen = io["embed.indices"].shape[2], set()
     builder = make_builder(text_tokenizer, length)
     for name, members in notes["batches"].items():
-        for member, ids, labels in zip(members, io[f"batch.{name}.input_ids"], io[f"batch.{name}.labels"], strict=True):
-            instance = notes["instances"][member]
-            kind, sequence = _sequence(builder, instance)
-            keep = slice(None, -1) if kind in ("mllm_pretrain", "text") else slice(None)
-            row = [i for i in expanded(ids.tolist(), length) if i != 0]
-            row_labels = [IGNORE] * length * ids.tolist().count(PLACEHOLDER) + [
-                x for i, x in zip(ids.tolist(), labels.tolist(), strict=True) if i not in (0, PLACEHOLDER)
-            ]
+        ids, labels, mask = (io[f"batch.{name}.{part}"] for part in ("input_ids", "labels", "attention_mask"))
+        for member, row, row_labels, real in zip(members, ids, labels, mask.bool(), strict=True):
+            kind, sequence = _sequence(builder, notes["instances"][member])
+            pairs = list(zip(row[real].tolist(), row_labels[real].tolist(), strict=True))
+            recorded = [pair for pair in pairs for _ in range(length if pair[0] == PLACEHOLDER else 1)]
+            ours = list(zip(sequence.ids, sequence.labels, strict=True))
             if kind == "mllm_pretrain":
-                assert row[-1:] == builder.tokenizer.encode(" ", add_special_tokens=False)[-1:]
-                row, row_labels = row[:-1], row_labels[:-1]
-            assert sequence.ids[keep] == row, member
-            learnt = [x for x in sequence.labels[1:][keep] if x != IGNORE]
-            assert learnt == [x for x in row_labels[kind == "text" :] if x != IGNORE], member
-            for i, x in zip(sequence.ids, sequence.labels, strict=True):
-                assert x in (i, IGNORE)
+                space, line = (text_tokenizer.encode(text, add_special_tokens=False)[-1] for text in (" ", "\n"))
+                assert recorded.pop() == (space, space) and ours.pop() == (line, line)
+            if kind == "text":
+                assert ours.pop() == (text_tokenizer.eos_token_id,) * 2
+            assert ours[0][0] == recorded[0][0] and ours[1:] == recorded[1:], member
             seen.add(kind)
     assert seen == {"T2I", "I2T", "mllm_pretrain", "mllm_finetune", "text"}
 
@@ -122,7 +117,7 @@ def _sequence(builder, instance):
     if kind == "I2T":
         return kind, builder.caption(captions[0])
     if kind == "text":
-        return kind, builder.text(instance["text"])
+        return kind, builder.text(instance["text"], max_length=1000)
     roles = {"human": "user", "gpt": "assistant"}
     turns = [Turn(roles[turn["from"]], turn["value"]) for turn in json.loads(instance["text"])]
-    return kind, builder.description(turns[1].content) if kind == "mllm_pretrain" else builder.chat(turns)
+    return kind, builder.plain(turns[1].content) if kind == "mllm_pretrain" else builder.chat(turns)
