@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from unitok.core.engine import whole_parameters
 from unitok.core.errors import DataError, UserError
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.depth import CodeHead, DepthTransformer
@@ -93,7 +94,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     def attach_tokenizer(self, tokenizer: UniTok) -> None:
         """Take codebooks and, where the shapes agree, the projection out of the code space from a visual tokenizer."""
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(self.embedder.projection, write=True):
             codebooks = tokenizer.quantizer.codebooks
             if tokenizer.config.quantizer != self.config.quantizer:
                 raise DataError(

@@ -86,12 +86,17 @@ def load_official(
         model = UniTokMLLM(config)
     for tensor in model.state_dict(keep_vars=True).values():  # not `model.to`: rotary angles stay fp32
         tensor.data = tensor.data.to(dtype or stored_dtype(shards))
-    load_sharded(model, folder, official_places(model), zeros=(_ZERO_KEY_BIAS,))
+    load_official_weights(model, folder)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids, image_sampler=RELEASED_SAMPLER)
     if visual is not None:
         model.keep_tokenizer(visual)
     return model.eval()
+
+
+def load_official_weights(model: nn.Module, folder: Path) -> None:
+    """Copy a released folder's weights into a model of its configuration, which ZeRO 3 may have partitioned."""
+    load_sharded(model, folder, official_places(model), zeros=(_ZERO_KEY_BIAS,))
 
 
 def load_visual_tokenizer(source: str | Path | UniTok | None) -> UniTok | None:

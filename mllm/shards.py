@@ -80,14 +80,14 @@ def load_sharded(
     folder: str | Path,
     places: Mapping[str, Sequence[Place]] | None = None,
     zeros: Collection[str] = (),
-    ignored: Collection[str] = (),
+    ignored: tuple[str, ...] = (),
 ) -> None:
     """Copy a folder's weights into `model`, which may be partitioned (then every rank calls).
 
     Args:
         places: for every key of the files where it goes (None: the model's own names). What is not named stays.
         zeros: keys whose tensors must be zero and have no place in the model.
-        ignored: keys that may be there and are not looked at.
+        ignored: endings of keys that may be there and are not looked at.
 
     Raises CheckpointError as `open_shards` does, and for missing, unexpected or wrongly shaped keys, which it lists;
     then nothing has been copied.
@@ -95,7 +95,7 @@ def load_sharded(
     shards = open_shards(folder)
     own = model.state_dict(keep_vars=True)
     places = {name: [Place(name)] for name in own} if places is None else places
-    layout = {key: t for shard in shards for key, t in shard.layout.items() if key not in ignored}
+    layout = {key: t for shard in shards for key, t in shard.layout.items() if not key.endswith(ignored)}
     expected = {key: _shape(own, targets) for key, targets in places.items()}
     expected |= {key: layout[key].shape if key in layout else () for key in zeros}
     check_layout(expected, layout, f"a {type(model).__name__} of the sizes in its config.json", folder)

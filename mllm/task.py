@@ -142,7 +142,7 @@ class MllmTask(Task):
         resumed = resumed_folder(config)
         self.text_tokenizer = build_text_tokenizer(config.backbone, self._texts, symbols, folder, resumed)
         torch.manual_seed(derive_seed("mllm", config.seed))
-        model = build_model(settings, config.backbone, self.text_tokenizer, self.visual)
+        model = build_model(settings, config.backbone, self.text_tokenizer, self.visual, config.engine)
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
         model.generation_config.image_sampler = config.sampler.model_dump()
         if config.gradient_checkpointing:

@@ -8,6 +8,7 @@ from reference import fixture, numbers, tensors
 
 from unitok.data.conversations import Turn, parse_conversations
 from unitok.mllm import UniTokMLLMConfig
+from unitok.mllm.configuration import IGNORE
 from unitok.mllm.official import RELEASED_LAYOUT
 from unitok.mllm.processor import UniTokProcessor, load_text_tokenizer
 from unitok.mllm.sequence import SequenceBuilder, pad_left
@@ -96,7 +97,8 @@ def test_training_sequences(text_tokenizer, folder):
         for member, row, row_labels, real in zip(members, ids, labels, mask.bool(), strict=True):
             kind, sequence = _sequence(builder, notes["instances"][member])
             pairs = list(zip(row[real].tolist(), row_labels[real].tolist(), strict=True))
-            recorded = [pair for pair in pairs for _ in range(length if pair[0] == PLACEHOLDER else 1)]
+            image = [(PLACEHOLDER, IGNORE)] * length  # whatever its label is before it is expanded
+            recorded = [one for pair in pairs for one in (image if pair[0] == PLACEHOLDER else [pair])]
             ours = list(zip(sequence.ids, sequence.labels, strict=True))
             if kind == "mllm_pretrain":
                 space, line = (text_tokenizer.encode(text, add_special_tokens=False)[-1] for text in (" ", "\n"))
