@@ -129,7 +129,10 @@ class UniTokProcessor:
         return batch | ({"pixels": self.pixels(images)} if images else {})
 
     def _expand(self, text: str) -> list[int]:
-        sequence = Sequence()
+        sequence, begin = Sequence(), self.tokenizer.bos_token
+        if begin is not None and text.startswith(begin):  # what follows is a text that begins anew
+            sequence.add([self.tokenizer.bos_token_id])
+            text = text.removeprefix(begin)
         for position, piece in enumerate(text.split(IMAGE_MARK)):
             if position:
                 self.builder.chat_image(sequence)

@@ -61,6 +61,9 @@ class SequenceBuilder:
                 raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
         self.config, self.tokenizer = config, tokenizer
         self._cache: dict[tuple[str, bool], list[int]] = {}
+        # Between prefix and answer stands a space: that which sentencepiece puts before every text, or one of our own
+        word = self._encode("a")
+        self._space = "" if self._encode("a a")[-len(word) :] == word else " "
 
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
@@ -122,7 +125,9 @@ class SequenceBuilder:
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(turn.content), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+                sequence.add(self._text(self._space + turn.content), learn=True).add(
+                    [self.tokenizer.eos_token_id], learn=True
+                )
         return sequence
 
     def chat_image(self, sequence: Sequence) -> None:

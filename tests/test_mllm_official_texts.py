@@ -75,6 +75,7 @@ def test_chat_prompts(builder, text_tokenizer):
     assert processor.chat_prompt(messages)[0] == recorded
     prompt = processor.apply_chat_template(messages)
     assert prompt == "<s>" + notes["vicuna_v1_prompt_single_turn"]
+    assert processor(prompt, [image["image"]])["input_ids"].tolist() == [recorded]
     turns = [("human", "<image>\nWhat is this?"), ("gpt", "A cat."), ("human", "What color?"), ("gpt", "Red.")]
     (conversation,) = parse_conversations([{"from": who, "value": text} for who, text in turns], "test")
     recorded = expanded(notes["tokenizer_image_token(prompt_two_turns, slow)"], length)

@@ -206,11 +206,11 @@ def _status(name):
 
 
 class Stack(nn.Module):
-    """16 layers of 16 MiB."""
+    """16 layers of 36 MiB: glibc gives blocks above 32 MiB back to the system as soon as they are free."""
 
     def __init__(self):
         super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(2048, 2048, bias=False) for _ in range(16))
+        self.layers = nn.ModuleList(nn.Linear(3072, 3072, bias=False) for _ in range(16))
 
 
 def _load_stack(folder, engine):
@@ -241,7 +241,7 @@ def _load_stack(folder, engine):
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 def test_memory_stays_under_one_shard_and_one_part(tmp_path):
-    """256 MiB in 8 shards on two ranks: under one shard, a rank's part and what communication of one parameter takes.
+    """576 MiB in 8 shards on two ranks: under one shard, a rank's part and what communication of one parameter takes.
     Read as a whole, each rank would hold all of it."""
     torch.manual_seed(0)
     model = Stack()
@@ -252,7 +252,7 @@ def test_memory_stays_under_one_shard_and_one_part(tmp_path):
     save_shards(state, tmp_path, max_shard_size=shard)
     assert len(open_shards(tmp_path)) == 8
     del model, state
-    constant = 3 * parameter  # the whole parameter, its padded copy and the buffer of the broadcast
+    constant = 2 * parameter  # the whole parameter, and the buffer that it is cut up in
     for number, peak, total in run_ranks(2, _load_stack, tmp_path, ZERO3):
         print(f"rank {number}: {peak / 2**20:.0f} MiB of {size / 2**20:.0f}")
         assert total == pytest.approx(wanted, rel=1e-9)
