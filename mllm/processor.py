@@ -23,7 +23,6 @@ TEXT_MODEL_FILE = "tokenizer.model"
 ImagePreprocess = Literal["plain", "padded"]
 _SPACE = "\u2581"  # sentencepiece's sign for a space
 _LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
-_SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
 class UniTokTextTokenizer(SentencePieceBackend):
@@ -78,12 +77,10 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         return UniTokTextTokenizer.from_pretrained(folder)
     text_model = Path(folder) / TEXT_MODEL_FILE
     if text_model.is_file() and settings.get("tokenizer_class", _LLAMA_TOKENIZERS[0]) in _LLAMA_TOKENIZERS:
-        pattern = "bos" if settings.get("add_bos_token", True) else None
-        kept = {name: settings[name] for name in _SPECIAL_TOKENS if settings.get(name) is not None}
-        kept = {name: token["content"] if isinstance(token, dict) else token for name, token in kept.items()}
-        kept.setdefault("pad_token", kept.get("unk_token", "<unk>"))
-        legacy = bool(settings.get("legacy", True))
-        return UniTokTextTokenizer(str(text_model), legacy=legacy, special_tokens_pattern=pattern, **kept)
+        ends = [settings.get("add_bos_token", True), settings.get("add_eos_token", False)]
+        pattern = "_".join(name for name, wanted in zip(("bos", "eos"), ends, strict=True) if wanted) or None
+        padding = {} if settings.get("pad_token") is not None else {"pad_token": "<unk>"}
+        return UniTokTextTokenizer.from_pretrained(folder, special_tokens_pattern=pattern, **padding)
     return AutoTokenizer.from_pretrained(folder)
 
 

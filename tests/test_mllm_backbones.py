@@ -203,7 +203,24 @@ def test_llamas_text_model_is_read_as_it_is(folders, tmp_path):
     for text in ("  two spaces", "a<image>b</s>c", "<boi><eoi>"):
         assert again.encode(text) == text_tokenizer.encode(text)
     assert again.convert_tokens_to_ids(list(MARKS)) == text_tokenizer.convert_tokens_to_ids(list(MARKS))
-    settings = json.loads((folders["llama2"] / "tokenizer_config.json").read_text())
-    legacy = shutil.copytree(folders["llama2"], tmp_path / "legacy")
-    (legacy / "tokenizer_config.json").write_text(json.dumps(settings | {"legacy": True}))
-    assert load_text_tokenizer(legacy).encode("a</s>b") != text_tokenizer.encode("a</s>b")
+
+
+def test_settings_beside_llamas_text_model_are_kept(folders, tmp_path):
+    """Tokens that were added, `legacy`, begin and end; without any settings it is a plain Llama-2 tokenizer."""
+    folder = shutil.copytree(folders["llama2"], tmp_path / "other")
+    file = folder / "tokenizer_config.json"
+    settings, plain = json.loads(file.read_text()), load_text_tokenizer(folder)
+    extra = {"content": "<extra>", "special": True, "normalized": False} | dict.fromkeys(
+        ("lstrip", "rstrip", "single_word"), False
+    )
+    added = settings["added_tokens_decoder"] | {str(len(plain)): extra}
+    file.write_text(json.dumps(settings | {"added_tokens_decoder": added, "add_eos_token": True, "legacy": True}))
+    other = load_text_tokenizer(folder)
+    begin, word, end = *plain.encode("a"), plain.eos_token_id
+    assert other.encode("a<extra>") == [begin, word, len(plain), end] and len(other) == len(plain) + 1
+    assert other.encode("a</s>a") == [begin, word, end, word, end], "before every part a space"
+    assert plain.encode("a</s>a")[3:] != [word]
+    file.unlink()
+    (folder / "special_tokens_map.json").unlink()
+    bare = load_text_tokenizer(folder)
+    assert bare.encode("a</s>a") == [begin, word, end, word] and bare.pad_token_id == bare.unk_token_id
