@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from reference import fixture
 from safetensors.torch import load_file, save_file
-from tiny import make_mllm, make_tokenizer, random_codes, roughen
+from tiny import make_mllm, make_text_tokenizer, make_tokenizer, random_codes, roughen
 
 from unitok import UniTokPipeline
 from unitok.cli import main
@@ -217,8 +217,11 @@ def test_usage_of_an_own_model_is_its_tokenizers(released, visual, tmp_path):
 
 
 class _Malice:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return os.system, ("touch /tmp/unitok_was_executed",)
+        return os.mkdir, (str(self.path),)
 
 
 def _drop(state):
@@ -270,10 +273,10 @@ def test_sizes_that_fit_nothing_are_refused(released, tmp_path, sizes):
 def test_code_in_a_file_is_not_executed(released, tmp_path):
     folder = changed(released, tmp_path / "odd")
     (folder / "model.safetensors").unlink()
-    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": _Malice()}))
+    (folder / "pytorch_model.bin").write_bytes(pickle.dumps({"lm_head.weight": _Malice(tmp_path / "executed")}))
     with pytest.raises(CheckpointError, match=r"more than tensors|no file of tensors"):
         UniTokMLLM.from_official(folder)
-    assert not os.path.exists("/tmp/unitok_was_executed")
+    assert not (tmp_path / "executed").exists()
 
 
 def test_missing_pieces_are_named(released, tmp_path):
@@ -289,8 +292,6 @@ def test_missing_pieces_are_named(released, tmp_path):
 
 
 def test_a_text_model_of_another_vocabulary_is_refused(released, tmp_path):
-    from tiny import make_text_tokenizer
-
     folder = changed(released, tmp_path / "odd")
     shutil.copyfile(make_text_tokenizer(tmp_path).vocab_file, folder / "tokenizer.model")
     with pytest.raises(CheckpointError, match=r"<0x00> has id \d+, the released model's begin_image_id is 3"):

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from backbones import make_folder
 from ranks import run_ranks
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from stages import differences, run_stage, write_configs
-from test_mllm_backbones import make_folder
 from tiny import make_mllm, mllm_config
 from torch import nn
+from transformers.initialization import no_init_weights
 
 from unitok.core.distributed import init_distributed, rank, shutdown_distributed
 from unitok.core.engine import EngineConfig, partitioned, whole_parameters
@@ -89,13 +90,7 @@ def _twice(folder):
 
 def _in_two_files(folder):
     file = next(folder.glob("*-00002-*"))
-    save_file({"first.bias": torch.zeros(4), **_of(file)}, file)
-
-
-def _of(file):
-    from safetensors.torch import load_file
-
-    return load_file(file)
+    save_file({"first.bias": torch.zeros(4), **load_file(file)}, file)
 
 
 @pytest.mark.parametrize(
@@ -215,8 +210,6 @@ class Stack(nn.Module):
 
 def _load_stack(folder, engine):
     """Peak growth of building and loading on this rank, and the sum of all weights."""
-    from transformers.initialization import no_init_weights
-
     init_distributed("cpu")
     try:
 
