@@ -9,21 +9,31 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from unitok.core.config import Config
+from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError, UserError
 from unitok.core.signature import config_from_signature
 from unitok.data.conversations import MARKS
 from unitok.data.sentencepieces import run_sentencepiece
+from unitok.mllm.backbone import backbone_folder, check_backbone, pretrained_model
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.model import UniTokMLLM
-from unitok.mllm.processor import UniTokTextTokenizer, special_ids
+from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer, special_ids
 from unitok.tokenizer import UniTok
 
 # What the visual tokenizer, the backbone and the text tokenizer determine is not set by hand.
-DERIVED = ("text_config", "quantizer", "num_codebooks", "codebook_size", "code_dim", "num_image_positions")
+DERIVED = (
+    "text_config",
+    "quantizer",
+    "num_codebooks",
+    "codebook_size",
+    "code_dim",
+    "num_image_positions",
+    "code_usage",
+)
 DERIVED_IDS = ("begin_image_id", "end_image_id", "image_token_id")
 UniTokMLLMSettings = config_from_signature(UniTokMLLMConfig, "UniTokMLLMSettings", skip=(*DERIVED, *DERIVED_IDS))
 
@@ -50,7 +60,7 @@ def build_text_tokenizer(
     `folder`; that of the run in `resumed` when one is resumed)."""
     if settings.path is not None:
         with _blamed_on(f"backbone.path={settings.path}: no usable text tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(settings.path)
+            tokenizer = load_text_tokenizer(backbone_folder(settings.path))
         tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
@@ -61,13 +71,19 @@ def build_text_tokenizer(
 
 
 def build_model(
-    settings: UniTokMLLMSettings, backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBase, visual: UniTok
+    settings: UniTokMLLMSettings,
+    backbone: BackboneConfig,
+    text_tokenizer: PreTrainedTokenizerBase,
+    visual: UniTok,
+    engine: EngineConfig | None = None,
 ) -> UniTokMLLM:
-    """A model whose code sizes are the visual tokenizer's and whose special ids are the text tokenizer's."""
-    text_config = _text_config(backbone, text_tokenizer)
+    """A model whose code sizes are the visual tokenizer's and whose special ids are the text tokenizer's.
+
+    engine: with ZeRO 3 a pretrained backbone is built in parts, one on each rank (then every rank calls).
+    """
     sizes = visual.config
     config = UniTokMLLMConfig(
-        text_config=text_config,
+        text_config=_text_config(backbone, text_tokenizer),
         quantizer=sizes.quantizer,
         num_codebooks=sizes.num_codebooks,
         codebook_size=sizes.codebook_size,
@@ -77,9 +93,10 @@ def build_model(
         **settings.model_dump(),
     )
     with _blamed_on(f"backbone.{f'path={backbone.path}' if backbone.path else 'config'}: no usable backbone"):
-        model = UniTokMLLM(config)
-        if backbone.path is not None:
-            _load_backbone(model, backbone.path)
+        if backbone.path is None:
+            model = UniTokMLLM(config)
+        else:
+            model = pretrained_model(config, backbone_folder(backbone.path), text_tokenizer, engine or EngineConfig())
     model.attach_tokenizer(visual)
     return model
 
@@ -104,8 +121,10 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
                 f"are its own; remove backbone.config"
             )
         with _blamed_on(f"backbone.path={backbone.path}: no usable config.json"):
-            config = AutoConfig.from_pretrained(backbone.path)
+            config = AutoConfig.from_pretrained(backbone_folder(backbone.path))
+        check_backbone(config, f"backbone.path={backbone.path}")
         config.vocab_size = max(config.vocab_size, len(text_tokenizer))
+        config.dtype = torch.float32  # whatever the stored type: training keeps fp32 weights
         return config
     given = {"model_type": "llama", "max_position_embeddings": 4096} | backbone.config
     derived = {
@@ -133,18 +152,10 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
             )
     with _blamed_on("backbone.config: sizes that do not fit"):
         config = AutoConfig.for_model(model_type, **given, **derived)
+    check_backbone(config, "backbone.config")
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared and heads % shared:
         raise ConfigError(
             f"backbone.config.num_attention_heads={heads} does not divide into num_key_value_heads={shared} groups"
         )
     return config
-
-
-def _load_backbone(model: UniTokMLLM, path: str) -> None:
-    """Copy a pretrained causal language model into backbone and text head; new rows of its vocabulary stay random."""
-    source = AutoModelForCausalLM.from_pretrained(path, torch_dtype=torch.float32)
-    source.resize_token_embeddings(model.config.text_config.vocab_size)
-    base = getattr(source, source.base_model_prefix)
-    model.backbone.load_state_dict(base.state_dict())
-    model.lm_head.load_state_dict(source.get_output_embeddings().state_dict())

@@ -28,6 +28,7 @@ class UniTokMLLMConfig(PretrainedConfig):
 
     Layouts: text to image is `bos text suffix boi <img> eoi eos`; captions are `bos boi <img> eoi text eos`; in a chat
     the image stands where the turn names it, between the two marks only if `chat_image_marks`.
+    `code_usage`: the state also holds the running usage of the codebooks, as released weights do; nothing reads it.
     `embedder_cache`: during generation the newest position's projection sees the whole prefix as in training
     ("consistent") or itself alone, as the released sampler does ("released").
 
@@ -68,6 +69,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         chat_image_marks: bool = False,
         embedder_cache: EmbedderCache = "consistent",
         visual_input: VisualInput = "codes",
+        code_usage: bool = False,
         **kwargs: Any,
     ) -> None:
         if isinstance(text_config, dict):
@@ -99,6 +101,7 @@ class UniTokMLLMConfig(PretrainedConfig):
         self.chat_image_marks = chat_image_marks
         self.embedder_cache = embedder_cache
         self.visual_input = visual_input
+        self.code_usage = code_usage
         super().__init__(**kwargs)
         self._check()
 
@@ -139,6 +142,12 @@ class UniTokMLLMConfig(PretrainedConfig):
     @property
     def hidden_size(self) -> int:
         return self.text_config.hidden_size
+
+    @property
+    def own_image_marks(self) -> bool:
+        """Are the image marks tokens of their own? The released vocabulary has none: there the placeholder lies outside
+        of it and the two marks are borrowed from ordinary bytes, which texts and answers may hold too."""
+        return self.image_token_id is not None and 0 <= self.image_token_id < self.text_config.vocab_size
 
     @property
     def code_width(self) -> int:

@@ -32,6 +32,8 @@ class CodeEmbedder(nn.Module):
         self.residual = config.quantizer == "residual"
         shape = (config.num_codebooks, config.codebook_size, config.code_dim)
         self.register_buffer("codebooks", torch.empty(shape))
+        if config.code_usage:
+            self.register_buffer("code_usage", torch.zeros(shape[:2]))
         causal = config.visual_input == "codes"
         sizes = (config.code_width, config.visual_width, config.visual_num_heads, config.visual_mlp_ratio)
         self.projection = AttentionProjection(*sizes, causal)

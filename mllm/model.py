@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from unitok.core.errors import DataError
+from unitok.core.engine import whole_parameters
+from unitok.core.errors import DataError, UserError
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.cross_entropy import TextHead
 from unitok.mllm.depth import CodeHead, DepthTransformer
@@ -51,6 +52,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         self.embedder = CodeEmbedder(config)
         self.depth = DepthTransformer(config)
         self.lm_head = TextHead(config.hidden_size, config.text_config.vocab_size, bias=False)
+        self._visual: tuple[UniTok | None] = (None,)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -93,7 +95,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     def attach_tokenizer(self, tokenizer: UniTok) -> None:
         """Take codebooks and, where the shapes agree, the projection out of the code space from a visual tokenizer."""
-        with torch.no_grad():
+        with torch.no_grad(), whole_parameters(self.embedder.projection, write=True):
             codebooks = tokenizer.quantizer.codebooks
             if tokenizer.config.quantizer != self.config.quantizer:
                 raise DataError(
@@ -126,6 +128,16 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
                     shapes[1].get(odd),
                     shapes[0].get(odd),
                 )
+
+    @property
+    def visual_tokenizer(self) -> UniTok | None:
+        """The tokenizer that came with the model, if any: beside it, no part of its state."""
+        return self._visual[0]
+
+    def keep_tokenizer(self, tokenizer: UniTok) -> None:
+        """Make it the `visual_tokenizer`; UserError unless its codes are those that the model was trained on."""
+        check_same_codes(self, tokenizer)
+        self._visual = (tokenizer,)  # in a tuple: torch would take a bare module for a part of the model
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """Input vectors `[I, L, D]` of codes `[I, K, L]`."""
@@ -221,13 +233,16 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         return inputs
 
     def suppressed_ids(self) -> list[int]:
-        """Ids of the vocabulary that no answer may hold: the marks of images."""
-        marks = (self.config.image_token_id, self.config.begin_image_id, self.config.end_image_id)
-        return [mark for mark in marks if mark is not None and 0 <= mark < self.config.text_config.vocab_size]
+        """Ids that no answer may hold: image marks of the vocabulary's own. As text they would mean an image that is
+        not there, also in the next turn."""
+        config = self.config
+        if not config.own_image_marks:
+            return []
+        marks = (config.image_token_id, config.begin_image_id, config.end_image_id)
+        return [mark for mark in marks if mark is not None]
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' generate, with `codes` `[I, K, L]` of the prompts' images. Answers never hold an image mark: as
-        text it would mean an image that is not there, also in the next turn."""
+        """transformers' generate, with `codes` `[I, K, L]` of the prompts' images."""
         if present := self.suppressed_ids():
             kwargs.setdefault("suppress_tokens", present)
         return super().generate(*args, **kwargs)
@@ -257,3 +272,38 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         if "image_sampler" in settings:
             model.generation_config.image_sampler = settings["image_sampler"]
         return loaded
+
+    @classmethod
+    def from_official(
+        cls,
+        folder: str | Path,
+        tokenizer: str | Path | UniTok | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> "UniTokMLLM":
+        """The released model in `folder`, with its cache behaviour and sampler settings; see `load_official`.
+
+        tokenizer: the visual tokenizer (released file or UniTok folder), checked against the model's codebooks and kept
+        as `visual_tokenizer`; without it the model takes and gives codes only. dtype: None as stored.
+        """
+        from unitok.mllm.official import load_official
+
+        return load_official(folder, tokenizer, dtype)
+
+
+def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:
+    """UserError unless the tokenizer's codes are those the model was trained on: same sizes, same codebooks."""
+    ours, theirs = model.config, tokenizer.config
+    sizes = {
+        name: (getattr(ours, name), getattr(theirs, name))
+        for name in ("quantizer", "num_codebooks", "codebook_size", "code_dim")
+    }
+    sizes["num_image_positions"] = (ours.num_image_positions, theirs.num_positions)
+    advice = "use the tokenizer whose codes the model was trained on"
+    for name, (own, other) in sizes.items():
+        if own != other:
+            raise UserError(
+                f"{name}: the model was trained on codes with {own}, the visual tokenizer has {other}; {advice}"
+            )
+    own = model.embedder.entries().cpu()
+    if not torch.allclose(own, tokenizer.quantizer.entries().cpu(), atol=2e-2):  # bf16 exports are rounded
+        raise UserError(f"the codebooks of the visual tokenizer are not those of the model; {advice}")

@@ -15,7 +15,7 @@ from unitok.core.pretrained import check_model_folder, load_model_folder
 from unitok.data.conversations import IMAGE_MARK
 from unitok.data.transforms import to_pil
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
-from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.model import UniTokMLLM, check_same_codes
 from unitok.mllm.processor import UniTokProcessor, split_messages
 from unitok.mllm.sequence import pad_left
 from unitok.mllm.session import ChatSession, answer_text, text_deltas
@@ -49,6 +49,17 @@ class UniTokPipeline:
         device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = load_model_folder(UniTokMLLM, folder).to(device)
         return cls(model, processor, folder / TOKENIZER_FOLDER)
+
+    @classmethod
+    def from_official(
+        cls, path: str | Path, tokenizer: str | Path | UniTok, device: str | torch.device | None = None
+    ) -> "UniTokPipeline":
+        """From the released model's folder and its visual tokenizer, a released file or a UniTok folder."""
+        from unitok.mllm.official import official_processor
+
+        model = UniTokMLLM.from_official(path, tokenizer=tokenizer)
+        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model.to(device), official_processor(Path(path), model), model.visual_tokenizer)
 
     @property
     def tokenizer(self) -> UniTok:
@@ -254,22 +265,3 @@ def _seeds(seed: int | Sequence[int], count: int, what: str) -> list[int]:
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} {what}: give one seed, or one for each")
     return seeds
-
-
-def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:
-    """UserError unless the tokenizer's codes are those the model was trained on: same sizes, same codebooks."""
-    ours, theirs = model.config, tokenizer.config
-    sizes = {
-        name: (getattr(ours, name), getattr(theirs, name))
-        for name in ("quantizer", "num_codebooks", "codebook_size", "code_dim")
-    }
-    sizes["num_image_positions"] = (ours.num_image_positions, theirs.num_positions)
-    advice = "use the tokenizer whose codes the model was trained on"
-    for name, (own, other) in sizes.items():
-        if own != other:
-            raise UserError(
-                f"{name}: the model was trained on codes with {own}, the visual tokenizer has {other}; {advice}"
-            )
-    own = model.embedder.entries().cpu()
-    if not torch.allclose(own, tokenizer.quantizer.entries().cpu(), atol=2e-2):  # bf16 exports are rounded
-        raise UserError(f"the codebooks of the visual tokenizer are not those of the model; {advice}")

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from PIL import Image
@@ -14,23 +14,46 @@ from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.core.pretrained import read_json
 from unitok.data.conversations import BEGIN_IMAGE, END_IMAGE, IMAGE_MARK, Turn
 from unitok.data.sentencepieces import load_sentencepiece
-from unitok.data.transforms import eval_transform, load_image
+from unitok.data.transforms import eval_transform, load_image, padded_transform
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.sequence import Sequence, SequenceBuilder, chat_template, pad_left
 
 PROCESSOR_FILE = "processor_config.json"
+TEXT_MODEL_FILE = "tokenizer.model"
+ImagePreprocess = Literal["plain", "padded"]
+_SPACE = "\u2581"  # sentencepiece's sign for a space
+_LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
 
 class UniTokTextTokenizer(SentencePieceBackend):
-    """A transformers tokenizer straight on a sentencepiece file (`tokenizer.model`): own small models, Llama-2's."""
+    """A transformers tokenizer straight on a sentencepiece file (`tokenizer.model`): own small models, Llama-2's.
 
-    vocab_files_names = {"vocab_file": "tokenizer.model"}
+    With `legacy=False` a space is put before the text alone; without, before every part of it between special tokens.
+    """
+
+    vocab_files_names = {"vocab_file": TEXT_MODEL_FILE}
     model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(self, vocab_file: str, **kwargs: Any) -> None:
         load_sentencepiece(Path(vocab_file))  # one clear error for a missing or damaged file
         defaults = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
         super().__init__(vocab_file=vocab_file, **(defaults | kwargs))
+        if kwargs.get("special_tokens_pattern") is not None:
+            self.init_kwargs["special_tokens_pattern"] = kwargs["special_tokens_pattern"]  # saved with the rest
+
+    def tokenize(self, text: str, **kwargs: Any) -> list[str]:
+        """Pieces of a text. Spaces at its beginning stay, each as it is."""
+        if self.legacy or not text:
+            return super().tokenize(text, **kwargs)
+        pieces = super().tokenize(_SPACE + text.replace(_SPACE, " "), **kwargs)
+        lone = len(pieces) > 1 and pieces[0] == _SPACE and pieces[1] in self.all_special_tokens
+        return pieces[1:] if lone else pieces
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        """The text of pieces; those that are single bytes are put together to characters."""
+        if any(self.sp_model.is_byte(self.sp_model.piece_to_id(piece)) for piece in tokens):
+            return self.sp_model.decode_pieces(tokens).strip()
+        return super().convert_tokens_to_string(tokens)
 
 
 def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -43,24 +66,46 @@ def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     return ids
 
 
-def load_text_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of an export folder or of a backbone's folder."""
-    config_file = folder / "tokenizer_config.json"
+def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of an export folder, of a backbone's folder or name on the hub, or of a released model.
+
+    Llama's sentencepiece files are read as they are: transformers' own reader loses leading spaces and `legacy`.
+    """
+    config_file = Path(folder) / "tokenizer_config.json"
     settings = read_json(config_file) if config_file.is_file() else {}
     if settings.get("tokenizer_class") == UniTokTextTokenizer.__name__:
         return UniTokTextTokenizer.from_pretrained(folder)
+    text_model = Path(folder) / TEXT_MODEL_FILE
+    if text_model.is_file() and settings.get("tokenizer_class", _LLAMA_TOKENIZERS[0]) in _LLAMA_TOKENIZERS:
+        ends = [settings.get("add_bos_token", True), settings.get("add_eos_token", False)]
+        pattern = "_".join(name for name, wanted in zip(("bos", "eos"), ends, strict=True) if wanted) or None
+        padding = {} if settings.get("pad_token") is not None else {"pad_token": "<unk>"}
+        return UniTokTextTokenizer.from_pretrained(folder, special_tokens_pattern=pattern, **padding)
     return AutoTokenizer.from_pretrained(folder)
 
 
 class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
+    `image_preprocess` of chat images: "plain" crops the middle square; "padded" adds borders, as the released model
+    expects.
+
     `processor(text, images)` expands every `<image>` of the text to what the chat layout puts there and returns
     `input_ids`, `attention_mask` (left-padded) and `pixels` `[I, 3, H, W]`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: UniTokMLLMConfig, image_size: int) -> None:
-        self.tokenizer, self.config, self.image_size = tokenizer, config, image_size
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        config: UniTokMLLMConfig,
+        image_size: int,
+        image_preprocess: ImagePreprocess = "plain",
+    ) -> None:
+        if image_preprocess not in get_args(ImagePreprocess):
+            expected = " or ".join(map(repr, get_args(ImagePreprocess)))
+            raise CheckpointError(f"image_preprocess={image_preprocess!r}: expected {expected}")
+        self.tokenizer, self.config = tokenizer, config
+        self.image_size, self.image_preprocess = image_size, image_preprocess
         self.builder = SequenceBuilder(config, tokenizer)
         self.chat_template = chat_template(config)
 
@@ -81,7 +126,10 @@ class UniTokProcessor:
         return batch | ({"pixels": self.pixels(images)} if images else {})
 
     def _expand(self, text: str) -> list[int]:
-        sequence = Sequence()
+        sequence, begin = Sequence(), self.tokenizer.bos_token
+        if begin is not None and text.startswith(begin):  # what follows is a text that begins anew
+            sequence.add([self.tokenizer.bos_token_id])
+            text = text.removeprefix(begin)
         for position, piece in enumerate(text.split(IMAGE_MARK)):
             if position:
                 self.builder.chat_image(sequence)
@@ -90,7 +138,8 @@ class UniTokProcessor:
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """`[I, 3, H, W]` in [-1, 1] at the tokenizer's image size."""
-        return torch.stack([eval_transform(image, self.image_size) for image in images])
+        transform = padded_transform if self.image_preprocess == "padded" else eval_transform
+        return torch.stack([transform(image, self.image_size) for image in images])
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[Image.Image]]:
         """Ids of a conversation that ends with a user turn, and its images in order of appearance."""
@@ -101,7 +150,11 @@ class UniTokProcessor:
         folder = Path(folder)
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(folder)
-        settings = {"processor_class": type(self).__name__, "image_size": self.image_size}
+        settings = {
+            "processor_class": type(self).__name__,
+            "image_size": self.image_size,
+            "image_preprocess": self.image_preprocess,
+        }
         (folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
@@ -112,11 +165,12 @@ class UniTokProcessor:
             raise UserError(
                 f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)"
             )
-        image_size = read_json(folder / PROCESSOR_FILE).get("image_size")
+        settings = read_json(folder / PROCESSOR_FILE)
+        image_size = settings.get("image_size")
         if not isinstance(image_size, int):
             raise CheckpointError(f"{folder / PROCESSOR_FILE}: image_size is {image_size!r}, expected a number")
         config = UniTokMLLMConfig.from_pretrained(folder)
-        return cls(load_text_tokenizer(folder), config, image_size)
+        return cls(load_text_tokenizer(folder), config, image_size, settings.get("image_preprocess", "plain"))
 
 
 def split_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], list[Image.Image]]:

@@ -8,7 +8,8 @@
 
 A prompt is the beginning of the training sequence up to the first learnt id (text to image: boi included, because
 whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
-special id or a learnt part begins, so that prompt and training agree id for id.
+special id or a learnt part begins, so that prompt and training agree id for id. The turn after an answer is tokenized
+as it stands behind the answer's end, where some tokenizers put no space.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -27,6 +28,7 @@ class TextTokenizer(Protocol):
     """What a layout needs of a transformers tokenizer."""
 
     bos_token_id: int | None
+    eos_token: str
     eos_token_id: int
     pad_token_id: int
 
@@ -58,7 +60,10 @@ class SequenceBuilder:
             if getattr(config, name) is None:
                 raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
         self.config, self.tokenizer = config, tokenizer
-        self._cache: dict[str, list[int]] = {}
+        self._cache: dict[tuple[str, bool], list[int]] = {}
+        # Between prefix and answer stands a space: that which sentencepiece puts before every text, or one of our own
+        word = self._encode("a")
+        self._space = "" if self._encode("a a")[-len(word) :] == word else " "
 
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
@@ -115,12 +120,14 @@ class SequenceBuilder:
                 for position, piece in enumerate(pieces):
                     if position > 0:
                         self.chat_image(sequence)
-                    sequence.add(self._text(piece))
+                    sequence.add(self._text(piece, after_end=index > 0 and position == 0))
                 text = ""
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(turn.content), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+                sequence.add(self._text(self._space + turn.content), learn=True).add(
+                    [self.tokenizer.eos_token_id], learn=True
+                )
         return sequence
 
     def chat_image(self, sequence: Sequence) -> None:
@@ -138,13 +145,17 @@ class SequenceBuilder:
         bos = self.tokenizer.bos_token_id
         return Sequence().add([] if bos is None else [bos])
 
-    def _text(self, text: str) -> list[int]:
-        if text not in self._cache:
-            self._cache[text] = self._encode(text)
-        return self._cache[text]
+    def _text(self, text: str, after_end: bool = False) -> list[int]:
+        if (text, after_end) not in self._cache:
+            self._cache[text, after_end] = self._encode(text, after_end)
+        return self._cache[text, after_end]
 
-    def _encode(self, text: str) -> list[int]:
-        ids = list(self.tokenizer.encode(text, add_special_tokens=False)) if text else []
+    def _encode(self, text: str, after_end: bool = False) -> list[int]:
+        """Ids of a text that begins anew, or (`after_end`) that stands right behind an answer's end."""
+        before = self.tokenizer.eos_token if after_end and text else ""
+        ids = list(self.tokenizer.encode(before + text, add_special_tokens=False)) if text else []
+        if before and ids.pop(0) != self.tokenizer.eos_token_id:
+            raise UserError(f"the text tokenizer does not read its own end {before!r} as one id; give another backbone")
         marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
         if marks & set(ids):
             raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")

@@ -6,8 +6,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError
-from unitok.core.pretrained import load_model_folder
+from unitok.mllm.backbone import load_model
 from unitok.mllm.cross_entropy import choose_method
 from unitok.mllm.lora import add_adapters
 from unitok.mllm.model import UniTokMLLM
@@ -18,13 +19,13 @@ from unitok.mllm.settings import MllmTrainConfig
 from unitok.tokenizer import UniTok
 
 
-def load_start(folder: str | Path, visual: UniTok) -> tuple[UniTokMLLM, PreTrainedTokenizerBase]:
+def load_start(folder: str | Path, visual: UniTok, engine: EngineConfig) -> tuple[UniTokMLLM, PreTrainedTokenizerBase]:
     """Model (fp32) and text tokenizer of an export folder; `visual` is its visual tokenizer.
 
     Raises CheckpointError for a folder of something else or with weights that do not all fit, UserError where model and
     visual tokenizer do not belong together.
     """
-    model = load_model_folder(UniTokMLLM, folder).float()
+    model = load_model(folder, engine)
     check_same_codes(model, visual)
     return model, load_text_tokenizer(Path(folder))
 

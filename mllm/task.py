@@ -95,7 +95,7 @@ class MllmTask(Task):
         """The network with the same weights on every rank."""
         config = self.config
         if config.init_from is not None:
-            model, self.text_tokenizer = load_start(config.init_from, self.visual)
+            model, self.text_tokenizer = load_start(config.init_from, self.visual, config.engine)
         else:
             model = self._new_model()
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
@@ -121,7 +121,7 @@ class MllmTask(Task):
         folder, resumed = Path(config.output_dir), resumed_folder(config)
         self.text_tokenizer = build_text_tokenizer(config.backbone, self._words, symbols, folder, resumed)
         torch.manual_seed(derive_seed("mllm", config.seed))
-        return build_model(settings, config.backbone, self.text_tokenizer, self.visual)
+        return build_model(settings, config.backbone, self.text_tokenizer, self.visual, config.engine)
 
     def _words(self) -> list[str]:
         """Everything that will be tokenized (of documents a part), for a text tokenizer trained on the data."""

@@ -18,10 +18,11 @@ class LetterTokenizer:
     """One id per character, so that every id of a layout can be written down."""
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, PAD
+    eos_token = "$"
 
     def encode(self, text, add_special_tokens=True):
         assert not add_special_tokens, "layouts place special ids themselves"
-        return letters(text)
+        return [EOS if character == self.eos_token else ids for character, ids in zip(text, letters(text), strict=True)]
 
 
 def letters(text):
@@ -316,3 +317,40 @@ def test_a_system_message_begins_the_first_user_turn(processor):
 def test_malformed_messages_are_refused(message):
     with pytest.raises(UserError):
         split_messages([message])
+
+
+def test_a_space_stands_before_an_answer_whatever_the_tokenizer():
+    """Sentencepiece puts it there by itself; a tokenizer that puts none is given it."""
+
+    class Spaceless(LetterTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            return [1000] + letters(text[1:]) if text.startswith("a") else letters(text)
+
+    turns = [Turn("user", "q"), Turn("assistant", "r")]
+    texts = {"user_prefix": "U:", "assistant_prefix": "A:"}
+    sequence = SequenceBuilder(mllm_config(**texts), Spaceless()).chat(turns)
+    assert sequence.ids == [BOS, *letters("U:qA: r"), EOS] and sequence.labels[-3:] == [*letters(" r"), EOS]
+    assert builder().chat(turns).ids == [BOS, *letters("U:qA:r"), EOS]
+
+
+def test_the_turn_after_an_answer_stands_behind_its_end():
+    """A tokenizer that puts a space before a text puts none there."""
+
+    class Prefixing(LetterTokenizer):
+        def encode(self, text, add_special_tokens=True):
+            ids = [EOS if character == self.eos_token else 100 + ord(character) for character in text]
+            return ids if text.startswith(self.eos_token) else [*letters(" "), *ids]
+
+    turns = [Turn("user", "q"), Turn("assistant", "r"), Turn("user", "s")]
+    texts = {"user_prefix": "U:", "assistant_prefix": "A:"}
+    ids = SequenceBuilder(mllm_config(**texts), Prefixing()).chat(turns, prompt=True).ids
+    assert ids == [BOS, *letters(" U:qA: r"), EOS, *letters("U:sA:")]
+
+    class Broken(LetterTokenizer):
+        eos_token = "?"
+
+        def encode(self, text, add_special_tokens=True):
+            return letters(text)
+
+    with pytest.raises(UserError, match=r"does not read its own end '\?'"):
+        SequenceBuilder(mllm_config(**texts), Broken()).chat(turns, prompt=True)

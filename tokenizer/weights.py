@@ -3,6 +3,7 @@
 import pickle
 import re
 import struct
+import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,8 +73,11 @@ def find_weights(name: str, path: str | Path | None, what: str, hint: str) -> Pa
     return local
 
 
-def read_torch(path: str | Path, allowed: Sequence[type] = ()) -> Any:
+def read_torch(path: str | Path, allowed: Sequence[type] = (), device: str = "cpu", mmap: bool = False) -> Any:
     """What a `.safetensors` file, or any other as torch's format, holds; on the CPU.
+
+    Of torch's format only: device "meta" gives names and shapes without reading the tensors, and `mmap` reads those
+    that are used, when they are used (where the file's format allows it).
 
     Nothing in the file is executed: besides tensors and plain containers it may hold only instances of the `allowed`
     classes. Raises CheckpointError if it holds more or is damaged.
@@ -86,17 +90,18 @@ def read_torch(path: str | Path, allowed: Sequence[type] = ()) -> Any:
             return load_file(path)
         with torch.serialization.safe_globals(list(allowed)):
             # Without map_location, files written on a GPU cannot be read on a machine that has none
-            return torch.load(path, map_location="cpu", weights_only=True)
+            mmap = mmap and zipfile.is_zipfile(path)  # torch's older format can only be read as a whole
+            return torch.load(path, map_location=device, weights_only=True, mmap=mmap)
     except (*READ_ERRORS, SafetensorError) as error:
         raise CheckpointError(f"cannot read weights from {path}: {_why_unread(error)}; get the file again") from error
 
 
-def read_weights(path: str | Path) -> dict[str, Tensor]:
+def read_weights(path: str | Path, device: str = "cpu", mmap: bool = False) -> dict[str, Tensor]:
     """Tensors by name, read as `read_torch` does.
 
     Raises CheckpointError also if the file is no flat dictionary of tensors.
     """
-    state = read_torch(path)
+    state = read_torch(path, device=device, mmap=mmap)
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):

@@ -197,6 +197,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     tokenizer.add_argument("source", metavar="SOURCE", help="released file (.pth), or UniTok folder")
     tokenizer.add_argument("dest", metavar="DEST", help="folder for a file, file (.pth) for a folder")
     tokenizer.set_defaults(run=("convert", "convert_tokenizer"))
+    mllm = kinds.add_parser(
+        "mllm",
+        help="released folder of the unified model <-> export folder",
+        description="A released folder (config.json, weights in one file or in shards, tokenizer.model) becomes an "
+        "export folder, an export folder one in the released layout. Without --tokenizer the export of a release takes "
+        "and gives codes only. Every key must be accounted for; nothing in a file is executed.",
+    )
+    mllm.add_argument("source", metavar="SOURCE", help="released folder, or export folder")
+    mllm.add_argument("dest", metavar="DEST", help="new folder")
+    mllm.add_argument("--tokenizer", metavar="FILE|DIR", help="the visual tokenizer: released .pth or UniTok folder")
+    mllm.set_defaults(run=("convert", "convert_mllm"))
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:

@@ -1,7 +1,7 @@
 """DeepSpeed engines from typed settings: the DeepSpeed configuration is generated here and stands nowhere else."""
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -157,15 +157,31 @@ class GradientGuard:
 
 
 @contextmanager
-def whole_parameters(module: nn.Module) -> Iterator[None]:
-    """All parameters of `module` whole inside the block, also under ZeRO 3 (every rank must enter)."""
-    parameters = [p for p in module.parameters() if hasattr(p, "ds_id")]
+def whole_parameters(module: nn.Module | Iterable[nn.Parameter], write: bool = False) -> Iterator[None]:
+    """All parameters of `module` whole inside the block, also under ZeRO 3 (every rank must enter).
+
+    With `write` every rank takes over what rank 0 has made of them.
+    """
+    given = module.parameters() if isinstance(module, nn.Module) else module
+    parameters = [p for p in given if hasattr(p, "ds_id")]
     if not parameters:
         yield
         return
     import deepspeed
 
-    with deepspeed.zero.GatheredParameters(parameters):
+    with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
+        yield
+
+
+@contextmanager
+def partitioned(config: EngineConfig) -> Iterator[None]:
+    """Under ZeRO 3, modules made inside the block keep this rank's part of each parameter alone (rank 0's values)."""
+    if config.zero_stage != 3:
+        yield
+        return
+    import deepspeed
+
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config)):
         yield
 
 

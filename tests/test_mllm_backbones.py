@@ -1,0 +1,177 @@
+"""Families of decoder-only models as backbones: from a folder and from sizes, one code path, tiny random models."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from backbones import FAMILIES, SIZES, byte_level_tokenizer, make_folder
+from PIL import Image
+from stages import run_stage, write_configs
+from tiny import TEXTS, make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from unitok.core.errors import CheckpointError, ConfigError
+from unitok.core.pretrained import load_model_folder
+from unitok.data.conversations import MARKS, Turn
+from unitok.mllm import UniTokMLLM, UniTokProcessor
+from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
+from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+SETTINGS = UniTokMLLMSettings(visual_width=24, visual_num_heads=2, visual_mlp_ratio=1.5, depth_num_layers=1)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """For every family a folder as `save_pretrained` writes it, in several shards, with its tokenizer."""
+    return {family: make_folder(family, tmp_path_factory.mktemp("backbones") / family) for family in FAMILIES}
+
+
+def built(folder, tmp_path, **changes):
+    """Text tokenizer and model as a run makes them."""
+    backbone = BackboneConfig(path=str(folder)) if not changes else BackboneConfig(**changes)
+    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
+    torch.manual_seed(0)
+    return text_tokenizer, build_model(SETTINGS, backbone, text_tokenizer, make_tokenizer())
+
+
+@every_family
+@torch.no_grad()
+def test_a_pretrained_backbone_says_the_same(family, folders, tmp_path):
+    """Same text logits as its own class gives; old rows bit for bit, the marks' rows the mean of the old tokens'."""
+    folder = folders[family]
+    assert len(list(folder.glob("model-*.safetensors"))) > 1
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rows, known = source.config.vocab_size, len(load_text_tokenizer(folder))
+    text_tokenizer, model = built(folder, tmp_path)
+    model.eval()
+    ids = torch.randint(known, (2, 40), generator=torch.Generator().manual_seed(0))
+    wanted = source(ids).logits
+    marks = [text_tokenizer.convert_tokens_to_ids(mark) for mark in MARKS]
+    assert marks == [known, known + 1, known + 2]
+    assert model.config.text_config.vocab_size == max(rows, known + 3) == model.lm_head.out_features
+    old = [row for row in range(rows) if row not in marks]
+    torch.testing.assert_close(model(input_ids=ids).logits[..., old], wanted[..., old], rtol=1e-5, atol=1e-5)
+    assert wanted.std() > 0.05, "or the comparison would say nothing"
+    pairs = [(model.get_input_embeddings(), source.get_input_embeddings()), (model.lm_head, source.lm_head)]
+    for ours, theirs in pairs:
+        assert torch.equal(ours.weight[old], theirs.weight[old])
+        mean = theirs.weight[:known].mean(0)
+        assert all(torch.equal(ours.weight[row], mean) for row in {*marks, *range(rows, len(ours.weight))})
+    assert ours.weight.data_ptr() != model.get_input_embeddings().weight.data_ptr(), "a shared head gets its own copy"
+    fresh = {name: p for name, p in model.named_parameters() if name.startswith(("depth.", "embedder.mlp"))}
+    assert all(bool(torch.isfinite(p).all()) for p in model.parameters())
+    for name, parameter in fresh.items():
+        if "norm" in name and name.endswith("weight") or name == "embedder.mlp.0.weight":
+            assert bool((parameter == 1).all()), name
+        elif name.endswith("bias"):
+            assert not bool(parameter.any()), name
+        else:
+            assert 0.01 < float(parameter.std()) < 0.03, name
+
+
+@every_family
+def test_two_steps_of_every_family(family, folders, files, tmp_path):
+    """Through the training loop on code shards; the export loads and chats."""
+    options = [f"backbone.path={folders[family]}", "backbone.config={}", "steps=2", "ema_decay=null"]
+    out = tmp_path / "run"
+    log = run_stage("mllm", files["mllm"], out, 1, options)
+    assert len(log) == 2 and all(record["loss"] > 0 and record["grad_norm"] > 0 for record in log)
+    model = load_model_folder(UniTokMLLM, out / "export").eval()
+    processor = UniTokProcessor.from_pretrained(out / "export")
+    turns = [Turn("user", "<image>\nwhat color is the circle?"), Turn("assistant", "red"), Turn("user", "sure?")]
+    ids = processor.builder.chat(turns, prompt=True).ids
+    template = processor.apply_chat_template([turn._asdict() for turn in turns])
+    assert (
+        "ASSISTANT: red" in template and processor(template, [Image.new("RGB", (9, 9))])["input_ids"][0].tolist() == ids
+    )
+    codes = torch.zeros(1, model.config.num_codebooks, model.config.num_image_positions, dtype=torch.int64)
+    answer = model.generate(input_ids=torch.tensor([ids]), codes=codes, max_new_tokens=3, do_sample=False)
+    assert answer.shape[1] > len(ids) and isinstance(processor.tokenizer.decode(answer[0, len(ids) :]), str)
+    prompt = torch.tensor([processor.builder.text_to_image_prompt("a red circle")])
+    assert model.generate_codes(prompt, seeds=[0]).shape == codes.shape
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    return write_configs(tmp_path_factory.mktemp("stages"))
+
+
+@every_family
+def test_every_family_from_sizes(family, tmp_path):
+    """No pretrained weights: sizes from the configuration, vocabulary from the text tokenizer."""
+    settings = {name: value for name, value in FAMILIES[family][2].items() if name != "pad_token_id"}
+    text_tokenizer, model = built(None, tmp_path, config=SIZES | settings, text_vocab_size=80)
+    assert model.backbone.config.model_type == settings["model_type"]
+    assert model.config.text_config.vocab_size == len(text_tokenizer) == model.get_input_embeddings().num_embeddings
+    ids = torch.arange(9)[None] + 7  # behind the marks
+    assert model(input_ids=ids).logits.shape == (1, 9, len(text_tokenizer))
+    parameters = settings.get("rope_parameters", {})
+    assert parameters.items() <= model.backbone.config.rope_parameters.items()
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("gemma2", {"final_logit_softcapping": 30.0}, "final_logit_softcapping=30.0"),
+        ("cohere", {"logit_scale": 0.0625}, "logit_scale=0.0625"),
+        ("granite", {"logits_scaling": 8.0}, "logits_scaling=8.0"),
+    ],
+)
+def test_changed_logits_are_refused(family, changes, message, tmp_path):
+    """Not silently other logits than the family's own class would give, from sizes or from a folder."""
+    with pytest.raises(ConfigError, match=message):
+        built(None, tmp_path, config=SIZES | {"model_type": family} | changes)
+    byte_level_tokenizer().save_pretrained(tmp_path / "folder")
+    AutoConfig.for_model(family, **SIZES, **changes).save_pretrained(tmp_path / "folder")
+    with pytest.raises(ConfigError, match=message):
+        built(tmp_path / "folder", tmp_path)
+
+
+def test_backbones_without_a_place_are_refused(tmp_path, folders):
+    byte_level_tokenizer().save_pretrained(tmp_path / "phi")
+    config = AutoConfig.for_model("phi", **SIZES, vocab_size=300)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "phi")
+    with pytest.raises(ConfigError, match=r"lm_head.bias"):
+        built(tmp_path / "phi", tmp_path)
+    with pytest.raises(ConfigError, match=r"backbone.path=no/where/at/all: neither a local folder nor"):
+        built("no/where/at/all", tmp_path)
+    damaged = shutil.copytree(folders["qwen2"], tmp_path / "damaged")
+    next(damaged.glob("model-00002*")).unlink()
+    with pytest.raises(CheckpointError, match=r"model-00002.*: missing"):
+        built(damaged, tmp_path)
+
+
+def test_llamas_text_model_is_read_as_it_is(folders, tmp_path):
+    """Not by transformers' own reader, which loses leading spaces; marks added, saved and read again."""
+    text_tokenizer, model = built(folders["llama2"], tmp_path)
+    assert isinstance(text_tokenizer, UniTokTextTokenizer) and not text_tokenizer.legacy
+    processor = UniTokProcessor(text_tokenizer, model.config, 32)
+    processor.save_pretrained(tmp_path / "export")
+    model.config.save_pretrained(tmp_path / "export")
+    again = UniTokProcessor.from_pretrained(tmp_path / "export").tokenizer
+    for text in ("  two spaces", "a<image>b</s>c", "<boi><eoi>"):
+        assert again.encode(text) == text_tokenizer.encode(text)
+    assert again.convert_tokens_to_ids(list(MARKS)) == text_tokenizer.convert_tokens_to_ids(list(MARKS))
+
+
+def test_settings_beside_llamas_text_model_are_kept(folders, tmp_path):
+    """Tokens that were added, `legacy`, begin and end; without any settings it is a plain Llama-2 tokenizer."""
+    folder = shutil.copytree(folders["llama2"], tmp_path / "other")
+    file = folder / "tokenizer_config.json"
+    settings, plain = json.loads(file.read_text()), load_text_tokenizer(folder)
+    extra = {"content": "<extra>", "special": True, "normalized": False} | dict.fromkeys(
+        ("lstrip", "rstrip", "single_word"), False
+    )
+    added = settings["added_tokens_decoder"] | {str(len(plain)): extra}
+    file.write_text(json.dumps(settings | {"added_tokens_decoder": added, "add_eos_token": True, "legacy": True}))
+    other = load_text_tokenizer(folder)
+    begin, word, end = *plain.encode("a"), plain.eos_token_id
+    assert other.encode("a<extra>") == [begin, word, len(plain), end] and len(other) == len(plain) + 1
+    assert other.encode("a</s>a") == [begin, word, end, word, end], "before every part a space"
+    assert plain.encode("a</s>a")[3:] != [word]
+    file.unlink()
+    (folder / "special_tokens_map.json").unlink()
+    bare = load_text_tokenizer(folder)
+    assert bare.encode("a</s>a") == [begin, word, end, word] and bare.pad_token_id == bare.unk_token_id
