@@ -1,0 +1,63 @@
+"""The code embedder for one new position at a time.
+
+B images, K codebooks, L positions, C channels of a code vector, D width, H heads, d channels per head.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from unitok.mllm.embedder import CodeEmbedder
+from unitok.mllm.linears import joined, linear_map
+from unitok.tokenizer.quantizer import lookup, residual_lookup
+
+
+class EmbedderSteps:
+    """Codes `[B, K]` of one position -> its input vector `[B, D]`, as `CodeEmbedder` gives it with a cache.
+
+    `alone`: the position sees itself only, as in the released sampler; else those before it too.
+    """
+
+    def __init__(self, embedder: CodeEmbedder, images: int, length: int, alone: bool, like: Tensor) -> None:
+        projection, attention = embedder.projection, embedder.projection.attn
+        self.norms, self.mlp_norm = (projection.norm1, projection.norm3, projection.norm2), projection.mlp.norm
+        self.mlp, self.act, self.positions = embedder.mlp, projection.mlp.act, embedder.positions
+        self.entries, self.lookup = embedder.entries(), residual_lookup if embedder.residual else lookup
+        self.alone, self.num_heads, self.length = alone, attention.num_heads, length
+        self.direct, self.out = joined([projection.proj], images), joined([attention.proj], images)
+        self.gate_up = joined([projection.mlp.w0, projection.mlp.w1], images)
+        self.down = joined([projection.mlp.w2], images)
+        self.widen, self.last = joined([embedder.mlp[1]], images), joined([embedder.mlp[3]], images)
+        weight, value_bias = attention.qkv.weight, attention.v_bias
+        if alone:  # the weight of the only key is 1, so that its value is the result
+            self.attend = linear_map(weight.chunk(3)[2], value_bias, images)
+        else:
+            bias = torch.cat([attention.q_bias, torch.zeros_like(value_bias), value_bias])
+            self.attend = linear_map(weight, bias, images)
+            self.keys = like.new_zeros(images, self.num_heads, length, attention.inner_dim // self.num_heads)
+            self.values = torch.zeros_like(self.keys)
+        self.places_L = torch.arange(length, device=like.device)
+
+    def __call__(self, codes_BK: Tensor, place: Tensor, end: int) -> Tensor:
+        """`place` int64 `[1]`: the position of these codes. `end`: the positions up to it, or all, as in the backbone's
+        steps."""
+        vectors_BC = self.lookup(codes_BK.unsqueeze(-1), self.entries)[:, 0].to(self.norms[0].weight.dtype)
+        norm1, norm3, norm2 = self.norms
+        attended = self.attend(norm1(vectors_BC))
+        if not self.alone:
+            attended = self._see_others(attended, place, end)
+        x_BC = self.direct(norm3(vectors_BC)) + self.out(attended)
+        gate, up = self.gate_up(self.mlp_norm(norm2(x_BC))).chunk(2, dim=-1)
+        x_BC = x_BC + self.down(self.act(gate) * up)
+        vectors_BD = self.last(self.mlp[2](self.widen(self.mlp[0](x_BC))))
+        return vectors_BD if self.positions is None else vectors_BD + self.positions.index_select(0, place)
+
+    def _see_others(self, qkv: Tensor, place: Tensor, end: int) -> Tensor:
+        query, key, value = qkv.view(qkv.shape[0], 3, self.num_heads, 1, -1).unbind(1)
+        self.keys.index_copy_(2, place, key)
+        self.values.index_copy_(2, place, value)
+        mask = None
+        if end == self.length:
+            mask = torch.zeros_like(self.places_L, dtype=query.dtype).masked_fill(self.places_L > place, -torch.inf)
+        out = F.scaled_dot_product_attention(query, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=mask)
+        return out.flatten(1)

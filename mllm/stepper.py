@@ -1,0 +1,83 @@
+"""One image position as one step: embedding of the last codes, backbone, K depth steps, guidance and the choice of codes.
+
+B images, R rows (B, or 2B with guidance: conditional rows first), T prompt length, S slots of the backbone's cache,
+K codebooks, L positions, D width.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unitok.mllm.backbone_steps import backbone_steps
+from unitok.mllm.embedder_steps import EmbedderSteps
+from unitok.mllm.sampler import CodeSampler
+
+if TYPE_CHECKING:
+    from unitok.mllm.model import UniTokMLLM
+
+
+class PositionStepper:
+    """All caches, in tensors of fixed size, and the step that fills them.
+
+    Eagerly (CPU) a step sees just the slots that are filled; `static` steps (CUDA graphs) have the same shapes at every
+    position, and what is not filled yet is masked.
+    """
+
+    def __init__(
+        self, model: "UniTokMLLM", rows: int, slots: int, length: int, guided: bool, alone: bool, static: bool
+    ) -> None:
+        like = model.lm_head.weight.new_empty(0)
+        self.model, self.guided, self.static = model, guided, static
+        self.slots, self.length, self.num_codebooks = slots, length, model.config.num_codebooks
+        images = rows // 2 if guided else rows
+        self.backbone = backbone_steps(model.backbone, rows, slots, like)
+        self.embedder = EmbedderSteps(model.embedder, images, length, alone, like)
+        self.depth_cache = model.depth.new_cache(rows, like)
+        self.guidance = like.new_ones(())
+        self.place = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.slot = torch.zeros_like(self.place)
+        self.sampler: CodeSampler
+        self.uniforms_LKB: Tensor
+
+    def start(self, input_ids: Tensor, mask_RT: Tensor, sampler: CodeSampler, guidance_scale: float) -> Tensor:
+        """Read the prompts; the codes `[B, K]` of the first position."""
+        self.sampler = sampler
+        self.guidance.fill_(guidance_scale)
+        images = input_ids.shape[0] // 2 if self.guided else input_ids.shape[0]
+        if sampler.do_sample:
+            uniforms = sampler.uniforms(self.length * self.num_codebooks)
+        else:
+            uniforms = input_ids.new_zeros(images, self.length * self.num_codebooks)
+        self.uniforms_LKB = uniforms.t().reshape(self.length, self.num_codebooks, images).contiguous()
+        self.place.zero_()
+        self.slot.fill_(input_ids.shape[1])
+        hidden_RD = self.backbone.start(self.model.embed(input_ids, None), mask_RT)
+        return self._choose(hidden_RD, self.uniforms_LKB[0])
+
+    def next(self, codes_BK: Tensor, position: int) -> Tensor:
+        """The codes `[B, K]` of the position after `position`, whose codes are given."""
+        ends = (self.length, self.slots) if self.static else (position + 1, self.slots - self.length + position + 1)
+        return self.step(codes_BK, *ends)
+
+    def step(self, codes_BK: Tensor, place_end: int, slot_end: int) -> Tensor:
+        """As `next`, for the position that `place` and `slot` say; both go on by one."""
+        vectors_BD = self.embedder(codes_BK, self.place, place_end)
+        inputs_RD = torch.cat([vectors_BD, vectors_BD]) if self.guided else vectors_BD
+        hidden_RD = self.backbone(inputs_RD, self.slot, slot_end)
+        self.place.add_(1)
+        self.slot.add_(1)
+        return self._choose(hidden_RD, self.uniforms_LKB.index_select(0, self.place)[0])
+
+    def _choose(self, hidden_RD: Tensor, uniforms_KB: Tensor) -> Tensor:
+        """The K codes `[B, K]` of one position, one after the other through the depth transformer."""
+        inputs, codes = hidden_RD, []
+        for index in range(self.num_codebooks):
+            logits = self.model.depth.step(index, inputs, self.depth_cache)
+            if self.guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = unconditional + self.guidance * (conditional - unconditional)
+            code_B = self.sampler.choose(logits, index, uniforms_KB[index])
+            codes.append(code_B)
+            inputs = torch.cat([code_B, code_B]) if self.guided else code_B
+        return torch.stack(codes, dim=-1)
