@@ -16,7 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation
+from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 
 _LOGGER = logging.getLogger(__name__)
 _LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
@@ -93,7 +93,8 @@ class LlamaSteps:
         parts = [_parts(layer) for layer in backbone.layers[: backbone.config.num_hidden_layers]]
         self.layers = DecoderSteps(parts, _norm(backbone.norm), rows, slots, like)
         self.padding_R11S = like.new_zeros(rows, 1, 1, slots)
-        self.cos_RSd = like.new_zeros(rows, slots, parts[0].head_dim)
+        self.parts = parts[0]
+        self.cos_RSd = like.new_zeros(rows, slots, self.parts.head_dim)
         self.sin_RSd = torch.zeros_like(self.cos_RSd)
         self.places_S = torch.arange(slots, device=like.device)
         self.padded = False
@@ -123,12 +124,12 @@ class LlamaSteps:
     def __call__(self, x_RD: Tensor, slot: Tensor, end: int) -> Tensor:
         """The hidden state `[R, D]` of the position in `slot` `[1]`. `end`: the slots up to it; or all, and then those
         that are not filled yet are masked, so that shapes do not change from step to step."""
-        turn = (self.cos_RSd.index_select(1, slot), self.sin_RSd.index_select(1, slot))
+        angles = (self.cos_RSd.index_select(1, slot), self.sin_RSd.index_select(1, slot))
         if end == self.slots:
             mask = self.padding_R11S.masked_fill(self.places_S > slot, -torch.inf)
         else:
             mask = self.padding_R11S[..., :end] if self.padded else None
-        return self.layers(x_RD, slot, end, turn, mask)
+        return self.layers(x_RD, slot, end, rotation_of_all(*angles, self.parts), mask)
 
 
 def _parts(layer: torch.nn.Module) -> LayerParts:

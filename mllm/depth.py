@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from unitok.mllm.configuration import UniTokMLLMConfig
-from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation
+from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 from unitok.mllm.linears import joined, linear_map
 
 
@@ -167,5 +167,5 @@ class DepthCache:
         self.heads = [linear_map(weight, bias, count) for weight, bias in zip(head.weight, head.bias, strict=True)]
         self.slots = torch.arange(depth.num_codebooks, device=like.device).split(1)
         cos, sin = rope_angles(depth.num_codebooks, depth.head_dim, depth.rope_theta, like.device)
-        cos, sin = rotation(cos.to(like.dtype), sin.to(like.dtype))
-        self.turns = list(zip(cos.split(1), sin.split(1), strict=True))
+        turns = [angle.to(like.dtype).unsqueeze(1).split(1) for angle in rotation(cos, sin)]
+        self.turns = [rotation_of_all(*turn, parts[0]) for turn in zip(*turns, strict=True)]

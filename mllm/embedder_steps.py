@@ -25,7 +25,7 @@ class EmbedderSteps:
         self.entries, self.lookup = embedder.entries(), residual_lookup if embedder.residual else lookup
         self.alone, self.num_heads, self.length = alone, attention.num_heads, length
         self.direct, self.out = joined([projection.proj], images), joined([attention.proj], images)
-        self.gate_up = joined([projection.mlp.w0, projection.mlp.w1], images)
+        self.gate, self.up = joined([projection.mlp.w0], images), joined([projection.mlp.w1], images)
         self.down = joined([projection.mlp.w2], images)
         self.widen, self.last = joined([embedder.mlp[1]], images), joined([embedder.mlp[3]], images)
         weight, value_bias = attention.qkv.weight, attention.v_bias
@@ -47,8 +47,8 @@ class EmbedderSteps:
         if not self.alone:
             attended = self._see_others(attended, place, end)
         x_BC = self.direct(norm3(vectors_BC)) + self.out(attended)
-        gate, up = self.gate_up(self.mlp_norm(norm2(x_BC))).chunk(2, dim=-1)
-        x_BC = x_BC + self.down(self.act(gate) * up)
+        hidden = self.mlp_norm(norm2(x_BC))
+        x_BC = x_BC + self.down(self.act(self.gate(hidden)) * self.up(hidden))
         vectors_BD = self.last(self.mlp[2](self.widen(self.mlp[0](x_BC))))
         return vectors_BD if self.positions is None else vectors_BD + self.positions.index_select(0, place)
 
@@ -58,6 +58,7 @@ class EmbedderSteps:
         self.values.index_copy_(2, place, value)
         mask = None
         if end == self.length:
-            mask = torch.zeros_like(self.places_L, dtype=query.dtype).masked_fill(self.places_L > place, -torch.inf)
-        out = F.scaled_dot_product_attention(query, self.keys[:, :, :end], self.values[:, :, :end], attn_mask=mask)
+            mask = query.new_zeros(1, self.length).masked_fill(self.places_L > place, -torch.inf)
+        keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask)
         return out.flatten(1)

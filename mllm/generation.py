@@ -7,13 +7,14 @@ B images, R rows (B, or 2B with guidance: conditional rows first), T prompt leng
 
 import math
 from collections.abc import Callable, Sequence
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from unitok.core.errors import DataError, UserError
 from unitok.mllm.configuration import EmbedderCache
+from unitok.mllm.graphed import SLOT_MULTIPLE, GraphedStepper, graphed_stepper
 from unitok.mllm.sampler import CodeSampler, Setting
 from unitok.mllm.stepper import PositionStepper
 
@@ -35,6 +36,7 @@ class CodeGenerationMixin:
         seeds: Sequence[int] | None = None,
         embedder_cache: str | None = None,
         on_position: Callable[[int, int], None] | None = None,
+        graph: bool | None = None,
     ) -> Tensor:
         """Codes int64 `[B, K, num_positions]` of images for left-padded prompts that end with the begin-of-image id.
 
@@ -45,6 +47,8 @@ class CodeGenerationMixin:
         `seeds`: one per image; the same seed gives the same image whatever else is in the batch. None is 0 to B - 1:
         like everything here, it does not depend on a global generator.
         `on_position(done, num_positions)` is called after every position.
+        `graph`: compile a position's step and replay it as a CUDA graph, which takes a minute or more at the first call
+        of these sizes (None: on a GPU, where the backbone's layers are Llama's).
         On the CPU in fp32 the weights are copied for the time of the call, in a form that multiplies faster.
         """
         num_positions = self.config.num_image_positions if num_positions is None else num_positions
@@ -58,20 +62,27 @@ class CodeGenerationMixin:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature, input_ids.device)
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        report = on_position or (lambda done, total: None)
         with torch.inference_mode():
-            slots, alone = input_ids.shape[1] + num_positions, embedder_cache == "released"
-            stepper = PositionStepper(self, rows, slots, num_positions, guided, alone, static=False)
-            codes_BK = stepper.start(input_ids, mask_RT, sampler, guidance_scale)
-            columns = [codes_BK]
+            stepper = self._stepper(
+                sampler, rows=rows, slots=input_ids.shape[1] + num_positions, length=num_positions, guided=guided,
+                alone=embedder_cache == "released", graph=input_ids.is_cuda if graph is None else graph,
+            )  # fmt: skip
+            columns = [stepper.start(self.embed(input_ids, None), mask_RT, sampler, guidance_scale)]
+            report(1, num_positions)
             for position in range(num_positions - 1):
-                if on_position is not None:
-                    on_position(position + 1, num_positions)
-                codes_BK = stepper.next(codes_BK, position)
-                columns.append(codes_BK)
-            if on_position is not None:
-                on_position(num_positions, num_positions)
+                columns.append(stepper.next(columns[-1], position))
+                report(position + 2, num_positions)
             codes_BKL = torch.stack(columns, dim=-1)
         return codes_BKL.clone()  # outside, so that it is a tensor like any other
+
+    def _stepper(self, sampler: CodeSampler, graph: bool, slots: int, **sizes: Any) -> PositionStepper | GraphedStepper:
+        if not graph:
+            return PositionStepper(self, slots=slots, static=False, **sizes)
+        if self.device.type != "cuda":
+            raise UserError(f"graph=True needs a CUDA device, the model is on {self.device}; leave graph out")
+        slots = -(-slots // SLOT_MULTIPLE) * SLOT_MULTIPLE
+        return graphed_stepper(self, (sampler.do_sample, sampler.filtered), slots=slots, **sizes)
 
     def _check_generation(self, rows: int, num_positions: int, embedder_cache: str, guidance_scale: float) -> None:
         """UserError or DataError for what `generate_codes` cannot do."""
@@ -85,6 +96,4 @@ class CodeGenerationMixin:
             raise DataError(f"guidance needs conditional and unconditional rows, as many of each: got {rows} rows")
         positions = self.embedder.positions
         if positions is not None and num_positions - 1 > positions.shape[0]:  # the last one's codes are not read
-            raise DataError(
-                f"{num_positions - 1} image positions: this model has embeddings for {positions.shape[0]}"
-            )
+            raise DataError(f"{num_positions - 1} image positions: this model has embeddings for {positions.shape[0]}")

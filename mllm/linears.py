@@ -28,7 +28,8 @@ def joined(modules: Sequence[nn.Module], rows: int) -> LinearMap:
     """One call for linear layers that read the same input: their outputs side by side."""
     if all(type(module) is nn.Linear and _can_pack(module.weight) for module in modules):
         biases = [module.bias for module in modules]
-        weight = torch.cat([module.weight.detach() for module in modules])
+        weights = [module.weight.detach() for module in modules]
+        weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         if all(bias is None for bias in biases):
             return linear_map(weight, None, rows)
         if all(bias is not None for bias in biases):

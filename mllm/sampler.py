@@ -89,6 +89,17 @@ class CodeSampler:
         taken, self._ready = self._ready[:, :count], self._ready[:, count:]
         return taken
 
+    def take(self, other: "CodeSampler") -> "CodeSampler":
+        """The settings of `other`, in the tensors of this one, which a recorded step reads."""
+        assert (self.do_sample, self.filtered) == (other.do_sample, other.filtered)
+        for mine, theirs in (
+            (self.temperatures, other.temperatures),
+            (self.top_k, other.top_k),
+            (self.top_p, other.top_p),
+        ):
+            mine.copy_(theirs)
+        return self
+
     def choose(self, logits_BV: Tensor, index: int, uniform_B: Tensor) -> Tensor:
         """Codes `[B]` number `index` (0 to K - 1) of a position, from one random number for each image."""
         if not self.do_sample:

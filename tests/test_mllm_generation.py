@@ -5,7 +5,8 @@ import torch
 from tiny import BOI, BOS, EOI, EOS, IMAGE, PAD, make_mllm, random_codes
 
 from unitok.core.errors import DataError, UserError
-from unitok.mllm.generation import CodeSampler, filter_logits
+from unitok.mllm.embedder_steps import EmbedderSteps
+from unitok.mllm.sampler import CodeSampler, filter_logits
 from unitok.mllm.sequence import pad_left
 from unitok.tokenizer.projection import ProjectionCache
 
@@ -229,13 +230,13 @@ def test_number_of_positions():
 def test_released_embedder_cache_feeds_the_newest_token_alone(monkeypatch):
     """At position 0 both see one token, so the first difference can be in the codes of position 2."""
     model = make_mllm(image_position_embedding=True)
-    fed, original = [], model.embedder.forward
+    fed, step, original = [], EmbedderSteps.__call__, model.embedder.forward
 
-    def forward(codes, cache=None, start=0):
-        fed.append(original(codes, cache, start))
-        return fed[-1]
+    def recorded(self, codes_BK, place, end):
+        fed.append(step(self, codes_BK, place, end).unsqueeze(1))
+        return fed[-1][:, 0]
 
-    monkeypatch.setattr(model.embedder, "forward", forward)
+    monkeypatch.setattr(EmbedderSteps, "__call__", recorded)
     prompts = pad_left(PROMPTS, PAD)
     consistent = model.generate_codes(*prompts, do_sample=False, embedder_cache="consistent")
     consistent_vectors, fed[:] = torch.cat(fed, dim=1), []
