@@ -62,7 +62,7 @@ def _plain_position(model: UniTokMLLM, hidden_RD: Tensor, sampler: CodeSampler, 
     inputs = [depth.in_proj(hidden_RD)]
     codes: list[Tensor] = []
     for index in range(model.config.num_codebooks):
-        logits = depth.head(depth.run_layers(torch.stack(inputs, dim=1))[:, -1:], index)[:, 0]
+        logits = depth.head(depth.run_layers(torch.stack(inputs, dim=1)))[:, -1]
         if guidance_scale > 1:
             conditional, unconditional = logits.chunk(2)
             logits = unconditional + guidance_scale * (conditional - unconditional)
