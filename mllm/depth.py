@@ -149,7 +149,8 @@ class DepthTransformer(nn.Module):
         return DepthCache(self, count, like)
 
     def step(self, index: int, inputs: Tensor, cache: "DepthCache") -> Tensor:
-        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it."""
+        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it. For
+        inference: no gradient flows."""
         x_ND = cache.in_proj(inputs) if index == 0 else self.code_embeddings[index - 1](inputs)
         x_ND = cache.layers(x_ND, cache.slots[index], index + 1, cache.turns[index])
         return cache.heads[index if len(cache.heads) > 1 else 0](x_ND)
