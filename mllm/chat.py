@@ -6,7 +6,6 @@ B conversations (rows), T positions, D model width, V text vocabulary, I images 
 positions.
 """
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,8 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from unitok.core.errors import UserError
 from unitok.core.onednn import wide_products
 from unitok.core.rng import torch_rng
-from unitok.mllm.generation import filter_logits
 from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.sampler import check_filter, check_temperature, draw, filter_logits
 from unitok.mllm.sequence import pad_left
 
 ROOM = 128  # positions that a kept conversation's buffers grow by
@@ -46,21 +45,17 @@ class TextSampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.do_sample and not 0 < self.temperature < math.inf:
-            raise UserError(f"temperature={self.temperature}: must be positive (do_sample=False: the likeliest word)")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p}: expected a share in (0, 1]")
-        if self.top_k < 0 or self.top_k != int(self.top_k):
-            raise UserError(f"top_k={self.top_k}: expected 0 (off) or a positive number")
+        if self.do_sample:
+            check_temperature([self.temperature])
+        check_filter([self.top_k], [self.top_p])
 
     def choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
         """Ids `[B]`; every row has a generator of its own, so that it does not depend on its neighbours."""
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
         probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)
-        # argmax(p / e) with e ~ Exp(1) draws from p
-        noise = torch.stack([torch.empty(probs_BV.shape[-1]).exponential_(generator=g) for g in generators])
-        return (probs_BV / noise.to(probs_BV.device)).argmax(dim=-1)
+        uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
+        return draw(probs_BV, uniform_B.to(probs_BV.device))
 
 
 class GrowingLayer(DynamicLayer):

@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.cross_entropy import Sums, summed_losses
+from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
+from unitok.mllm.linears import joined, linear_map
 
 
 def rope_angles(length: int, head_dim: int, theta: float, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -39,17 +41,13 @@ class DepthAttention(nn.Module):
         self.v_proj = nn.Linear(width, kv_width, bias=False)
         self.o_proj = nn.Linear(width, width, bias=False)
 
-    def forward(self, x_NTD: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int) -> Tensor:
+    def forward(self, x_NTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         count, length, width = x_NTD.shape
         shape = (count, length, -1, self.head_dim)
         q_NHTd = rotate(self.q_proj(x_NTD).view(shape).transpose(1, 2), cos, sin)
         k_NHTd = rotate(self.k_proj(x_NTD).view(shape).transpose(1, 2), cos, sin)
         v_NHTd = self.v_proj(x_NTD).view(shape).transpose(1, 2)
-        if cache is not None:  # [2, N, KV heads, K, d], filled up to `start`
-            cache[0, :, :, start : start + length] = k_NHTd
-            cache[1, :, :, start : start + length] = v_NHTd
-            k_NHTd, v_NHTd = cache[0, :, :, : start + length], cache[1, :, :, : start + length]
-        out = F.scaled_dot_product_attention(q_NHTd, k_NHTd, v_NHTd, is_causal=cache is None, enable_gqa=self.grouped)
+        out = F.scaled_dot_product_attention(q_NHTd, k_NHTd, v_NHTd, is_causal=True, enable_gqa=self.grouped)
         return self.o_proj(out.transpose(1, 2).reshape(count, length, width))
 
 
@@ -65,10 +63,28 @@ class DepthLayer(nn.Module):
         self.up_proj = nn.Linear(width, intermediate, bias=False)
         self.down_proj = nn.Linear(intermediate, width, bias=False)
 
-    def forward(self, x_NTD: Tensor, cos: Tensor, sin: Tensor, cache: Tensor | None, start: int) -> Tensor:
-        x_NTD = x_NTD + self.self_attn(self.input_layernorm(x_NTD), cos, sin, cache, start)
+    def forward(self, x_NTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        x_NTD = x_NTD + self.self_attn(self.input_layernorm(x_NTD), cos, sin)
         hidden = self.post_attention_layernorm(x_NTD)
         return x_NTD + self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+
+    def parts(self) -> LayerParts:
+        """What `DecoderSteps` needs of this layer."""
+        attention, mlp_norm = self.self_attn, self.post_attention_layernorm
+        return LayerParts(
+            norm=(self.input_layernorm.weight, self.input_layernorm.eps),
+            query=attention.q_proj,
+            key=attention.k_proj,
+            value=attention.v_proj,
+            out=attention.o_proj,
+            mlp_norm=(mlp_norm.weight, mlp_norm.eps),
+            gate=self.gate_proj,
+            up=self.up_proj,
+            down=self.down_proj,
+            act=F.silu,
+            head_dim=attention.head_dim,
+            scaling=attention.head_dim**-0.5,
+        )
 
 
 class CodeHead(nn.Module):
@@ -125,27 +141,46 @@ class DepthTransformer(nn.Module):
         inputs = [self.in_proj(hidden_ND)]
         inputs += [embed(codes_NK[:, k]) for k, embed in enumerate(self.code_embeddings)]
         x_NKD = torch.stack([part.to(inputs[0].dtype) for part in inputs], dim=1)
-        cos, sin = rope_angles(self.num_codebooks, self.head_dim, self.rope_theta, x_NKD.device)
+        return self.run_layers(x_NKD)
+
+    def run_layers(self, x_NkD: Tensor) -> Tensor:
+        """All layers and the norm on the first k inputs of positions."""
+        cos, sin = rope_angles(x_NkD.shape[1], self.head_dim, self.rope_theta, x_NkD.device)
         for layer in self.layers:
             if self.gradient_checkpointing and self.training:
-                x_NKD = checkpoint(layer, x_NKD, cos, sin, None, 0, use_reentrant=False, preserve_rng_state=False)
+                x_NkD = checkpoint(layer, x_NkD, cos, sin, use_reentrant=False, preserve_rng_state=False)
             else:
-                x_NKD = layer(x_NKD, cos, sin, None, 0)
-        return self.norm(x_NKD)
+                x_NkD = layer(x_NkD, cos, sin)
+        return self.norm(x_NkD)
 
     def losses(self, hidden_ND: Tensor, codes_NK: Tensor, method: str) -> Sums:
         """Summed losses of all codes, their right guesses `[K]` and squared largest logits (see `cross_entropy`)."""
         return self.head(self.features(hidden_ND, codes_NK), targets_Nk=codes_NK, method=method)
 
-    def new_cache(self, count: int, like: Tensor) -> Tensor:
-        """Empty keys and values of every layer, `[layers, 2, N, KV heads, K, d]`."""
-        return like.new_zeros(len(self.layers), 2, count, self.num_kv_heads, self.num_codebooks, self.head_dim)
+    def new_cache(self, count: int, like: Tensor) -> "DepthCache":
+        """What `step` keeps for `count` positions side by side. It serves one position after the other: step 0 begins
+        a new one. `like`: dtype and device of the inputs."""
+        return DepthCache(self, count, like)
 
-    def step(self, index: int, inputs: Tensor, cache: Tensor) -> Tensor:
-        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it."""
-        first = index == 0
-        x_N1D = (self.in_proj(inputs) if first else self.code_embeddings[index - 1](inputs)).unsqueeze(1)
-        cos, sin = rope_angles(index + 1, self.head_dim, self.rope_theta, x_N1D.device)
-        for layer, layer_cache in zip(self.layers, cache, strict=True):
-            x_N1D = layer(x_N1D, cos[index:], sin[index:], layer_cache, index)
-        return self.head(self.norm(x_N1D), index)[:, 0]
+    def step(self, index: int, inputs: Tensor, cache: "DepthCache") -> Tensor:
+        """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it. For
+        inference: no gradient flows."""
+        x_ND = cache.in_proj(inputs) if index == 0 else self.code_embeddings[index - 1](inputs)
+        x_ND = cache.layers(x_ND, cache.slots[index], index + 1, cache.turns[index])
+        return cache.heads[index if len(cache.heads) > 1 else 0](x_ND)
+
+
+class DepthCache:
+    """Keys and values of the sub-codes before, and the layers and heads made ready for single steps."""
+
+    def __init__(self, depth: DepthTransformer, count: int, like: Tensor) -> None:
+        parts = [layer.parts() for layer in depth.layers]
+        norm = (depth.norm.weight, depth.norm.eps)
+        self.layers = DecoderSteps(parts, norm, count, depth.num_codebooks, like)
+        self.in_proj = depth.in_proj if isinstance(depth.in_proj, nn.Identity) else joined([depth.in_proj], count)
+        head = depth.head
+        self.heads = [linear_map(weight, bias, count) for weight, bias in zip(head.weight, head.bias, strict=True)]
+        self.slots = torch.arange(depth.num_codebooks, device=like.device).split(1)
+        cos, sin = rope_angles(depth.num_codebooks, depth.head_dim, depth.rope_theta, like.device)
+        turns = [angle.to(like.dtype).unsqueeze(1).split(1) for angle in rotation(cos, sin)]
+        self.turns = [rotation_of_all(*turn, parts[0]) for turn in zip(*turns, strict=True)]

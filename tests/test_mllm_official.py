@@ -12,8 +12,8 @@ from torch import nn
 
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.configuration import IGNORE
-from unitok.mllm.generation import filter_logits
 from unitok.mllm.official import RELEASED_LAYOUT, official_config, official_places
+from unitok.mllm.sampler import filter_logits
 from unitok.tokenizer import UniTok
 
 MODELS = ("tiny", "official_codebooks")

@@ -236,10 +236,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:
     from unitok.commands.speed import add_speed_arguments
+    from unitok.commands.speed_mllm import add_mllm_arguments
 
     speed = kinds.add_parser("speed", help="images per second, memory, share of the hardware's peak")
     parts = speed.add_subparsers(dest="part", required=True, metavar="PART", parser_class=_Parser)
     add_speed_arguments(parts.add_parser("tokenizer", help="encode, decode, code search and the training step"))
+    add_mllm_arguments(parts.add_parser("mllm", help="sampling beside a plain loop, answers, the training step"))
 
 
 def _add_eval_options(parser: argparse.ArgumentParser, kind: str, items: str) -> None:

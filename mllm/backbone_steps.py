@@ -1,0 +1,156 @@
+"""The backbone for one new position at a time, with keys and values in tensors of fixed size.
+
+Two ways with the same results up to rounding: `LlamaSteps` for layers that are Llama's in all that matters, and
+`GenericSteps`, which calls the backbone with transformers' static cache and serves every other family.
+
+R rows, T prompt length, S slots (prompt and image positions), D width, d channels per head.
+"""
+
+import logging
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers.models.llama.modeling_llama import LlamaModel
+from transformers.models.mistral.modeling_mistral import MistralModel
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
+
+from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
+
+_LOGGER = logging.getLogger(__name__)
+_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+# Kinds of rotary embedding whose angle at a position does not depend on how long the sequence has become.
+_FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+
+
+def why_generic(backbone: PreTrainedModel, slots: int) -> str | None:
+    """What keeps `LlamaSteps` from serving this backbone; None when it does."""
+    if type(backbone) not in _LIKE_LLAMA:
+        return f"{type(backbone).__name__} is not one of {', '.join(kind.__name__ for kind in _LIKE_LLAMA)}"
+    window = getattr(backbone.config, "sliding_window", None)
+    if window is not None and window < slots:
+        return f"its attention window of {window} is shorter than the sequence of {slots}"
+    if backbone.rotary_emb.rope_type not in _FIXED_ROPE:
+        return f"its rotary embedding is of type {backbone.rotary_emb.rope_type!r}"
+    if any(module._forward_hooks or module._forward_pre_hooks for module in backbone.modules()):
+        return "some of its modules have hooks"
+    if any(hasattr(module, "_hf_hook") for module in backbone.modules()):
+        return "some of its modules are moved between devices as they are used"
+    return None
+
+
+def backbone_steps(backbone: PreTrainedModel, rows: int, slots: int, like: Tensor) -> "LlamaSteps | GenericSteps":
+    """The faster way that gives this backbone's results."""
+    reason = why_generic(backbone, slots)
+    if reason is None:
+        return LlamaSteps(backbone, rows, slots, like)
+    _LOGGER.info("image positions go through the backbone's own forward pass: %s", reason)
+    return GenericSteps(backbone, slots)
+
+
+def count_positions(mask_RS: Tensor) -> Tensor:
+    """Position ids of left-padded rows: padding does not count."""
+    return (mask_RS.cumsum(dim=1) - 1).clamp(min=0)
+
+
+class GenericSteps:
+    """Every decoder of transformers."""
+
+    graphable = False
+
+    def __init__(self, backbone: PreTrainedModel, slots: int) -> None:
+        self.backbone, self.slots = backbone, slots
+
+    def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
+        """Read the prompts; the last hidden state `[R, D]`."""
+        self.cache = StaticCache(config=self.backbone.config, max_cache_len=self.slots)
+        self.mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - mask_RT.shape[1])], dim=1)
+        self.positions_RS = count_positions(self.mask_RS)
+        return self._run(inputs_RTD, self.positions_RS[:, : mask_RT.shape[1]])
+
+    def __call__(self, x_RD: Tensor, slot: Tensor, end: int) -> Tensor:
+        return self._run(x_RD.unsqueeze(1), self.positions_RS.index_select(1, slot))
+
+    def _run(self, inputs_RTD: Tensor, positions_RT: Tensor) -> Tensor:
+        outputs = self.backbone(
+            inputs_embeds=inputs_RTD,
+            attention_mask=self.mask_RS,
+            position_ids=positions_RT,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        return outputs.last_hidden_state[:, -1]
+
+
+class LlamaSteps:
+    """Llama, Mistral, Qwen2 and Qwen3; the prompts are read by the backbone's own forward pass."""
+
+    graphable = True
+
+    def __init__(self, backbone: PreTrainedModel, rows: int, slots: int, like: Tensor) -> None:
+        self.backbone, self.slots = backbone, slots
+        parts = [_parts(layer) for layer in backbone.layers[: backbone.config.num_hidden_layers]]
+        self.layers = DecoderSteps(parts, _norm(backbone.norm), rows, slots, like)
+        self.padding_R11S = like.new_zeros(rows, 1, 1, slots)
+        self.parts = parts[0]
+        self.cos_RSd = like.new_zeros(rows, slots, self.parts.head_dim)
+        self.sin_RSd = torch.zeros_like(self.cos_RSd)
+        self.places_S = torch.arange(slots, device=like.device)
+        self.padded = False
+
+    def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
+        """Read the prompts; the last hidden state `[R, D]`."""
+        length = mask_RT.shape[1]
+        mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - length)], dim=1)
+        positions_RS = count_positions(mask_RS)
+        outputs = self.backbone(
+            inputs_embeds=inputs_RTD,
+            attention_mask=mask_RT,
+            position_ids=positions_RS[:, :length],
+            past_key_values=DynamicCache(),
+            use_cache=True,
+        )
+        for layer, read in zip(self.layers.layers, outputs.past_key_values.layers, strict=True):
+            layer.keys[:, :, :length] = read.keys
+            layer.values[:, :, :length] = read.values
+        cos_RSd, sin_RSd = rotation(*self.backbone.rotary_emb(inputs_RTD, positions_RS))
+        self.cos_RSd.copy_(cos_RSd)
+        self.sin_RSd.copy_(sin_RSd)
+        self.padded = bool((mask_RT == 0).any())
+        self.padding_R11S.zero_().masked_fill_((mask_RS == 0)[:, None, None], -torch.inf)
+        return outputs.last_hidden_state[:, -1]
+
+    def __call__(self, x_RD: Tensor, slot: Tensor, end: int) -> Tensor:
+        """The hidden state `[R, D]` of the position in `slot` `[1]`. `end`: the slots up to it; or all, and then those
+        that are not filled yet are masked, so that shapes do not change from step to step."""
+        angles = (self.cos_RSd.index_select(1, slot), self.sin_RSd.index_select(1, slot))
+        if end == self.slots:
+            mask = self.padding_R11S.masked_fill(self.places_S > slot, -torch.inf)
+        else:
+            mask = self.padding_R11S[..., :end] if self.padded else None
+        return self.layers(x_RD, slot, end, rotation_of_all(*angles, self.parts), mask)
+
+
+def _parts(layer: torch.nn.Module) -> LayerParts:
+    attention, mlp = layer.self_attn, layer.mlp
+    return LayerParts(
+        norm=_norm(layer.input_layernorm),
+        query=attention.q_proj,
+        key=attention.k_proj,
+        value=attention.v_proj,
+        out=attention.o_proj,
+        mlp_norm=_norm(layer.post_attention_layernorm),
+        gate=mlp.gate_proj,
+        up=mlp.up_proj,
+        down=mlp.down_proj,
+        act=mlp.act_fn,
+        head_dim=attention.head_dim,
+        scaling=attention.scaling,
+        query_norm=_norm(attention.q_norm) if hasattr(attention, "q_norm") else None,
+        key_norm=_norm(attention.k_norm) if hasattr(attention, "k_norm") else None,
+    )
+
+
+def _norm(module: torch.nn.Module) -> tuple[Tensor, float]:
+    return module.weight, module.variance_epsilon

@@ -1,0 +1,154 @@
+"""Pictures for many prompts: in batches, over ranks, resumable, each file written whole.
+
+K codebooks, L positions, H W pixels.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from unitok.core.distributed import is_distributed, rank, world_size
+from unitok.core.errors import UserError
+from unitok.data.transforms import to_pil
+from unitok.mllm.pipeline import UniTokPipeline
+
+RECORD = "unitok"  # text entry of a PNG that says how it was made
+_DIGITS = 5
+
+Record = dict[str, Any]
+
+
+def generate_many(
+    pipeline: UniTokPipeline,
+    prompts: Sequence[str],
+    folder: Path | str,
+    seed: int = 0,
+    batch_size: int = 32,
+    overlap: bool | None = None,
+    on_image: Callable[[int, Path], None] | None = None,
+    **sampler: Any,
+) -> list[Path]:
+    """One PNG per prompt, named by its index; the paths of all of them, those of other ranks included.
+
+    Image i gets the seed `seed + i`, so it is the same whatever the batches and ranks. Every rank (of a process group,
+    or of `torchrun` by RANK and WORLD_SIZE) makes each n-th image. What is there already is left as it is.
+
+    Args:
+        sampler: settings of `generate_codes` that replace those of the export.
+        overlap: decode and write one batch while the next is sampled (None: on a GPU; on a CPU both want the same
+            cores).
+        on_image: called with index and path after each file of this rank, from one thread.
+
+    Raises:
+        UserError: an image that is there was made in another way (it says in what), or by something else.
+    """
+    if batch_size < 1:
+        raise UserError(f"batch_size={batch_size}: expected at least 1")
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None}
+    common = {"settings": settings, "model": fingerprint(pipeline)}
+    records = [{"prompt": prompt, "seed": seed + index, **common} for index, prompt in enumerate(prompts)]
+    digits = max(_DIGITS, len(str(len(prompts) - 1)))
+    paths = [folder / f"{index:0{digits}}.png" for index in range(len(prompts))]
+    first, step = own_share()
+    missing = [index for index in range(first, len(prompts), step) if not is_made(paths[index], records[index])]
+    overlap = pipeline.model.device.type == "cuda" if overlap is None else overlap
+
+    def finish(indices: Sequence[int], codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> None:
+        for index, pixels in zip(indices, _decode(pipeline, codes_BKL, sampled), strict=True):
+            write_image(to_pil(pixels), paths[index], records[index])
+            if on_image is not None:
+                on_image(index, paths[index])
+
+    with ThreadPoolExecutor(max_workers=1) as worker:
+        pending: Future[None] | None = None
+        for start in range(0, len(missing), batch_size):
+            indices = missing[start : start + batch_size]
+            codes_BKL = pipeline._generate_batch([prompts[i] for i in indices], [seed + i for i in indices], settings)
+            if pending is not None:
+                pending.result()  # an error of the last batch ends it all
+            if overlap:
+                sampled = torch.cuda.current_stream().record_event() if codes_BKL.is_cuda else None
+                pending = worker.submit(finish, indices, codes_BKL, sampled)
+            else:
+                finish(indices, codes_BKL, None)
+        if pending is not None:
+            pending.result()
+    return paths
+
+
+def own_share() -> tuple[int, int]:
+    """This process's number and how many there are: of the process group, or as `torchrun` says."""
+    if is_distributed():
+        return rank(), world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def fingerprint(pipeline: UniTokPipeline) -> str:
+    """Tells one trained model from another by some of its weights: norms and the first row of the code head."""
+    depth, digest = pipeline.model.depth, hashlib.blake2b(digest_size=8)
+    for weight in (depth.norm.weight, depth.layers[0].input_layernorm.weight, depth.head.weight[0, 0]):
+        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def is_made(path: Path, record: Record) -> bool:
+    """Whether the image is there. UserError if it is not the one that `record` describes."""
+    if not path.exists():
+        return False
+    try:
+        with Image.open(path) as image:
+            text = image.info.get(RECORD)
+    except UnidentifiedImageError as error:
+        raise UserError(f"{path}: is there, but no image; delete it or give another folder") from error
+    if text is None:
+        raise UserError(f"{path}: is there, but was not made by this command; give another folder")
+    found, wanted = json.loads(text), json.loads(json.dumps(record))
+    for name in (*wanted, *found):
+        if found.get(name) != wanted.get(name):
+            was, now = _difference(found.get(name), wanted.get(name))
+            raise UserError(f"{path}: was made with {name} {was}, now it is {now}; give another folder or delete it")
+    return True
+
+
+def _difference(found: Any, wanted: Any) -> tuple[Any, Any]:
+    """Of two dictionaries what differs, else both as they are."""
+    if not (isinstance(found, dict) and isinstance(wanted, dict)):
+        return found, wanted
+    names = [name for name in {**found, **wanted} if found.get(name) != wanted.get(name)]
+    return {name: found.get(name) for name in names}, {name: wanted.get(name) for name in names}
+
+
+def write_image(image: Image.Image, path: Path, record: Record) -> None:
+    """The PNG with its record, all at once."""
+    info = PngInfo()
+    info.add_text(RECORD, json.dumps(record))
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        image.save(temporary, format="PNG", pnginfo=info)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def _decode(pipeline: UniTokPipeline, codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> Tensor:
+    """Pixels `[B, 3, H, W]`. `sampled` marks where the codes are complete: decode beside what follows it on the GPU."""
+    if sampled is None:
+        return pipeline.tokenizer.decode(codes_BKL)
+    stream = torch.cuda.Stream(codes_BKL.device)
+    stream.wait_event(sampled)
+    with torch.cuda.stream(stream):
+        pixels = pipeline.tokenizer.decode(codes_BKL)
+    stream.synchronize()
+    return pixels

@@ -1,0 +1,84 @@
+"""One image position as one step: embedding of the last codes, backbone, K depth steps, guidance, choice of new codes.
+
+B images, R rows (B, or 2B with guidance: conditional rows first), T prompt length, S slots of the backbone's cache,
+K codebooks, L positions, D width.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from unitok.mllm.backbone_steps import backbone_steps
+from unitok.mllm.embedder_steps import EmbedderSteps
+from unitok.mllm.sampler import CodeSampler
+
+if TYPE_CHECKING:
+    from unitok.mllm.model import UniTokMLLM
+
+
+class PositionStepper:
+    """All caches, in tensors of fixed size, and the step that fills them.
+
+    With `static`, steps have the same shapes at every position, and slots that are not filled yet are masked; without
+    (on the CPU), a step sees just the filled slots. `alone`: see `EmbedderSteps`.
+    """
+
+    def __init__(
+        self, model: "UniTokMLLM", rows: int, slots: int, length: int, guided: bool, alone: bool, static: bool
+    ) -> None:
+        like = model.lm_head.weight.new_empty(0)
+        self.depth, self.guided, self.static = model.depth, guided, static
+        self.slots, self.length, self.num_codebooks = slots, length, model.config.num_codebooks
+        self.images = rows // 2 if guided else rows
+        self.backbone = backbone_steps(model.backbone, rows, slots, like)
+        self.embedder = EmbedderSteps(model.embedder, self.images, length, alone, like)
+        self.depth_cache = model.depth.new_cache(rows, like)
+        self.guidance = like.new_ones(())
+        self.place = torch.zeros(1, dtype=torch.long, device=like.device)
+        self.slot = torch.zeros_like(self.place)
+        self.uniforms_LKB = torch.zeros(length, self.num_codebooks, self.images, device=like.device)
+        self.prompt_length, self.sampler = 0, None
+
+    def start(self, prompts_RTD: Tensor, mask_RT: Tensor, sampler: CodeSampler, guidance_scale: float) -> Tensor:
+        """Read the prompts; the codes `[B, K]` of the first position."""
+        self.sampler = sampler if self.sampler is None else self.sampler.take(sampler)
+        self.guidance.fill_(guidance_scale)
+        if sampler.do_sample:
+            uniforms_BN = sampler.uniforms(self.length * self.num_codebooks)
+            self.uniforms_LKB.copy_(uniforms_BN.t().reshape(self.uniforms_LKB.shape))
+        self.prompt_length = mask_RT.shape[1]
+        self.go_to(0)
+        return self._choose(self.backbone.start(prompts_RTD, mask_RT), self.uniforms_LKB[0])
+
+    def go_to(self, position: int) -> None:
+        """Make `position` the one whose codes the next step reads."""
+        self.place.fill_(position)
+        self.slot.fill_(self.prompt_length + position)
+
+    def next(self, codes_BK: Tensor, position: int) -> Tensor:
+        """The codes `[B, K]` of the position after `position`, whose codes are given."""
+        ends = (self.length, self.slots) if self.static else (position + 1, self.prompt_length + position + 1)
+        return self.step(codes_BK, *ends)
+
+    def step(self, codes_BK: Tensor, place_end: int, slot_end: int) -> Tensor:
+        """As `next`, at the position that was gone to, and goes on by one."""
+        vectors_BD = self.embedder(codes_BK, self.place, place_end)
+        inputs_RD = torch.cat([vectors_BD, vectors_BD]) if self.guided else vectors_BD
+        hidden_RD = self.backbone(inputs_RD, self.slot, slot_end)
+        self.place.add_(1)
+        self.slot.add_(1)
+        return self._choose(hidden_RD, self.uniforms_LKB.index_select(0, self.place)[0])
+
+    def _choose(self, hidden_RD: Tensor, uniforms_KB: Tensor) -> Tensor:
+        """The K codes `[B, K]` of one position, one after the other through the depth transformer."""
+        inputs, codes = hidden_RD, []
+        for index in range(self.num_codebooks):
+            logits = self.depth.step(index, inputs, self.depth_cache)
+            if self.guided:
+                conditional, unconditional = logits.chunk(2)
+                logits = torch.lerp(unconditional, conditional, self.guidance)
+            code_B = self.sampler.choose(logits, index, uniforms_KB[index])
+            codes.append(code_B)
+            inputs = torch.cat([code_B, code_B]) if self.guided else code_B
+        return torch.stack(codes, dim=-1)

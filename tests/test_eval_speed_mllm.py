@@ -1,0 +1,148 @@
+"""The unified model's speed: bytes and FLOPs that are counted, the baseline, the command on a tiny model."""
+
+import argparse
+import json
+import math
+
+import pytest
+import torch
+from tiny import make_mllm
+
+from unitok.cli import _Parser
+from unitok.commands import speed_mllm
+from unitok.core.config import load_config
+from unitok.core.errors import ConfigError, UserError
+from unitok.eval import speed_mllm as speed
+from unitok.eval.speed import Setting
+
+TINY = [
+    "text_config={model_type: llama, vocab_size: 50, hidden_size: 32, intermediate_size: 40, num_hidden_layers: 2, "
+    "num_attention_heads: 4, num_key_value_heads: 2, max_position_embeddings: 256}",
+    "model.num_codebooks=3",
+    "model.codebook_size=16",
+    "model.code_dim=4",
+    "model.num_image_positions=6",
+    "model.visual_width=24",
+    "model.visual_num_heads=2",
+    "sampling={prompt_length: 5, num_positions: 4, images: 2, guidance_scale: 3.0}",
+    "answers={text_length: 6, new_tokens: 3, batch_size: 2}",
+    "training={batch_size: 2, text_length: 4}",
+]
+SETTING = Setting(torch.device("cpu"), repeats=2)
+
+
+def arguments(*options: str) -> argparse.Namespace:
+    parser = _Parser()
+    speed_mllm.add_mllm_arguments(parser)
+    return parser.parse_args(options)
+
+
+def tiny_config() -> speed.MllmSpeedConfig:
+    return load_config(speed.MllmSpeedConfig, "mllm/bench.yaml", TINY)
+
+
+@pytest.mark.parametrize("changes", [{}, {"depth_shared_head": False}, {"depth_width": 24, "depth_num_heads": 3}])
+def test_bytes_of_a_position_are_the_weights_that_it_touches(changes):
+    """Counted from the names: everything but tables of vectors, depth layers and a shared head once for each code."""
+    model = make_mllm(**changes)
+    expected = 0
+    for name, weight in (*model.named_parameters(), *model.named_buffers()):
+        if any(part in name for part in ("embed_tokens", "lm_head", "code_embeddings", "codebooks", "depth.norm")):
+            continue
+        shared_head = changes.get("depth_shared_head", True) and name.startswith("depth.head")
+        often = name.startswith("depth.layers") or shared_head
+        expected += 4 * weight.numel() * (model.config.num_codebooks if often else 1)
+    assert speed.bytes_per_position(model) == expected
+
+
+def test_figures_of_sampling():
+    found = speed.sampling_figures([2.0, 1.0, 4.0], images=3, num_positions=10, floor=0.04)
+    assert (found["seconds"], found["visual_tokens_per_second"], found["images_per_second"]) == (1.0, 30.0, 3.0)
+    assert (found["ms_per_position"], found["floor_ms_per_position"]) == (100.0, 40.0)
+    assert found["times_floor"] == pytest.approx(2.5)
+
+
+def test_flops_of_training_grow_with_the_batch():
+    config = tiny_config()
+    one, two = (
+        speed.training_speed(
+            speed.random_model(config, SETTING), speed.TrainingSizes(batch_size=size, text_length=4), SETTING
+        )["gflop_per_step"]
+        for size in (1, 2)
+    )
+    assert 1.9 < two / one < 2.05  # the text head reads one position of each sample
+
+
+def test_baseline_finds_a_difference(monkeypatch):
+    config = tiny_config()
+    model = speed.random_model(config, SETTING)
+    assert speed.plain_loop(model, config.sampling, "released", SETTING)["equal_codes"]
+    original = speed.plain_codes
+    monkeypatch.setattr(speed, "plain_codes", lambda *args, **options: original(*args, **options) + 1)
+    found = speed.plain_loop(model, config.sampling, "released", SETTING)
+    assert not found["equal_codes"]
+    rows = speed_mllm._rows({"batches": [], "positions": [], "codebooks": [], "baseline": [found]})
+    assert "DIFFERENT" in rows[0][-1]
+
+
+def numbers(value, name=""):
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from numbers(entry, f"{name}.{key}")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from numbers(entry, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value
+
+
+def test_command_measures_everything(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(speed._BANDWIDTH_BYTES, "cpu", 2**20)
+    out = tmp_path / "speed.json"
+    options = ["--batches", "1,2", "--positions", "3", "--codebooks", "1,2", "--repeats", "1", "--out", str(out)]
+    assert speed_mllm.mllm(arguments(*options, "--device", "cpu", *TINY)) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[2:11]] == [
+        "1 images", "2 images", "3 positions", "1 codes a position", "2 codes a position", "plain loop, consistent",
+        "plain loop, released", "answers", "train",
+    ]  # fmt: skip
+    assert lines[11].startswith("floor: ") and "equal codes" in lines[7] and "equal codes" in lines[8]
+    results = json.loads(out.read_text())
+    for name, value in numbers({key: results[key] for key in results if key != "protocol"}):
+        assert math.isfinite(value) and value > 0, f"{name} = {value}"
+    assert results["batches"][1]["visual_tokens_per_second"] == pytest.approx(2 * 4 / results["batches"][1]["seconds"])
+    assert results["protocol"]["clock"] == "CPU time of the process"
+
+
+def test_command_measures_a_folder_with_quantized_weights(tmp_path, capsys):
+    make_mllm().save_pretrained(tmp_path)
+    options = ["--model", str(tmp_path), "--weights", "int8", "--repeats", "1", "--batches", "1", "--positions", "2"]
+    assert speed_mllm.mllm(arguments(*options, "--no-train", "--no-answers", "--no-baseline", "--device", "cpu")) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines[-3:-1]] == ["1 images", "2 positions"]
+
+
+def test_dry_run_measures_nothing(capsys):
+    assert speed_mllm.mllm(arguments("--dry-run", "--device", "cpu", "--no-train", "--batches", "3")) == 0
+    assert capsys.readouterr().out == (
+        "would measure: batches (3,), positions (16, 64), codes a position (1, 2, 4, 8), baseline, answers; fp32 on "
+        "cpu\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        (["--model", "a", "--config", "b"], UserError, "not both"),
+        (["--model", "nowhere", "--no-train"], UserError, "nowhere: no such model folder"),
+        (["--batches", "1,0"], UserError, "'1,0': expected numbers of at least 1"),
+        (["--batches", "many"], UserError, "'many': expected whole numbers between commas"),
+        (["--weights", "int8"], UserError, "add --no-train"),
+        (["--weights", "int8", "--no-train", "--codebooks", "2"], UserError, "leave out --model and --weights"),
+        (["model.num_codebook=2"], ConfigError, "num_codebooks"),
+        (["model.image_token_id=null"], UserError, "model.image_token_id is not set"),
+    ],
+)
+def test_errors(options, kind, message):
+    with pytest.raises(kind, match=message):
+        speed_mllm.mllm(arguments(*options, "--device", "cpu"))

@@ -1,0 +1,130 @@
+"""Many prompts into a folder: the same images whatever batches, ranks and interruptions; nothing overwritten."""
+
+import json
+import threading
+
+import pytest
+import torch
+from PIL import Image
+from test_mllm_pipeline import make_pipeline
+
+from unitok.core.errors import UserError
+from unitok.mllm.many import RECORD, generate_many, write_image
+
+PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red", "a photo of a circle", "blue"]
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("many"))
+
+
+@pytest.fixture(scope="module")
+def expected(pipe):
+    return [image.tobytes() for image in pipe.generate_images(PROMPTS, seed=3)]
+
+
+def contents(paths):
+    return [Image.open(path).tobytes() for path in paths]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_images_are_those_of_the_pipeline(pipe, expected, overlap, tmp_path):
+    seen, threads = [], set()
+
+    def on_image(index, path):
+        assert path.is_file()
+        seen.append(index)
+        threads.add(threading.current_thread())
+
+    paths = generate_many(pipe, PROMPTS, tmp_path, seed=3, batch_size=2, overlap=overlap, on_image=on_image)
+    assert [path.name for path in paths] == [f"{index:05}.png" for index in range(5)]
+    assert contents(paths) == expected and seen == list(range(5))
+    assert (threading.main_thread() not in threads) == overlap and len(threads) == 1
+    assert sorted(tmp_path.iterdir()) == paths, "no temporary file is left"
+    record = json.loads(Image.open(paths[2]).info[RECORD])
+    assert record["prompt"] == "red" and record["seed"] == 5
+    assert record["settings"] == {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95}
+
+
+def test_ranks_share_the_work(pipe, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    made = {}
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        made[rank] = []
+        paths = generate_many(
+            pipe, PROMPTS, tmp_path, seed=3, on_image=lambda index, _, rank=rank: made[rank].append(index)
+        )
+    assert made == {1: [1, 3], 0: [0, 2, 4]} and contents(paths) == expected
+
+
+def test_an_interrupted_run_goes_on(pipe, expected, tmp_path):
+    class Stop(Exception):
+        pass
+
+    def stop(index, path):
+        if index == 2:
+            raise Stop
+
+    for overlap in (True, False):
+        with pytest.raises(Stop):
+            generate_many(pipe, PROMPTS, tmp_path, seed=3, batch_size=2, overlap=overlap, on_image=stop)
+        assert len(list(tmp_path.iterdir())) == 3
+        (tmp_path / "00002.png").unlink()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    rest = []
+    paths = generate_many(pipe, PROMPTS, tmp_path, seed=3, on_image=lambda index, _: rest.append(index))
+    assert rest == [2, 3, 4] and contents(paths) == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seed": 4}, "00000.png: was made with seed 3, now it is 4"),
+        ({"prompts": ["x", *PROMPTS[1:]]}, "00000.png: was made with prompt a photo of a red circle, now it is x"),
+        ({"top_k": 5}, r"was made with settings \{'top_k': 12\}, now it is \{'top_k': 5\}"),
+    ],
+)
+def test_what_was_made_in_another_way_is_kept(pipe, changes, message, tmp_path):
+    generate_many(pipe, PROMPTS[:1], tmp_path, seed=3)
+    options = {"prompts": PROMPTS, "seed": 3} | changes
+    prompts = options.pop("prompts")
+    with pytest.raises(UserError, match=message):
+        generate_many(pipe, prompts, tmp_path, **options)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_another_models_images_and_other_files_are_kept(pipe, tmp_path):
+    paths = generate_many(pipe, PROMPTS[:1], tmp_path)
+    with torch.no_grad():
+        pipe.model.depth.head.weight.add_(1e-3)
+        try:
+            with pytest.raises(UserError, match="was made with model"):
+                generate_many(pipe, PROMPTS, tmp_path)
+        finally:
+            pipe.model.depth.head.weight.sub_(1e-3)
+    Image.new("RGB", (4, 4)).save(paths[0])
+    with pytest.raises(UserError, match="not made by this command"):
+        generate_many(pipe, PROMPTS, tmp_path)
+    paths[0].write_bytes(b"no image")
+    with pytest.raises(UserError, match="no image"):
+        generate_many(pipe, PROMPTS, tmp_path)
+    with pytest.raises(UserError, match="batch_size=0"):
+        generate_many(pipe, PROMPTS, tmp_path, batch_size=0)
+
+
+def test_a_file_that_fails_to_be_written_leaves_the_old_one(tmp_path, monkeypatch):
+    path = tmp_path / "0.png"
+    write_image(Image.new("RGB", (4, 4)), path, {"prompt": "old"})
+
+    def fail(self, target, **_):
+        target.write_bytes(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_image(Image.new("RGB", (4, 4)), path, {"prompt": "new"})
+    monkeypatch.undo()
+    assert json.loads(Image.open(path).info[RECORD]) == {"prompt": "old"} and list(tmp_path.iterdir()) == [path]
