@@ -6,11 +6,12 @@ best of several rounds in which all take their turn; on a CPU the time is that o
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import Field
 
+from unitok.core.config import Config
 from unitok.core.errors import UserError
 from unitok.core.rng import torch_rng
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
@@ -22,50 +23,32 @@ Answers = list[list[int]]
 Way = Callable[[UniTokMLLM, list[Prompt], int], Answers]
 
 
-@dataclass(frozen=True)
-class ChatWork:
-    """What is answered: `batch` conversations of `text_ids` ids around a picture, `new_tokens` ids each.
+class ChatWork(Config):
+    """What is answered: `batch_size` conversations of `text_length` ids around a picture, `new_tokens` ids each.
 
     `same_picture`: all conversations are about one picture. The loop without a cache takes so long that it makes only
     the first `plain_tokens` ids of one answer.
     """
 
-    batch: int = 8
-    text_ids: int = 60
-    text_ids_before_image: int = 40
-    new_tokens: int = 48
-    plain_tokens: int = 4
+    batch_size: int = Field(8, ge=1)
+    text_length: int = Field(60, ge=2)
+    text_before_image: int = Field(40, ge=0)
+    new_tokens: int = Field(48, ge=2)
+    plain_tokens: int = Field(4, ge=2)
     same_picture: bool = False
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        for name, least in (("batch", 1), ("new_tokens", 2), ("plain_tokens", 2)):
-            if getattr(self, name) < least:
-                raise UserError(f"{name}={getattr(self, name)}: expected at least {least}")
-
-
-def recorded_model(seed: int = 0) -> UniTokMLLM:
-    """Random weights in the sizes on which the reference code's speed was recorded (98 to 115 answer ids per second on
-    one thread), wide enough that answers vary."""
-    text = {"vocab_size": 512, "hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 4}
-    more = {"num_attention_heads": 8, "max_position_embeddings": 1024, "initializer_range": 0.1}
-    config = UniTokMLLMConfig(
-        text_config={"model_type": "llama", **text, **more}, begin_image_id=3, end_image_id=4, image_token_id=5
-    )
-    torch.manual_seed(seed)
-    return UniTokMLLM(config).eval()
 
 
 def random_prompts(config: UniTokMLLMConfig, work: ChatWork) -> list[Prompt]:
     """Random words around a picture of random codes; as in a chat, all prompts begin with the same words."""
     rng, marks = torch_rng("chat speed", work.seed), {config.begin_image_id, config.end_image_id, config.image_token_id}
     words = torch.tensor([index for index in range(config.text_config.vocab_size) if index not in marks])
-    images = 1 if work.same_picture else work.batch
+    images = 1 if work.same_picture else work.batch_size
     codes = torch.randint(
         config.codebook_size, (images, config.num_codebooks, config.num_image_positions), generator=rng
     )
-    texts = words[torch.randint(len(words), (work.batch, work.text_ids), generator=rng)].tolist()
-    before, picture = texts[0][: work.text_ids_before_image], [config.image_token_id] * config.num_image_positions
+    texts = words[torch.randint(len(words), (work.batch_size, work.text_length), generator=rng)].tolist()
+    before, picture = texts[0][: work.text_before_image], [config.image_token_id] * config.num_image_positions
     return [
         Prompt(before + picture + text[len(before) :], codes[row % images : row % images + 1])
         for row, text in enumerate(texts)
@@ -80,7 +63,7 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
     `same_ids` as the baseline. Raises UserError where prompt and answer do not fit the backbone.
     """
     work = work or ChatWork()
-    needed = work.text_ids + model.config.num_image_positions + work.new_tokens
+    needed = work.text_length + model.config.num_image_positions + work.new_tokens
     limit = getattr(model.config.text_config, "max_position_embeddings", None)
     if limit is not None and needed > limit:
         raise UserError(f"prompt and answer have {needed} positions, but the backbone reads {limit}: make them shorter")
@@ -88,7 +71,7 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
     ways: dict[str, tuple[Way, list[Prompt], int]] = {
         BASELINE: (generated, prompts, work.new_tokens),
         "chat, one at a time": (alone, prompts, work.new_tokens),
-        f"chat, batch of {work.batch}": (together, prompts, work.new_tokens),
+        f"chat, batch of {work.batch_size}": (together, prompts, work.new_tokens),
         "plain loop without a cache": (recomputed, prompts[:1], min(work.plain_tokens, work.new_tokens)),
     }
     whole, first, answers = (dict[str, float](), dict[str, float](), dict[str, Answers]())

@@ -20,6 +20,7 @@ from unitok.core.signature import config_from_signature
 from unitok.eval.flops import count_flops
 from unitok.eval.plain_sampling import plain_codes
 from unitok.eval.speed import Setting, device_peak
+from unitok.eval.speed_chat import ChatWork
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.configuration import IGNORE
 from unitok.mllm.quantize import stored_bytes, weight_bytes
@@ -38,14 +39,6 @@ class SamplingSizes(Config):
     guidance_scale: float = Field(5.0, ge=1)
 
 
-class AnswerSizes(Config):
-    """A question of `text_length` ids about one image, and an answer of `new_tokens`."""
-
-    text_length: int = Field(60, ge=2)
-    new_tokens: int = Field(48, ge=1)
-    batch_size: int = Field(1, ge=1)
-
-
 class TrainingSizes(Config):
     """Text-to-image samples of a training step."""
 
@@ -59,7 +52,7 @@ class MllmSpeedConfig(Config):
     text_config: dict[str, Any] = {}
     model: MllmSizes = MllmSizes()
     sampling: SamplingSizes = SamplingSizes()
-    answers: AnswerSizes = AnswerSizes()
+    answers: ChatWork = ChatWork()
     training: TrainingSizes = TrainingSizes()
 
 
@@ -181,42 +174,7 @@ def plain_loop(model: UniTokMLLM, sizes: SamplingSizes, embedder_cache: str, set
     }
 
 
-# ---- answers and training
-
-
-def answer_speed(model: UniTokMLLM, sizes: AnswerSizes, setting: Setting) -> dict[str, Any]:
-    """Figures of greedy answers to questions about one image each, by transformers' `generate`; the reading of
-    question and image counts as well."""
-    config, rng = model.config, torch_rng("speed", setting.seed)
-    length = config.num_image_positions
-    shape = (sizes.batch_size, config.num_codebooks, length)
-    codes_BKL = torch.randint(config.codebook_size, shape, generator=rng).to(model.device)
-    text = SamplingSizes(prompt_length=sizes.text_length, guidance_scale=1.0)
-    ids = random_prompts(model, text, sizes.batch_size, setting.seed)
-    half = sizes.text_length // 2
-    image = torch.full((sizes.batch_size, length), config.image_token_id, device=ids.device)
-    ids = torch.cat([ids[:, :half], image, ids[:, half:]], dim=1)
-
-    def answer() -> None:
-        model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            codes=codes_BKL,
-            do_sample=False,
-            max_new_tokens=sizes.new_tokens,
-            min_new_tokens=sizes.new_tokens,
-            pad_token_id=0,
-        )
-
-    measured = repeated(answer, setting)
-    tokens = sizes.batch_size * sizes.new_tokens
-    return {
-        "batch_size": sizes.batch_size,
-        "new_tokens": sizes.new_tokens,
-        "text_tokens_per_second": tokens / min(measured),
-        "seconds": min(measured),
-        "seconds_of_repeats": measured,
-    }
+# ---- training
 
 
 def training_speed(model: UniTokMLLM, sizes: TrainingSizes, setting: Setting) -> dict[str, Any]:

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from unitok.core.distributed import is_distributed, rank, world_size
 from unitok.core.errors import UserError
-from unitok.data.transforms import to_pil
-from unitok.mllm.pipeline import UniTokPipeline
+from unitok.mllm.pipeline import UniTokPipeline, seeds_of
 
 RECORD = "unitok"  # text entry of a PNG that says how it was made
 _DIGITS = 5
@@ -31,16 +30,18 @@ def generate_many(
     pipeline: UniTokPipeline,
     prompts: Sequence[str],
     folder: Path | str,
-    seed: int = 0,
+    seed: int | Sequence[int] = 0,
+    names: Sequence[str] | None = None,
     batch_size: int = 32,
     overlap: bool | None = None,
     on_image: Callable[[int, Path], None] | None = None,
     **sampler: Any,
 ) -> list[Path]:
-    """One PNG per prompt, named by its index; the paths of all of them, those of other ranks included.
+    """One PNG per prompt, named by its index or as `names` say; the paths of all, those of other ranks included.
 
-    Image i gets the seed `seed + i`, so it is the same whatever the batches and ranks. Every rank (of a process group,
-    or of `torchrun` by RANK and WORLD_SIZE) makes each n-th image. What is there already is left as it is.
+    Image i gets the seed `seed + i` (or `seed[i]`), so it is the same whatever the batches and ranks. Every rank (of a
+    process group, or of `torchrun` by RANK and WORLD_SIZE) makes each n-th image. What is there already is left as it
+    is.
 
     Args:
         sampler: settings of `generate_codes` that replace those of the export.
@@ -57,16 +58,17 @@ def generate_many(
     folder.mkdir(parents=True, exist_ok=True)
     settings = pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None}
     common = {"settings": settings, "model": fingerprint(pipeline)}
-    records = [{"prompt": prompt, "seed": seed + index, **common} for index, prompt in enumerate(prompts)]
+    seeds = seeds_of(seed, len(prompts), "prompts")
+    records = [{"prompt": prompt, "seed": own, **common} for prompt, own in zip(prompts, seeds, strict=True)]
     digits = max(_DIGITS, len(str(len(prompts) - 1)))
-    paths = [folder / f"{index:0{digits}}.png" for index in range(len(prompts))]
+    paths = [folder / name for name in names or (f"{index:0{digits}}.png" for index in range(len(prompts)))]
     first, step = own_share()
     missing = [index for index in range(first, len(prompts), step) if not is_made(paths[index], records[index])]
     overlap = pipeline.model.device.type == "cuda" if overlap is None else overlap
 
     def finish(indices: Sequence[int], codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> None:
         for index, pixels in zip(indices, _decode(pipeline, codes_BKL, sampled), strict=True):
-            write_image(to_pil(pixels), paths[index], records[index])
+            write_image(pipeline.picture(pixels), paths[index], records[index])
             if on_image is not None:
                 on_image(index, paths[index])
 
@@ -74,7 +76,7 @@ def generate_many(
         pending: Future[None] | None = None
         for start in range(0, len(missing), batch_size):
             indices = missing[start : start + batch_size]
-            codes_BKL = pipeline._generate_batch([prompts[i] for i in indices], [seed + i for i in indices], settings)
+            codes_BKL = pipeline.sample_codes([prompts[i] for i in indices], [seeds[i] for i in indices], settings)
             if pending is not None:
                 pending.result()  # an error of the last batch ends it all
             if overlap:

@@ -91,7 +91,7 @@ def official_processor(folder: Path, model: "UniTokMLLM") -> UniTokProcessor:
     """Texts and images as the release prepares them, for the model that `load_official` made of the folder."""
     visual = model.visual_tokenizer
     image_size = RELEASED_IMAGE_SIZE if visual is None else visual.config.image_size
-    return UniTokProcessor(official_text_tokenizer(folder), model.config, image_size, image_preprocess="padded")
+    return UniTokProcessor(official_text_tokenizer(folder), model.config, image_size, "padded", truncate_pixels=True)
 
 
 def official_places(model: nn.Module) -> dict[str, list[Place]]:

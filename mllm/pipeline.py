@@ -2,7 +2,7 @@
 
 import hashlib
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unitok.core.distributed import inference_device
 from unitok.core.errors import UserError
 from unitok.core.pretrained import check_model_folder, load_model_folder
 from unitok.data.conversations import IMAGE_MARK
@@ -17,6 +18,7 @@ from unitok.data.transforms import to_pil
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
 from unitok.mllm.model import UniTokMLLM, check_same_codes
 from unitok.mllm.processor import UniTokProcessor, split_messages
+from unitok.mllm.quantize import WeightKind, quantize_weights
 from unitok.mllm.sequence import pad_left
 from unitok.mllm.session import ChatSession, answer_text, text_deltas
 from unitok.tokenizer import UniTok
@@ -39,15 +41,25 @@ class UniTokPipeline:
         self._image_codes: dict[bytes, torch.Tensor] = {}  # by hash, the longest unused first
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: str | torch.device | None = None) -> "UniTokPipeline":
-        """From an export folder; UserError when the folder is missing or something else."""
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype = torch.float32,
+        weights: WeightKind | None = None,
+    ) -> "UniTokPipeline":
+        """From an export folder; UserError when the folder is missing or something else.
+
+        `dtype` of the unified model (the visual tokenizer stays as it is); `weights`: see `quantize_weights`.
+        """
         folder = Path(path)
         check_model_folder(folder, UniTokMLLM.config_class.model_type)
         if not (folder / TOKENIZER_FOLDER / "config.json").is_file():
             raise UserError(f"{folder}: not an export of the unified model (no {TOKENIZER_FOLDER}/config.json in it)")
         processor = UniTokProcessor.from_pretrained(folder)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_model_folder(UniTokMLLM, folder).to(device)
+        model = load_model_folder(UniTokMLLM, folder, dtype=dtype).to(device or inference_device())
+        if weights is not None:
+            quantize_weights(model, weights)
         return cls(model, processor, folder / TOKENIZER_FOLDER)
 
     @classmethod
@@ -58,8 +70,8 @@ class UniTokPipeline:
         from unitok.mllm.official import official_processor
 
         model = UniTokMLLM.from_official(path, tokenizer=tokenizer)
-        device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model.to(device), official_processor(Path(path), model), model.visual_tokenizer)
+        processor = official_processor(Path(path), model)
+        return cls(model.to(device or inference_device()), processor, model.visual_tokenizer)
 
     @property
     def tokenizer(self) -> UniTok:
@@ -88,14 +100,16 @@ class UniTokPipeline:
         depth_temperature: float | None = None,
         seed: int | Sequence[int] = 0,
         batch_size: int = 32,
+        on_position: Callable[[int, int], None] | None = None,
     ) -> list[Image.Image]:
         """One PIL image per prompt.
 
         `seed`: one number (image i gets seed + i) or one per prompt; the same prompt and seed give the same image
-        whatever the batch. Sampler settings default to the export's generation_config.json.
+        whatever the batch. Sampler settings default to the export's generation_config.json. `on_position` is called
+        after each image position of a batch, with how many are done of how many.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        seeds = _seeds(seed, len(prompts), "prompts")
+        seeds = seeds_of(seed, len(prompts), "prompts")
         given = {
             "guidance_scale": guidance_scale,
             "temperature": temperature,
@@ -106,13 +120,23 @@ class UniTokPipeline:
         settings = self.image_sampler | {name: value for name, value in given.items() if value is not None}
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
-            codes = self._generate_batch(
-                prompts[start : start + batch_size], seeds[start : start + batch_size], settings
-            )
-            images += [to_pil(pixels) for pixels in self.tokenizer.decode(codes)]
+            part = slice(start, start + batch_size)
+            codes = self.sample_codes(prompts[part], seeds[part], settings, on_position)
+            images += [self.picture(pixels) for pixels in self.tokenizer.decode(codes)]
         return images
 
-    def _generate_batch(self, prompts: Sequence[str], seeds: Sequence[int], settings: dict[str, Any]) -> torch.Tensor:
+    def picture(self, pixels: torch.Tensor) -> Image.Image:
+        """A drawn image of its pixels `[3, H, W]`."""
+        return to_pil(pixels, truncate=self.processor.truncate_pixels)
+
+    def sample_codes(
+        self,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        settings: dict[str, Any],
+        on_position: Callable[[int, int], None] | None = None,
+    ) -> torch.Tensor:
+        """Codes `[B, K, L]` of one batch of prompts, with settings of `generate_codes`."""
         builder = self.processor.builder
         rows = [builder.text_to_image_prompt(prompt) for prompt in prompts]
         self._check_prompts(rows, prompts, self.model.config.num_image_positions)
@@ -120,7 +144,9 @@ class UniTokPipeline:
             rows += [builder.text_to_image_prompt("", unconditional=True)] * len(prompts)
         input_ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
         device = self.model.device
-        return self.model.generate_codes(input_ids.to(device), mask.to(device), seeds=seeds, **settings)
+        return self.model.generate_codes(
+            input_ids.to(device), mask.to(device), seeds=seeds, on_position=on_position, **settings
+        )
 
     def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:
         """UserError when a prompt and its `new` ids do not fit the backbone; a warning when one has unknown words."""
@@ -155,7 +181,7 @@ class UniTokPipeline:
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: expected at least 1")
-        rule, seeds = TextSampling(**sampling), _seeds(seed, len(conversations), "conversations")
+        rule, seeds = TextSampling(**sampling), seeds_of(seed, len(conversations), "conversations")
         answers: list[str] = []
         for start in range(0, len(conversations), batch_size):
             prompts = self._chat_prompts(conversations[start : start + batch_size], max_new_tokens)
@@ -257,7 +283,7 @@ class UniTokPipeline:
         self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
 
 
-def _seeds(seed: int | Sequence[int], count: int, what: str) -> list[int]:
+def seeds_of(seed: int | Sequence[int], count: int, what: str) -> list[int]:
     """One seed each: those given, or `seed` and the numbers after it."""
     if not isinstance(seed, Integral | Sequence):
         raise UserError(f"seed={seed!r}: expected a whole number, or a list of one for each of the {what}")

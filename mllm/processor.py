@@ -88,7 +88,7 @@ class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
     `image_preprocess` of chat images: "plain" crops the middle square; "padded" adds borders, as the released model
-    expects.
+    expects. `truncate_pixels`: drawn images get the next lower of 256 values, as the released scripts save them.
 
     `processor(text, images)` expands every `<image>` of the text to what the chat layout puts there and returns
     `input_ids`, `attention_mask` (left-padded) and `pixels` `[I, 3, H, W]`.
@@ -100,12 +100,13 @@ class UniTokProcessor:
         config: UniTokMLLMConfig,
         image_size: int,
         image_preprocess: ImagePreprocess = "plain",
+        truncate_pixels: bool = False,
     ) -> None:
         if image_preprocess not in get_args(ImagePreprocess):
             expected = " or ".join(map(repr, get_args(ImagePreprocess)))
             raise CheckpointError(f"image_preprocess={image_preprocess!r}: expected {expected}")
         self.tokenizer, self.config = tokenizer, config
-        self.image_size, self.image_preprocess = image_size, image_preprocess
+        self.image_size, self.image_preprocess, self.truncate_pixels = image_size, image_preprocess, truncate_pixels
         self.builder = SequenceBuilder(config, tokenizer)
         self.chat_template = chat_template(config)
 
@@ -154,6 +155,7 @@ class UniTokProcessor:
             "processor_class": type(self).__name__,
             "image_size": self.image_size,
             "image_preprocess": self.image_preprocess,
+            "truncate_pixels": self.truncate_pixels,
         }
         (folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
@@ -170,7 +172,8 @@ class UniTokProcessor:
         if not isinstance(image_size, int):
             raise CheckpointError(f"{folder / PROCESSOR_FILE}: image_size is {image_size!r}, expected a number")
         config = UniTokMLLMConfig.from_pretrained(folder)
-        return cls(load_text_tokenizer(folder), config, image_size, settings.get("image_preprocess", "plain"))
+        more = {name: settings[name] for name in ("image_preprocess", "truncate_pixels") if name in settings}
+        return cls(load_text_tokenizer(folder), config, image_size, **more)
 
 
 def split_messages(messages: list[dict[str, Any]]) -> tuple[list[Turn], list[Image.Image]]:

@@ -25,7 +25,7 @@ TINY = [
     "model.visual_width=24",
     "model.visual_num_heads=2",
     "sampling={prompt_length: 5, num_positions: 4, images: 2, guidance_scale: 3.0}",
-    "answers={text_length: 6, new_tokens: 3, batch_size: 2}",
+    "answers={text_length: 6, text_before_image: 2, new_tokens: 3, batch_size: 2, plain_tokens: 2}",
     "training={batch_size: 2, text_length: 4}",
 ]
 SETTING = Setting(torch.device("cpu"), repeats=2)
@@ -102,11 +102,12 @@ def test_command_measures_everything(tmp_path, capsys, monkeypatch):
     options = ["--batches", "1,2", "--positions", "3", "--codebooks", "1,2", "--repeats", "1", "--out", str(out)]
     assert speed_mllm.mllm(arguments(*options, "--device", "cpu", *TINY)) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("  ")[0] for line in lines[2:11]] == [
+    assert [line.split("  ")[0] for line in lines[2:14]] == [
         "1 images", "2 images", "3 positions", "1 codes a position", "2 codes a position", "plain loop, consistent",
-        "plain loop, released", "answers", "train",
+        "plain loop, released", "answers: model.generate, one at a time", "answers: chat, one at a time",
+        "answers: chat, batch of 2", "answers: plain loop without a cache", "train",
     ]  # fmt: skip
-    assert lines[11].startswith("floor: ") and "equal codes" in lines[7] and "equal codes" in lines[8]
+    assert lines[14].startswith("floor: ") and "equal codes" in lines[7] and "equal codes" in lines[8]
     results = json.loads(out.read_text())
     for name, value in numbers({key: results[key] for key in results if key != "protocol"}):
         assert math.isfinite(value) and value > 0, f"{name} = {value}"

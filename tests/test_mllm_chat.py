@@ -345,15 +345,15 @@ def test_wide_products_are_on_for_prompts_only():
 
 def test_speed_compares_equal_answers():
     model = make_mllm()
-    work = ChatWork(batch=3, text_ids=5, text_ids_before_image=2, new_tokens=4, plain_tokens=2)
+    work = ChatWork(batch_size=3, text_length=5, text_before_image=2, new_tokens=4, plain_tokens=2)
     rows = answer_speed(model, work, repeats=1)
     assert [row["batch"] for row in rows] == [1, 1, 3, 1] and rows[0]["way"] == BASELINE and rows[0]["ratio"] == 1
     assert all(row["same_ids"] for row in rows)
     for row in rows:
         assert 0 < row["answer_tokens_per_second"] and row["seconds"] > 0
-    prompts = random_prompts(model.config, ChatWork(batch=3, same_picture=True))
+    prompts = random_prompts(model.config, ChatWork(batch_size=3, same_picture=True))
     assert torch.equal(prompts[0].codes, prompts[2].codes) and prompts[0].ids != prompts[2].ids
     with pytest.raises(UserError, match="reads 256"):
-        answer_speed(model, ChatWork(text_ids=250))
-    with pytest.raises(UserError, match="new_tokens=1"):
+        answer_speed(model, ChatWork(text_length=250))
+    with pytest.raises(ValueError, match="new_tokens"):
         ChatWork(new_tokens=1)

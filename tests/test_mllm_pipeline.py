@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,12 +10,12 @@ import torch
 from PIL import Image
 from tiny import make_text_tokenizer, make_tokenizer, roughen
 
+from unitok.cli import main as cli
 from unitok.commands.use import _converse
 from unitok.core.errors import CheckpointError, UserError
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
-from unitok.scripts import benchmark_chat
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red"]
 BACKBONE = {
@@ -283,13 +284,43 @@ def test_wrong_requests_in_a_chat(pipe):
         pipe.chat([{"role": "user", "content": "what is <image>?"}])
 
 
-def test_the_benchmark_compares_the_ways_of_answering(export, tmp_path, capsys):
-    size = ["--batch", "2", "--new-tokens", "3", "--repeats", "1", "--threads", str(torch.get_num_threads())]
-    assert benchmark_chat.main(["--model", str(export), *size, "--out", str(tmp_path / "speed.json")]) == 0
-    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    assert len(rows) == 4 and all(row["same_ids"] and row["answer_tokens_per_second"] > 0 for row in rows)
-    printed = capsys.readouterr().out
-    assert all(row["way"] in printed for row in rows)
+# ---- the command line
+
+
+def test_many_prompts_go_on_where_they_were_stopped(export, tmp_path, capsys):
+    prompts, out = tmp_path / "prompts.txt", tmp_path / "images"
+    prompts.write_text("a red circle\na blue square\n")
+    command = ["generate", "--model", str(export), "--from-file", str(prompts), "--num", "2", "--out", str(out)]
+    assert cli(command) == 0
+    made = capsys.readouterr().out.split()
+    assert len(made) == len(set(made)) == 4 and sorted(out.iterdir()) == sorted(map(Path, made))
+    before = {name: Path(name).read_bytes() for name in made}
+    Path(made[1]).unlink()
+    assert cli(command) == 0
+    assert capsys.readouterr().out.split() == [made[1]]
+    assert {name: Path(name).read_bytes() for name in made} == before
+    assert cli([*command, "--seed", "7"]) == 2
+    assert "was made with seed" in capsys.readouterr().err
+    assert cli([*command[:-1], str(tmp_path / "one.jpg"), "--num", "1"]) == 2
+
+
+def test_fewer_bits_on_the_command_line(export, tmp_path):
+    out = tmp_path / "a.png"
+    assert cli(["generate", "a red circle", "--model", str(export), "--out", str(out), "--weights", "int8"]) == 0
+    assert Image.open(out).mode == "RGB"
+    pipe = UniTokPipeline.from_pretrained(export, dtype=torch.bfloat16)
+    assert pipe.model.dtype == torch.bfloat16 and pipe.model.embedder.codebooks.dtype == torch.float32
+
+
+def test_progress_and_truncated_pixels(pipe, monkeypatch):
+    seen = []
+    (image,) = pipe.generate_images("a circle", on_position=lambda done, total: seen.append((done, total)))
+    length = pipe.model.config.num_image_positions
+    assert seen == [(done, length) for done in range(1, length + 1)]
+    monkeypatch.setattr(pipe.processor, "truncate_pixels", True)
+    (lower,) = pipe.generate_images("a circle")
+    gap = np.asarray(image, dtype=int) - np.asarray(lower, dtype=int)
+    assert gap.min() == 0 and gap.max() == 1
 
 
 # ---- folders

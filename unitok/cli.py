@@ -174,15 +174,26 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     generate.add_argument(
         "--depth-temperature", type=float, metavar="T", help="of all codes of a position but the first: how things look"
     )
-    generate.add_argument("--from-file", metavar="FILE", help="one prompt per line")
+    generate.add_argument(
+        "--from-file", metavar="FILE", help="one prompt per line; given again, the command goes on where it was stopped"
+    )
+    _add_precision(generate)
     generate.set_defaults(run=("use", "generate"), positional="prompts")
 
-    chat = commands.add_parser("chat", help="ask about images; without a question: a conversation")
+    chat = commands.add_parser(
+        "chat", help="ask about images; without a question: a conversation (/image FILE adds one, /reset begins anew)"
+    )
     chat.add_argument("question", nargs="?", metavar="QUESTION")
     chat.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
     chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
     chat.add_argument("--max-new-tokens", type=positive_int, default=128)
+    _add_precision(chat)
     chat.set_defaults(run=("use", "chat"), positional="question")
+
+
+def _add_precision(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
+    command.add_argument("--weights", choices=("int8", "int4"), help="smaller weights, by torchao (unitok[quantized])")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:

@@ -119,6 +119,7 @@ def _model(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "S
 def _measure(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "Setting") -> dict[str, Any]:
     """Figures of every part, training last: it changes the weights."""
     from unitok.eval import speed_mllm as speed
+    from unitok.eval.speed_chat import answer_speed
 
     bandwidth = speed.memory_bandwidth(setting)
     model, sizes = _model(arguments, config, setting), config.sampling
@@ -136,7 +137,7 @@ def _measure(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: 
     if not arguments.no_baseline:
         found["baseline"] = [speed.plain_loop(model, sizes, cache, setting) for cache in ("consistent", "released")]
     if not arguments.no_answers:
-        found["answers"] = speed.answer_speed(model, config.answers, setting)
+        found["answers"] = answer_speed(model, config.answers, setting.repeats)
     if not arguments.no_train:
         found["train"] = speed.training_speed(model, config.training, setting)
     return found
@@ -183,9 +184,7 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
         rate = f"{part['visual_tokens_per_second']:.1f}"
         rows.append([f"plain loop, {part['embedder_cache']}", rate, *["-"] * 6, note])
     if "answers" in found:
-        part = found["answers"]
-        note = f"text, {part['new_tokens']} new, batch {part['batch_size']}"
-        rows.append(["answers", f"{part['text_tokens_per_second']:.1f}", *["-"] * 6, note])
+        rows += [_answer_row(part) for part in found["answers"]]
     if "train" in found:
         part = found["train"]
         mfu = "-" if part["mfu"] is None else f"{100 * part['mfu']:.1f}%"
@@ -193,6 +192,12 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
         rate = f"{part['visual_tokens_per_second']:.1f}"
         rows.append(["train", rate, *["-"] * 4, f"{part['gflop_per_second']:.1f}", mfu, note])
     return rows
+
+
+def _answer_row(part: dict[str, Any]) -> list[str]:
+    equal = "equal ids" if part["same_ids"] else "DIFFERENT IDS"
+    note = f"{part['ratio']:.2f}x generate, {equal}; after the first id {part['decode_tokens_per_second']:.1f}"
+    return [f"answers: {part['way']}", f"{part['answer_tokens_per_second']:.1f}", *["-"] * 6, note]
 
 
 def _sampling_row(name: str, part: dict[str, Any]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,6 +13,7 @@ from unitok.core.errors import UserError
 from unitok.data.transforms import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
+    from unitok.mllm.pipeline import UniTokPipeline
     from unitok.mllm.session import ChatSession
 
 
@@ -37,7 +38,7 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Write `--num` images per prompt."""
-    from unitok.mllm.pipeline import UniTokPipeline
+    from unitok.mllm.many import generate_many
 
     prompts = list(arguments.prompts) + _prompts_of(arguments.from_file)
     if not prompts:
@@ -48,28 +49,64 @@ def generate(arguments: argparse.Namespace) -> int:
         raise UserError(f"--num {arguments.num}: expected at least 1")
     jobs = [(prompt, number) for prompt in prompts for number in range(arguments.num)]
     targets = output_files(arguments.out, [_file_name(prompt, n, arguments.num) for prompt, n in jobs])
-    pipeline = UniTokPipeline.from_pretrained(arguments.model)
-    images = pipeline.generate_images(
-        [prompt for prompt, _ in jobs],
-        guidance_scale=arguments.guidance,
-        temperature=arguments.temperature,
-        depth_temperature=arguments.depth_temperature,
-        seed=[arguments.seed + number for _, number in jobs],
-    )
+    pipeline = _pipeline(arguments)
+    texts, seeds = [prompt for prompt, _ in jobs], [arguments.seed + number for _, number in jobs]
+    sampler = {
+        "guidance_scale": arguments.guidance,
+        "temperature": arguments.temperature,
+        "depth_temperature": arguments.depth_temperature,
+    }
+    if arguments.from_file:  # many: each file is written when it is there, and what is there is not made again
+        if {target.suffix for target in targets} != {".png"} or len({target.parent for target in targets}) > 1:
+            raise UserError(
+                f"--out {arguments.out}: with --from-file images are .png files in one folder; give a folder"
+            )
+        names = [target.name for target in targets]
+        generate_many(
+            pipeline,
+            texts,
+            targets[0].parent,
+            seeds,
+            names,
+            on_image=lambda _, path: print(path, flush=True),
+            **sampler,
+        )
+        return 0
+    images = pipeline.generate_images(texts, seed=seeds, on_position=_progress(), **sampler)
     for image, target in zip(images, targets, strict=True):
         _save(image, target)
     return 0
 
 
+def _pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
+    """The model that a command uses, in the precision that its options ask for."""
+    import torch
+
+    from unitok.mllm.pipeline import UniTokPipeline
+
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype, weights=arguments.weights)
+
+
+def _progress() -> Callable[[int, int], None] | None:
+    """Shows on a terminal how many image positions of a batch are sampled."""
+    if not sys.stderr.isatty():
+        return None
+
+    def show(done: int, total: int) -> None:
+        print(f"\rposition {done}/{total}", end="\n" if done == total else "", file=sys.stderr, flush=True)
+
+    return show
+
+
 def chat(arguments: argparse.Namespace) -> int:
     """Answer one question, or hold a conversation on the terminal."""
     from unitok.data.transforms import load_image
-    from unitok.mllm.pipeline import UniTokPipeline
 
     if arguments.question is not None and not arguments.question.strip():
         raise UserError("empty question: say what you want to know")
     images = [load_image(Path(name)) for name in arguments.image]
-    session = UniTokPipeline.from_pretrained(arguments.model).new_session()
+    session = _pipeline(arguments).new_session()
     if arguments.question is not None:
         _print_answer(session.stream(arguments.question, images, max_new_tokens=arguments.max_new_tokens))
         return 0

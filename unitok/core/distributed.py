@@ -109,6 +109,13 @@ def training_device(device: str = "auto") -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() and device != "cpu" else "cpu")
 
 
+def inference_device() -> torch.device:
+    """Where a model in use goes: the GPU of this process (the launcher's LOCAL_RANK, else the first), or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def init_distributed(device: str = "auto") -> torch.device:
     """Join the process group of the launcher (`deepspeed`, `torchrun`), or make one of a single rank.
 

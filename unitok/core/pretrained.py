@@ -45,12 +45,12 @@ def check_model_folder(folder: Path, model_type: str) -> None:
         raise CheckpointError(f"{folder}: has no *.safetensors file, so there are no weights to load")
 
 
-def load_model_folder(cls: type[ModelT], folder: Path | str) -> ModelT:
-    """`cls.from_pretrained(folder)`, refusing missing, unexpected or wrongly shaped weights and damaged files."""
+def load_model_folder(cls: type[ModelT], folder: Path | str, **options: Any) -> ModelT:
+    """`cls.from_pretrained`, refusing missing, unexpected or wrongly shaped weights and damaged files."""
     folder = Path(folder)
     transformers_logging.disable_progress_bar()  # what is loaded here loads at once
     check_model_folder(folder, cls.config_class.model_type)
-    return checked(lambda: cls.from_pretrained(folder, output_loading_info=True), folder)[0]
+    return checked(lambda: cls.from_pretrained(folder, output_loading_info=True, **options), folder)[0]
 
 
 def checked(load: Callable[[], tuple[ModelT, dict[str, Any]]], folder: Path | str) -> tuple[ModelT, dict[str, Any]]:
