@@ -55,12 +55,16 @@ def load_model_folder(cls: type[ModelT], folder: Path | str, **options: Any) -> 
 
 def checked(load: Callable[[], tuple[ModelT, dict[str, Any]]], folder: Path | str) -> tuple[ModelT, dict[str, Any]]:
     """What `load` gives (model and loading information) if every weight found its place; else CheckpointError."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report of keys would stand before our one line
     try:
         model, info = load()
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: damaged weights file ({error}); copy it again") from error
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: weights do not fit config.json ({_one_line(error)})") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info.get(kind):
             names = ", ".join(sorted(map(str, info[kind]))[:3])
