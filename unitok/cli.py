@@ -5,6 +5,7 @@ Commands live in `unitok.commands`; heavy libraries are imported only once a com
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # transformers imports torchao where it is installed, which makes torch speak of torchao's own affairs
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def build_parser() -> argparse.ArgumentParser:
