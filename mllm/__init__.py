@@ -1,6 +1,6 @@
 """The unified model: reads codes for understanding, predicts them for generation."""
 
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoProcessor, AutoTokenizer
 
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.model import UniTokMLLM
@@ -10,5 +10,6 @@ AutoConfig.register(UniTokMLLMConfig.model_type, UniTokMLLMConfig, exist_ok=True
 AutoModelForCausalLM.register(UniTokMLLMConfig, UniTokMLLM, exist_ok=True)
 AutoModelForMultimodalLM.register(UniTokMLLMConfig, UniTokMLLM, exist_ok=True)
 AutoTokenizer.register(UniTokMLLMConfig, slow_tokenizer_class=UniTokTextTokenizer, exist_ok=True)
+AutoProcessor.register(UniTokMLLMConfig, UniTokProcessor, exist_ok=True)
 
 __all__ = ["UniTokMLLM", "UniTokMLLMConfig", "UniTokProcessor"]

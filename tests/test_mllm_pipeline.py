@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny import make_text_tokenizer, make_tokenizer, roughen
+from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from unitok.cli import main as cli
 from unitok.commands.use import _converse
@@ -324,6 +325,16 @@ def test_progress_and_truncated_pixels(pipe, monkeypatch):
 
 
 # ---- folders
+
+
+def test_the_auto_classes_of_transformers_know_an_export(export, pipe):
+    processor, model = AutoProcessor.from_pretrained(export), AutoModelForMultimodalLM.from_pretrained(export)
+    assert type(processor) is UniTokProcessor and type(model) is type(pipe.model)
+    ours, theirs = model.state_dict(), pipe.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    image = Image.new("RGB", (40, 40), "red")
+    batches = [one("<image>\nwhat is this?", [image]) for one in (processor, pipe.processor)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "attention_mask", "pixels"))
 
 
 def test_an_export_holds_everything_and_no_more(export):
