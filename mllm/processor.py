@@ -160,11 +160,9 @@ class UniTokProcessor:
         (folder / PROCESSOR_FILE).write_text(json.dumps(settings, indent=2) + "\n")
 
     @classmethod
-    def from_pretrained(
-        cls, folder: str | Path, trust_remote_code: bool | None = None, _from_auto: bool = False
-    ) -> "UniTokProcessor":
-        """From an export folder; UserError when it is none. What `AutoProcessor` hands on besides has no meaning here:
-        a folder holds no code."""
+    def from_pretrained(cls, folder: str | Path, **hub_options: Any) -> "UniTokProcessor":
+        """From an export folder; UserError when it is none. What `AutoProcessor` hands on besides (revision and the
+        like) is about the hub and has no meaning here."""
         folder = Path(folder)
         if not (folder / PROCESSOR_FILE).is_file() or not (folder / "config.json").is_file():
             raise UserError(
