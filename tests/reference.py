@@ -15,12 +15,14 @@ PLACES = (HERE / "fixtures", REFERENCE / "fixtures")
 
 
 def fixture(name: str) -> Path:
-    """Path of a recorded file or folder; the test is skipped where it is not at hand."""
+    """Path of a recorded file or folder; the test is skipped where it is not at hand, and fails where it should be."""
     for place in PLACES:
         if (place / name).exists():
             return place / name
+    if "UNITOK_REFERENCE" in os.environ:
+        pytest.fail(f"UNITOK_REFERENCE={REFERENCE} has no fixtures/{name}")
     pytest.skip(
-        f"the recorded {name} is too large for the repository; set UNITOK_REFERENCE to the folder of fixtures/{name}"
+        f"the recorded {name} is too large for the repository; set UNITOK_REFERENCE to the folder that holds fixtures/"
     )
 
 
