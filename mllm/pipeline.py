@@ -55,7 +55,10 @@ class UniTokPipeline:
         folder = Path(path)
         check_model_folder(folder, UniTokMLLM.config_class.model_type)
         if not (folder / TOKENIZER_FOLDER / "config.json").is_file():
-            raise UserError(f"{folder}: not an export of the unified model (no {TOKENIZER_FOLDER}/config.json in it)")
+            raise UserError(
+                f"{folder}: not a whole export of the unified model (no {TOKENIZER_FOLDER}/config.json in it); a "
+                "released model must be converted with --tokenizer"
+            )
         processor = UniTokProcessor.from_pretrained(folder)
         model = load_model_folder(UniTokMLLM, folder, dtype=dtype).to(device or inference_device())
         if weights is not None:
@@ -157,8 +160,9 @@ class UniTokPipeline:
                     f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
                 )
             if self.processor.tokenizer.unk_token_id in row:
+                words = text if isinstance(text, str) else " ".join(part.get("text", "") for part in text)
                 _LOGGER.warning(
-                    "%.200r has characters that the text tokenizer does not know; they are read as unknown", text
+                    "%.200r has characters that the text tokenizer does not know; they are read as unknown", words
                 )
 
     def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, seed: int = 0, **sampling: Any) -> str:

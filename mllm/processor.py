@@ -49,6 +49,10 @@ class UniTokTextTokenizer(SentencePieceBackend):
         lone = len(pieces) > 1 and pieces[0] == _SPACE and pieces[1] in self.all_special_tokens
         return pieces[1:] if lone else pieces
 
+    def _convert_id_to_token(self, index: int) -> str:
+        """A backbone's vocabulary may be padded: rows that stand for no piece are read as unknown."""
+        return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else str(self.unk_token)
+
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of pieces; those that are single bytes are put together to characters."""
         if any(self.sp_model.is_byte(self.sp_model.piece_to_id(piece)) for piece in tokens):
@@ -73,9 +77,11 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """
     config_file = Path(folder) / "tokenizer_config.json"
     settings = read_json(config_file) if config_file.is_file() else {}
-    if settings.get("tokenizer_class") == UniTokTextTokenizer.__name__:
-        return UniTokTextTokenizer.from_pretrained(folder)
     text_model = Path(folder) / TEXT_MODEL_FILE
+    if settings.get("tokenizer_class") == UniTokTextTokenizer.__name__:
+        if not text_model.is_file():
+            raise CheckpointError(f"{folder}: has no {TEXT_MODEL_FILE}; copy it there from where the model came from")
+        return UniTokTextTokenizer.from_pretrained(folder)
     if text_model.is_file() and settings.get("tokenizer_class", _LLAMA_TOKENIZERS[0]) in _LLAMA_TOKENIZERS:
         ends = [settings.get("add_bos_token", True), settings.get("add_eos_token", False)]
         pattern = "_".join(name for name, wanted in zip(("bos", "eos"), ends, strict=True) if wanted) or None
@@ -164,9 +170,12 @@ class UniTokProcessor:
         """From an export folder; UserError when it is none. What `AutoProcessor` hands on besides (revision and the
         like) is about the hub and has no meaning here."""
         folder = Path(folder)
-        if not (folder / PROCESSOR_FILE).is_file() or not (folder / "config.json").is_file():
+        if not (folder / "config.json").is_file():
+            raise UserError(f"{folder}: not an export of the unified model (config.json is missing)")
+        if not (folder / PROCESSOR_FILE).is_file():
             raise UserError(
-                f"{folder}: not an export of the unified model ({PROCESSOR_FILE} or config.json is missing)"
+                f"{folder}: not a whole export of the unified model ({PROCESSOR_FILE} is missing); a released model "
+                f"must be converted with its {TEXT_MODEL_FILE} beside it"
             )
         settings = read_json(folder / PROCESSOR_FILE)
         image_size = settings.get("image_size")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unitok.core.distributed import all_reduce_sum_, training_device, world_size
-from unitok.core.errors import CheckpointError, DataError
+from unitok.core.errors import CheckpointError, ConfigError, DataError
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
@@ -32,6 +32,13 @@ from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
 
 _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained on the data
+
+
+_LOOKED_AT = 1000  # samples, to see which kinds of the mixture there are words for
+
+
+def _has_words(sample: CodeSample, kind: Kind) -> bool:
+    return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
 
 
 class Loaded(NamedTuple):
@@ -102,9 +109,28 @@ class MllmTask(Task):
         model.generation_config.image_sampler = config.sampler.model_dump()
         prepare_model(model, config, training_device(config.device))
         self._look_at_shards(model.config)
+        self._check_mixture()
         self.builder = SequenceBuilder(model.config, self.text_tokenizer)
         self.pad_id = self.text_tokenizer.pad_token_id
         return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
+
+    def _check_mixture(self) -> None:
+        """ConfigError for a kind with a share that none of the samples looked at has words for."""
+        shares, count = self.config.data.mixture, len(self.source)
+        wanted = {kind for kind in KINDS if kind != "text" and getattr(shares, kind) > 0}
+        looked_at = range(0, count, max(1, count // _LOOKED_AT))
+        for index in looked_at:
+            if not wanted:
+                return
+            sample = self.source.first_good(index, self.source.text)
+            wanted -= {kind for kind in wanted if _has_words(sample, kind)}
+        if wanted:
+            kind = min(wanted)
+            words = "question or conversation" if kind == "chat" else "caption"
+            raise ConfigError(
+                f"data.mixture.{kind}={getattr(shares, kind)}, but none of {len(looked_at)} samples looked at in "
+                f"{self.config.data.codes} has a {words}; set it to 0, or give data that has them"
+            )
 
     def _look_at_shards(self, config: UniTokMLLMConfig) -> None:
         """Ask for what the model reads: codes `[K, L]` or latents `[C, L]`."""
@@ -189,10 +215,7 @@ class MllmTask(Task):
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
         shares = data.mixture
         kinds: dict[Kind, float] = {
-            "text_to_image": shares.text_to_image * bool(sample.captions),
-            "caption": shares.caption * bool(sample.captions),
-            "plain": shares.plain * bool(sample.captions),
-            "chat": shares.chat * bool(sample.questions or sample.conversations),
+            kind: getattr(shares, kind) * _has_words(sample, kind) for kind in KINDS if kind != "text"
         }
         total = sum(kinds.values())
         if total <= 0:

@@ -140,6 +140,8 @@ def _converse(session: "ChatSession", images: list[Image.Image], max_new_tokens:
             elif line == "/reset":
                 session.reset()
                 images.clear()
+            elif command.startswith("/") and command[1:].isalpha():
+                raise UserError(f"{command}: no such command; there are /image FILE and /reset")
             elif line:
                 _print_answer(session.stream(line, images, max_new_tokens=max_new_tokens))
         except UserError as error:  # one bad line does not end the conversation
