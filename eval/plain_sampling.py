@@ -31,7 +31,8 @@ def plain_codes(
     mask_RT, cache = attention_mask, None
     inputs_RTD = model.embed(input_ids, None)
     codes_BKL = torch.empty(0)
-    for position in range(num_positions or model.config.num_image_positions):
+    length = num_positions or model.config.num_image_positions
+    for position in range(length):
         positions_RT = (mask_RT.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_RTD.shape[1] :]
         outputs: Any = model.backbone(
             inputs_embeds=inputs_RTD,
@@ -43,17 +44,19 @@ def plain_codes(
         cache = outputs.past_key_values
         codes_BK1 = _plain_position(model, outputs.last_hidden_state[:, -1], sampler, guidance_scale).unsqueeze(-1)
         codes_BKL = torch.cat([codes_BKL, codes_BK1], dim=-1) if position else codes_BK1
-        codes_RKL = torch.cat([codes_BKL, codes_BKL]) if guided else codes_BKL
-        inputs_RTD = _plain_vectors(model, codes_RKL, whole_prefix)
+        if position == length - 1:
+            break  # nobody reads the last codes
+        vectors_B1D = _plain_vectors(model, codes_BKL, whole_prefix)
+        inputs_RTD = torch.cat([vectors_B1D, vectors_B1D]) if guided else vectors_B1D
         mask_RT = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], 1)], dim=1)
     return codes_BKL
 
 
-def _plain_vectors(model: UniTokMLLM, codes_RKL: Tensor, whole_prefix: bool) -> Tensor:
-    """The newest position's input vector `[R, 1, D]`."""
+def _plain_vectors(model: UniTokMLLM, codes_BKL: Tensor, whole_prefix: bool) -> Tensor:
+    """The newest position's input vector `[B, 1, D]`, which both halves of guidance read."""
     if whole_prefix:
-        return model.embedder(codes_RKL)[:, -1:]
-    return model.embedder(codes_RKL[:, :, -1:], start=codes_RKL.shape[-1] - 1)
+        return model.embedder(codes_BKL)[:, -1:]
+    return model.embedder(codes_BKL[:, :, -1:], start=codes_BKL.shape[-1] - 1)
 
 
 def _plain_position(model: UniTokMLLM, hidden_RD: Tensor, sampler: CodeSampler, guidance_scale: float) -> Tensor:
@@ -64,7 +67,7 @@ def _plain_position(model: UniTokMLLM, hidden_RD: Tensor, sampler: CodeSampler, 
     for index in range(model.config.num_codebooks):
         logits = depth.head(depth.run_layers(torch.stack(inputs, dim=1)))[:, -1]
         if guidance_scale > 1:
-            conditional, unconditional = logits.chunk(2)
+            conditional, unconditional = logits.float().chunk(2)
             logits = unconditional + guidance_scale * (conditional - unconditional)
         codes.append(sampler(logits, index))
         if index < len(depth.code_embeddings):

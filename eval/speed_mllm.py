@@ -7,7 +7,8 @@ once for each code), at the bandwidth that summing a large tensor reached. B ima
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -22,7 +23,9 @@ from unitok.eval.plain_sampling import plain_codes
 from unitok.eval.speed import Setting, device_peak
 from unitok.eval.speed_chat import ChatWork
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
+from unitok.mllm.build import new_text_config
 from unitok.mllm.configuration import IGNORE
+from unitok.mllm.precision import cast_weights
 from unitok.mllm.quantize import stored_bytes, weight_bytes
 from unitok.mllm.sampler import CodeSampler
 
@@ -49,7 +52,7 @@ class TrainingSizes(Config):
 class MllmSpeedConfig(Config):
     """The model, by the sizes of `UniTokMLLMConfig` and of its backbone, and the work that is measured."""
 
-    text_config: dict[str, Any] = {}
+    text_config: dict[str, Any] = {}  # of the family `model_type`
     model: MllmSizes = MllmSizes()
     sampling: SamplingSizes = SamplingSizes()
     answers: ChatWork = ChatWork()
@@ -58,11 +61,12 @@ class MllmSpeedConfig(Config):
 
 def random_model(config: MllmSpeedConfig, setting: Setting, **changes: Any) -> UniTokMLLM:
     """A model of these sizes (`changes` replace them) with random weights, made right on the device."""
-    sizes = UniTokMLLMConfig(text_config=config.text_config, **(config.model.model_dump() | changes))
+    text_config = new_text_config(config.text_config, "text_config")
+    sizes = UniTokMLLMConfig(text_config=text_config, **(config.model.model_dump() | changes))
     torch.manual_seed(derive_seed("mllm", setting.seed))
     dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
     with torch.device(setting.device):
-        model = UniTokMLLM(sizes).to(dtype)
+        model = cast_weights(UniTokMLLM(sizes), dtype)
     return model.eval()
 
 
@@ -178,23 +182,26 @@ def plain_loop(model: UniTokMLLM, sizes: SamplingSizes, embedder_cache: str, set
 
 
 def training_speed(model: UniTokMLLM, sizes: TrainingSizes, setting: Setting) -> dict[str, Any]:
-    """Figures of forward pass, backward pass and an AdamW step on text-to-image samples; leaves the weights changed."""
-    batch = _training_batch(model, sizes, setting.seed)
+    """Figures of forward pass, backward pass and an AdamW step on text-to-image samples, packed as the configurations
+    of large models do; leaves the weights changed."""
+    padded = _training_batch(model, sizes, setting.seed)
+    packed = _packed(padded)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
 
-    def forward_backward() -> None:
+    def forward_backward(batch: dict[str, Tensor]) -> None:
         sums = model.losses(**batch)
         (sums.text / sums.num_text + sums.image / sums.num_image).backward()
 
     def step() -> None:
         optimizer.zero_grad(set_to_none=True)
-        forward_backward()
+        forward_backward(packed)
         optimizer.step()
 
-    flops = count_flops(forward_backward)
+    with _nothing_twice(model):  # in rows of their own: packed, what a mask hides would count
+        flops = count_flops(lambda: forward_backward(padded))
     measured = repeated(step, setting)
-    visual, whole = sizes.batch_size * model.config.num_image_positions, batch["input_ids"].numel()
+    visual, whole = sizes.batch_size * model.config.num_image_positions, padded["input_ids"].numel()
     peak = device_peak(setting.device, setting.precision)
     return {
         "batch_size": sizes.batch_size,
@@ -206,6 +213,22 @@ def training_speed(model: UniTokMLLM, sizes: TrainingSizes, setting: Setting) ->
         "gflop_per_second": flops / min(measured) / 1e9,
         "mfu": None if peak is None else flops / min(measured) / peak,
     }
+
+
+@contextmanager
+def _nothing_twice(model: UniTokMLLM) -> Iterator[None]:
+    """Without what is computed again only to save memory: MFU counts the products that the result needs."""
+    cross_entropy = model.cross_entropy
+    checkpointed = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    model.cross_entropy = "plain"
+    for module in checkpointed:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        model.cross_entropy = cross_entropy
+        for module in checkpointed:
+            module.gradient_checkpointing = True
 
 
 def _training_batch(model: UniTokMLLM, sizes: TrainingSizes, seed: int) -> dict[str, Tensor]:
@@ -226,3 +249,11 @@ def _training_batch(model: UniTokMLLM, sizes: TrainingSizes, seed: int) -> dict[
         "codes": codes,
         "learn_image": torch.ones(count, dtype=torch.bool, device=ids.device),
     }
+
+
+def _packed(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The same samples in one row, as `data.pack` lays them out."""
+    count, length = batch["input_ids"].shape
+    position_ids = torch.arange(length, device=batch["input_ids"].device).repeat(1, count)
+    kept = {name: value for name, value in batch.items() if name != "attention_mask"}
+    return kept | {name: batch[name].view(1, -1) for name in ("input_ids", "labels")} | {"position_ids": position_ids}

@@ -1,7 +1,7 @@
 """Making a unified model: backbone (new or pretrained), text tokenizer, and the visual tokenizer's codebooks."""
 
 import difflib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -126,36 +126,43 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
         config.vocab_size = max(config.vocab_size, len(text_tokenizer))
         config.dtype = torch.float32  # whatever the stored type: training keeps fp32 weights
         return config
-    given = {"model_type": "llama", "max_position_embeddings": 4096} | backbone.config
     derived = {
         "vocab_size": len(text_tokenizer),
         "bos_token_id": text_tokenizer.bos_token_id,
         "eos_token_id": text_tokenizer.eos_token_id,
         "pad_token_id": text_tokenizer.pad_token_id,
     }
-    clash = sorted(derived.keys() & given.keys())
+    clash = sorted(derived.keys() & backbone.config.keys())
     if clash:
         raise ConfigError(
             f"backbone.config.{clash[0]}: comes from the text tokenizer; remove it from the configuration"
         )
+    return new_text_config(backbone.config, "backbone.config", **derived)
+
+
+def new_text_config(sizes: Mapping[str, Any], where: str, **derived: Any) -> Any:
+    """The configuration of a new backbone; ConfigError for an unknown key or sizes that do not fit.
+
+    `where`: the setting that the sizes come from. `derived`: what is not set there.
+    """
+    given = {"model_type": "llama", "max_position_embeddings": 4096} | dict(sizes)
     model_type = given.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1, cutoff=0.0)[0]
-        raise ConfigError(f"unknown backbone.config.model_type={model_type!r}; the nearest known one is {near!r}")
+        raise ConfigError(f"unknown {where}.model_type={model_type!r}; the nearest known one is {near!r}")
     known = AutoConfig.for_model(model_type)
     for name in given:
         if not hasattr(known, name):
             near = difflib.get_close_matches(name, known.to_dict(), n=1, cutoff=0.0)[0]
             raise ConfigError(
-                f"unknown key 'backbone.config.{name}' for {model_type}; the nearest known key is "
-                f"'backbone.config.{near}'"
+                f"unknown key '{where}.{name}' for {model_type}; the nearest known key is '{where}.{near}'"
             )
-    with _blamed_on("backbone.config: sizes that do not fit"):
+    with _blamed_on(f"{where}: sizes that do not fit"):
         config = AutoConfig.for_model(model_type, **given, **derived)
-    check_backbone(config, "backbone.config")
+    check_backbone(config, where)
     heads, shared = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if shared and heads % shared:
         raise ConfigError(
-            f"backbone.config.num_attention_heads={heads} does not divide into num_key_value_heads={shared} groups"
+            f"{where}.num_attention_heads={heads} does not divide into num_key_value_heads={shared} groups"
         )
     return config

@@ -46,7 +46,7 @@ class CodeGenerationMixin:
         top-p are one number, or one for each image.
         `seeds`: one per image; the same seed gives the same image whatever else is in the batch. None is 0 to B - 1:
         like everything here, it does not depend on a global generator.
-        `on_position(done, num_positions)` is called after every position.
+        `on_position(done, num_positions)` is called after every position; on a GPU the call waits for it to be done.
         `graph`: compile a position's step and replay it as a CUDA graph, which takes a minute or more at the first call
         of these sizes (None: on a GPU, where the backbone's layers are Llama's).
         On the CPU in fp32 the weights are copied for the time of the call, in a form that multiplies faster.
@@ -64,17 +64,24 @@ class CodeGenerationMixin:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature, input_ids.device)
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        report = on_position or (lambda done, total: None)
+
+        def report(done: int) -> None:
+            if on_position is None:
+                return
+            if input_ids.is_cuda:  # else the last one would be reported long before the first is done
+                torch.cuda.current_stream(input_ids.device).synchronize()
+            on_position(done, num_positions)
+
         with torch.inference_mode():
             stepper = self._stepper(
                 sampler, rows=rows, slots=input_ids.shape[1] + num_positions, length=num_positions, guided=guided,
                 alone=embedder_cache == "released", graph=input_ids.is_cuda if graph is None else graph,
             )  # fmt: skip
             columns = [stepper.start(self.embed(input_ids, None), mask_RT, sampler, guidance_scale)]
-            report(1, num_positions)
+            report(1)
             for position in range(num_positions - 1):
                 columns.append(stepper.next(columns[-1], position))
-                report(position + 2, num_positions)
+                report(position + 2)
             codes_BKL = torch.stack(columns, dim=-1)
         return codes_BKL.clone()  # outside, so that it is a tensor like any other
 

@@ -34,6 +34,7 @@ def generate_many(
     names: Sequence[str] | None = None,
     batch_size: int = 32,
     overlap: bool | None = None,
+    graph: bool | None = None,
     on_image: Callable[[int, Path], None] | None = None,
     **sampler: Any,
 ) -> list[Path]:
@@ -47,6 +48,7 @@ def generate_many(
         sampler: settings of `generate_codes` that replace those of the export.
         overlap: decode and write one batch while the next is sampled (None: on a GPU; on a CPU both want the same
             cores).
+        graph: see `generate_codes`.
         on_image: called with index and path after each file of this rank, from one thread.
 
     Raises:
@@ -57,7 +59,12 @@ def generate_many(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None}
-    common = {"settings": settings, "model": fingerprint(pipeline)}
+    common = {
+        "settings": settings,
+        "precision": str(pipeline.model.dtype).removeprefix("torch."),
+        "weights": pipeline.model.weight_kind,
+        "model": fingerprint(pipeline),  # last: rounded weights have another one
+    }
     seeds = seeds_of(seed, len(prompts), "prompts")
     records = [{"prompt": prompt, "seed": own, **common} for prompt, own in zip(prompts, seeds, strict=True)]
     digits = max(_DIGITS, len(str(len(prompts) - 1)))
@@ -76,11 +83,12 @@ def generate_many(
         pending: Future[None] | None = None
         for start in range(0, len(missing), batch_size):
             indices = missing[start : start + batch_size]
-            codes_BKL = pipeline.sample_codes([prompts[i] for i in indices], [seeds[i] for i in indices], settings)
+            own = [[values[index] for index in indices] for values in (prompts, seeds)]
+            codes_BKL = pipeline.sample_codes(*own, settings, graph=graph)
             if pending is not None:
                 pending.result()  # an error of the last batch ends it all
             if overlap:
-                sampled = torch.cuda.current_stream().record_event() if codes_BKL.is_cuda else None
+                sampled = torch.cuda.current_stream(codes_BKL.device).record_event() if codes_BKL.is_cuda else None
                 pending = worker.submit(finish, indices, codes_BKL, sampled)
             else:
                 finish(indices, codes_BKL, None)

@@ -45,6 +45,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
     _supports_attention_backend = True
     _supports_cache_class = True
     _keep_in_fp32_modules_strict = [r"embedder\.codebooks"]  # codes keep their meaning in a model of lower precision
+    weight_kind: str | None = None  # set by `quantize_weights`
     _no_split_modules = ["LlamaDecoderLayer", "DepthLayer"]
 
     def __init__(self, config: UniTokMLLMConfig) -> None:

@@ -26,6 +26,7 @@ from unitok.mllm.official_config import (
     official_config,
     official_text_tokenizer,
 )
+from unitok.mllm.precision import cast_weights
 from unitok.mllm.processor import TEXT_MODEL_FILE, UniTokProcessor, UniTokTextTokenizer
 from unitok.mllm.shards import Place, load_sharded, open_shards, save_shards, stored_dtype
 from unitok.tokenizer import UniTok
@@ -42,6 +43,7 @@ _PREFIXES = (
     ("depth.", "ar_head."),
     ("lm_head.", "lm_head."),
 )
+_QUANTIZER = "model.multi_embedder.quantizer."  # what is written in fp32 beside weights in bf16
 _ZERO_KEY_BIAS = "model.multi_embedder.attn_projection.attn.zero_k_bias"
 
 
@@ -52,7 +54,7 @@ def load_official(
 
     Args:
         tokenizer: the visual tokenizer, a released file or a UniTok folder; UserError unless its codes are the model's.
-        dtype: of the weights; None: as they are stored.
+        dtype: of the weights, but codebooks stay fp32; None: as they are stored.
 
     Raises CheckpointError, in one line, for a folder of another kind or files that are damaged, hold code, or whose
     keys and shapes are not exactly those that its config.json and sizes.json describe.
@@ -65,8 +67,7 @@ def load_official(
     shards = open_shards(folder)
     with no_init_weights():
         model = UniTokMLLM(config)
-    for tensor in model.state_dict(keep_vars=True).values():  # not `model.to`: rotary angles stay fp32
-        tensor.data = tensor.data.to(dtype or stored_dtype(shards))
+    cast_weights(model, dtype or stored_dtype(shards, ignored=_QUANTIZER))
     load_official_weights(model, folder)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids, image_sampler=RELEASED_SAMPLER)
@@ -100,7 +101,7 @@ def official_places(model: nn.Module) -> dict[str, list[Place]]:
     books = {"embedder.codebooks": "codebook.weight", "embedder.code_usage": "vocab_usage"}
     for name, tensor in model.state_dict().items():
         if name in books:
-            keys = [f"model.multi_embedder.quantizer.codebooks.{k}.{books[name]}" for k in range(tensor.shape[0])]
+            keys = [f"{_QUANTIZER}codebooks.{k}.{books[name]}" for k in range(tensor.shape[0])]
             places |= {key: [Place(name, k)] for k, key in enumerate(keys)}
         elif name.startswith("depth.head."):
             places[name.replace("depth.head.", "ar_head.linear_head.")] = [Place(name, 0)]  # one head for all codes
@@ -140,7 +141,7 @@ def save_official(
         visual = model.visual_tokenizer
         usage = torch.zeros(own["embedder.codebooks"].shape[:2]) if visual is None else visual.quantizer.usage_average
         for k, counted in enumerate(usage):
-            state[f"model.multi_embedder.quantizer.codebooks.{k}.vocab_usage"] = counted
+            state[f"{_QUANTIZER}codebooks.{k}.vocab_usage"] = counted
     save_shards(state, folder, max_shard_size)
     for name, content in _official_files(model).items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")

@@ -104,12 +104,14 @@ class UniTokPipeline:
         seed: int | Sequence[int] = 0,
         batch_size: int = 32,
         on_position: Callable[[int, int], None] | None = None,
+        graph: bool | None = None,
     ) -> list[Image.Image]:
         """One PIL image per prompt.
 
         `seed`: one number (image i gets seed + i) or one per prompt; the same prompt and seed give the same image
         whatever the batch. Sampler settings default to the export's generation_config.json. `on_position` is called
-        after each image position of a batch, with how many are done of how many.
+        after each image position of a batch, with how many are done of how many. `graph`: see `generate_codes`; False
+        on a GPU saves the minute of compiling where only a few images are made.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = seeds_of(seed, len(prompts), "prompts")
@@ -124,7 +126,7 @@ class UniTokPipeline:
         images: list[Image.Image] = []
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
-            codes = self.sample_codes(prompts[part], seeds[part], settings, on_position)
+            codes = self.sample_codes(prompts[part], seeds[part], settings, on_position, graph)
             images += [self.picture(pixels) for pixels in self.tokenizer.decode(codes)]
         return images
 
@@ -138,6 +140,7 @@ class UniTokPipeline:
         seeds: Sequence[int],
         settings: dict[str, Any],
         on_position: Callable[[int, int], None] | None = None,
+        graph: bool | None = None,
     ) -> torch.Tensor:
         """Codes `[B, K, L]` of one batch of prompts, with settings of `generate_codes`."""
         builder = self.processor.builder
@@ -148,7 +151,7 @@ class UniTokPipeline:
         input_ids, mask = pad_left(rows, self.processor.tokenizer.pad_token_id)
         device = self.model.device
         return self.model.generate_codes(
-            input_ids.to(device), mask.to(device), seeds=seeds, on_position=on_position, **settings
+            input_ids.to(device), mask.to(device), seeds=seeds, on_position=on_position, graph=graph, **settings
         )
 
     def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:

@@ -34,6 +34,7 @@ def quantize_weights(model: "UniTokMLLM", kind: str) -> "UniTokMLLM":
         raise UserError(f"weights={kind!r} needs torchao; install the extra unitok[quantized]") from error
     config = _int8() if kind == "int8" else _int4(model, layers)
     quantize_(model, config, filter_fn=lambda module, name: name in layers)
+    model.weight_kind = kind
     return model
 
 

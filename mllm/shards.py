@@ -64,12 +64,12 @@ def open_shards(folder: str | Path) -> list[Shard]:
     raise CheckpointError(f"{folder}: no weights in it; expected one of {expected}")
 
 
-def stored_dtype(shards: Sequence[Shard]) -> torch.dtype:
-    """The floating point type that holds every stored number exactly."""
+def stored_dtype(shards: Sequence[Shard], ignored: str | None = None) -> torch.dtype:
+    """The floating point type that holds every stored number exactly, of keys without `ignored` in their name."""
     dtype: torch.dtype | None = None
     for shard in shards:
-        for tensor in shard.layout.values():
-            if tensor.is_floating_point():
+        for key, tensor in shard.layout.items():
+            if tensor.is_floating_point() and (ignored is None or ignored not in key):
                 dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype or torch.float32
 

@@ -34,7 +34,7 @@ class PositionStepper:
         self.backbone = backbone_steps(model.backbone, rows, slots, like)
         self.embedder = EmbedderSteps(model.embedder, self.images, length, alone, like)
         self.depth_cache = model.depth.new_cache(rows, like)
-        self.guidance = like.new_ones(())
+        self.guidance = like.new_ones((), dtype=torch.float32)  # bf16 would round 7.3 to 7.3125
         self.place = torch.zeros(1, dtype=torch.long, device=like.device)
         self.slot = torch.zeros_like(self.place)
         self.uniforms_LKB = torch.zeros(length, self.num_codebooks, self.images, device=like.device)
@@ -77,7 +77,7 @@ class PositionStepper:
             logits = self.depth.step(index, inputs, self.depth_cache)
             if self.guided:
                 conditional, unconditional = logits.chunk(2)
-                logits = torch.lerp(unconditional, conditional, self.guidance)
+                logits = torch.lerp(unconditional.float(), conditional.float(), self.guidance)
             code_B = self.sampler.choose(logits, index, uniforms_KB[index])
             codes.append(code_B)
             inputs = torch.cat([code_B, code_B]) if self.guided else code_B

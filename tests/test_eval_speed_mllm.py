@@ -13,7 +13,10 @@ from unitok.commands import speed_mllm
 from unitok.core.config import load_config
 from unitok.core.errors import ConfigError, UserError
 from unitok.eval import speed_mllm as speed
+from unitok.eval.plain_sampling import plain_codes
 from unitok.eval.speed import Setting
+from unitok.mllm import cross_entropy
+from unitok.mllm.sampler import CodeSampler
 
 TINY = [
     "text_config={model_type: llama, vocab_size: 50, hidden_size: 32, intermediate_size: 40, num_hidden_layers: 2, "
@@ -71,6 +74,54 @@ def test_flops_of_training_grow_with_the_batch():
         for size in (1, 2)
     )
     assert 1.9 < two / one < 2.05  # the text head reads one position of each sample
+
+
+@pytest.mark.parametrize("changed", ["chunks", "checkpoints"])
+def test_flops_of_training_count_nothing_twice(changed, monkeypatch):
+    """What is computed again to save memory is no work of the model; the steps themselves still do it."""
+    found = []
+    for saving in (False, True):
+        model = speed.random_model(tiny_config(), SETTING)
+        if saving and changed == "chunks":
+            monkeypatch.setattr(cross_entropy, "CHUNK_ELEMENTS", 2**6)
+        elif saving:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        found.append(speed.training_speed(model, tiny_config().training, SETTING)["gflop_per_step"])
+        assert model.cross_entropy == "chunked" and model.is_gradient_checkpointing == (
+            changed == "checkpoints" and saving
+        )
+    assert found[0] == found[1]
+
+
+def test_training_is_measured_on_packed_rows():
+    """As the large configurations train; one row has the losses of the samples apart."""
+    model = speed.random_model(tiny_config(), SETTING)
+    batch = speed._training_batch(model, speed.TrainingSizes(batch_size=3, text_length=4), 0)
+    packed = speed._packed(batch)
+    assert packed["input_ids"].shape == (1, 3 * 10) and "attention_mask" not in packed
+    with torch.no_grad():
+        ours, apart = model.losses(**packed), model.losses(**batch)
+    for name in ("text", "image", "num_text", "num_image"):
+        torch.testing.assert_close(ours[name], apart[name])
+
+
+def test_lower_precision_leaves_codebooks_and_angles():
+    model = speed.random_model(tiny_config(), Setting(torch.device("cpu"), "bf16", 1))
+    exact = speed.random_model(tiny_config(), SETTING)
+    assert model.dtype == torch.bfloat16 and torch.equal(model.embedder.codebooks, exact.embedder.codebooks)
+    assert torch.equal(model.backbone.rotary_emb.inv_freq, exact.backbone.rotary_emb.inv_freq)
+
+
+@pytest.mark.parametrize("cache", ["consistent", "released"])
+def test_baseline_embeds_an_image_once_and_not_its_last_codes(cache):
+    model, rows = make_mllm(image_position_embedding=True), []
+    model.embedder.register_forward_pre_hook(lambda _, inputs: rows.append(tuple(inputs[0].shape)))
+    ids = torch.tensor([[2, 20, 5]] * 4)
+    sampler = CodeSampler([0, 1], False, 1.0, 0, 1.0)
+    plain = plain_codes(model, ids, torch.ones_like(ids), sampler, 3.0, 7, cache)  # one more than has an embedding
+    assert rows == [(2, 3, length if cache == "consistent" else 1) for length in range(1, 7)]
+    codes = model.generate_codes(ids, None, 3.0, do_sample=False, num_positions=7, embedder_cache=cache)
+    assert torch.equal(codes, plain)
 
 
 def test_baseline_finds_a_difference(monkeypatch):
@@ -141,6 +192,13 @@ def test_dry_run_measures_nothing(capsys):
         (["--weights", "int8"], UserError, "add --no-train"),
         (["--weights", "int8", "--no-train", "--codebooks", "2"], UserError, "leave out --model and --weights"),
         (["model.num_codebook=2"], ConfigError, "num_codebooks"),
+        (
+            ["text_config.hiden_size=32"],
+            ConfigError,
+            "'text_config.hiden_size' .*'text_config.hidden_size'",
+        ),
+        (["text_config.hidden_size=30"], ConfigError, "text_config: sizes that do not fit"),
+        (["text_config.model_type=lama"], ConfigError, "unknown text_config.model_type='lama'"),
         (["model.image_token_id=null"], UserError, "model.image_token_id is not set"),
     ],
 )

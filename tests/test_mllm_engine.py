@@ -15,6 +15,7 @@ from unitok.mllm.backbone_steps import GenericSteps, LlamaSteps, backbone_steps,
 from unitok.mllm.decoder_steps import rotation
 from unitok.mllm.depth import rope_angles, rotate
 from unitok.mllm.linears import joined, linear_map
+from unitok.mllm.precision import cast_weights
 from unitok.mllm.sampler import CodeSampler, draw, filter_logits
 from unitok.mllm.sequence import pad_left
 from unitok.mllm.stepper import PositionStepper
@@ -163,6 +164,16 @@ def test_a_kept_stepper_takes_the_settings_of_the_next_call():
                 for position in range(5):
                     columns.append(stepper.next(columns[-1], position))
             assert torch.equal(torch.stack(columns, dim=-1), expected)
+
+
+def test_guidance_of_a_model_in_bf16_is_not_rounded():
+    stepper = PositionStepper(make_mllm().bfloat16(), rows=2, slots=8, length=2, guided=True, alone=False, static=False)
+    stepper.guidance.fill_(7.3)
+    assert stepper.guidance.item() == torch.tensor(7.3).item()
+    ids, settings = torch.tensor([[BOS, 20, BOI], [BOS, 30, BOI]]), SETTINGS[0]
+    model = cast_weights(make_mllm(), torch.bfloat16)
+    plain = plain_codes(model, ids, torch.ones_like(ids), CodeSampler([0], **settings), 7.3)
+    assert torch.equal(model.generate_codes(ids, None, 7.3, **settings), plain)
 
 
 def test_the_result_can_be_trained_on():

@@ -1,7 +1,9 @@
 """Many prompts into a folder: the same images whatever batches, ranks and interruptions; nothing overwritten."""
 
+import copy
 import json
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +12,8 @@ from test_mllm_pipeline import make_pipeline
 
 from unitok.core.errors import UserError
 from unitok.mllm.many import RECORD, generate_many, write_image
+from unitok.mllm.pipeline import UniTokPipeline
+from unitok.mllm.quantize import quantize_weights
 
 PROMPTS = ["a photo of a red circle", "a photo of two blue squares", "red", "a photo of a circle", "blue"]
 
@@ -84,6 +88,8 @@ def test_an_interrupted_run_goes_on(pipe, expected, tmp_path):
     [
         ({"seed": 4}, "00000.png: was made with seed 3, now it is 4"),
         ({"prompts": ["x", *PROMPTS[1:]]}, "00000.png: was made with prompt a photo of a red circle, now it is x"),
+        ({"precision": torch.bfloat16}, "was made with precision float32, now it is bfloat16"),
+        ({"weights": "int8"}, "was made with weights None, now it is int8"),
         ({"top_k": 5}, r"was made with settings \{'top_k': 12\}, now it is \{'top_k': 5\}"),
     ],
 )
@@ -91,9 +97,21 @@ def test_what_was_made_in_another_way_is_kept(pipe, changes, message, tmp_path):
     generate_many(pipe, PROMPTS[:1], tmp_path, seed=3)
     options = {"prompts": PROMPTS, "seed": 3} | changes
     prompts = options.pop("prompts")
+    if {"precision", "weights"} & options.keys():
+        model = copy.deepcopy(pipe.model).to(options.pop("precision", torch.float32))
+        if kind := options.pop("weights", None):
+            quantize_weights(model, kind)
+        pipe = UniTokPipeline(model, pipe.processor, pipe.tokenizer)
     with pytest.raises(UserError, match=message):
         generate_many(pipe, prompts, tmp_path, **options)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_whether_to_record_graphs_is_passed_on(pipe, tmp_path):
+    for draw in (pipe.generate_images, partial(generate_many, pipe, folder=tmp_path)):
+        with pytest.raises(UserError, match="graph=True needs a CUDA device"):
+            draw(prompts=PROMPTS[:1], graph=True)
+        draw(prompts=PROMPTS[:1], graph=False)
 
 
 def test_another_models_images_and_other_files_are_kept(pipe, tmp_path):

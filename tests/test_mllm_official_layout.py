@@ -119,12 +119,18 @@ def test_every_way_round_gives_the_same_bits(released, tmp_path, visual):
 
 
 def test_stored_numbers_keep_their_type(released, tmp_path):
-    """A release in bf16 stays in bf16, unless another type is asked for; then it is rounded once."""
+    """A release in bf16 stays in bf16, unless another type is asked for; then it is rounded once. Codebooks are not."""
     half = {key: tensor.bfloat16() for key, tensor in load_file(released / "model.safetensors").items()}
     folder = changed(released, tmp_path / "half")
     save_file(half, folder / "model.safetensors")
     model = UniTokMLLM.from_official(folder)
-    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.bfloat16}
+    wide_ones = [name for name, tensor in model.state_dict().items() if tensor.dtype != torch.bfloat16]
+    assert wide_ones == ["embedder.codebooks"] and model.embedder.codebooks.dtype == torch.float32
+    whole, rounded = UniTokMLLM.from_official(released), UniTokMLLM.from_official(released, dtype=torch.bfloat16)
+    assert torch.equal(rounded.embedder.codebooks, whole.embedder.codebooks) and rounded.dtype == torch.bfloat16
+    save_official(rounded, tmp_path / "again")
+    assert states_equal(UniTokMLLM.from_official(tmp_path / "again"), rounded)
+    assert UniTokMLLM.from_official(tmp_path / "again").dtype == torch.bfloat16
     wide = UniTokMLLM.from_official(folder, dtype=torch.float32)
     assert all(
         torch.equal(a.float(), b) for a, b in zip(model.state_dict().values(), wide.state_dict().values(), strict=True)

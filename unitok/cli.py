@@ -180,6 +180,9 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     generate.add_argument(
         "--from-file", metavar="FILE", help="one prompt per line; given again, the command goes on where it was stopped"
     )
+    generate.add_argument(
+        "--no-graph", action="store_true", help="on a GPU: begin at once instead of compiling for a minute, but slower"
+    )
     _add_precision(generate)
     generate.set_defaults(run=("use", "generate"), positional="prompts")
 

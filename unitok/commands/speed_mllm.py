@@ -91,13 +91,19 @@ def _config(arguments: argparse.Namespace) -> "MllmSpeedConfig":
 
 
 def _check(arguments: argparse.Namespace, config: "MllmSpeedConfig") -> None:
-    """UserError for options that cannot be met."""
+    """UserError for options that cannot be met, ConfigError for sizes of a backbone that do not fit."""
+    from unitok.mllm.build import new_text_config
+
     if arguments.codebooks and (arguments.model or arguments.weights):
         raise UserError("--codebooks makes new models with random weights; leave out --model and --weights")
     if arguments.weights and not arguments.no_train:
         raise UserError("--weights: quantized weights are not trained; add --no-train")
-    if arguments.model is None and config.model.image_token_id is None:
-        raise UserError("model.image_token_id is not set: answers and training need the placeholder of image positions")
+    if arguments.model is None:
+        if config.model.image_token_id is None:
+            raise UserError(
+                "model.image_token_id is not set: answers and training need the placeholder of image positions"
+            )
+        new_text_config(config.text_config, "text_config")
 
 
 def _model(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "Setting") -> "UniTokMLLM":
@@ -112,7 +118,7 @@ def _model(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "S
         model = random_model(config, setting)
     else:
         dtype = torch.bfloat16 if setting.precision == "bf16" else torch.float32
-        model = load_model_folder(UniTokMLLM, arguments.model).to(setting.device, dtype).eval()
+        model = load_model_folder(UniTokMLLM, arguments.model, dtype=dtype).to(setting.device).eval()
     return quantize_weights(model, arguments.weights) if arguments.weights else model
 
 
@@ -188,7 +194,7 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
     if "train" in found:
         part = found["train"]
         mfu = "-" if part["mfu"] is None else f"{100 * part['mfu']:.1f}%"
-        note = f"all {part['tokens_per_second']:.1f}, batch {part['batch_size']}"
+        note = f"all {part['tokens_per_second']:.1f}, batch {part['batch_size']}, packed"
         rate = f"{part['visual_tokens_per_second']:.1f}"
         rows.append(["train", rate, *["-"] * 4, f"{part['gflop_per_second']:.1f}", mfu, note])
     return rows

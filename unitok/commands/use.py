@@ -56,6 +56,7 @@ def generate(arguments: argparse.Namespace) -> int:
         "temperature": arguments.temperature,
         "depth_temperature": arguments.depth_temperature,
     }
+    graph = False if arguments.no_graph else None
     if arguments.from_file:  # many: each file is written when it is there, and what is there is not made again
         if {target.suffix for target in targets} != {".png"} or len({target.parent for target in targets}) > 1:
             raise UserError(
@@ -68,11 +69,12 @@ def generate(arguments: argparse.Namespace) -> int:
             targets[0].parent,
             seeds,
             names,
+            graph=graph,
             on_image=lambda _, path: print(path, flush=True),
             **sampler,
         )
         return 0
-    images = pipeline.generate_images(texts, seed=seeds, on_position=_progress(), **sampler)
+    images = pipeline.generate_images(texts, seed=seeds, on_position=_progress(), graph=graph, **sampler)
     for image, target in zip(images, targets, strict=True):
         _save(image, target)
     return 0
