@@ -16,6 +16,7 @@ from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from unitok.core.onednn import wide_products
 from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 
 _LOGGER = logging.getLogger(__name__)
@@ -104,13 +105,14 @@ class LlamaSteps:
         length = mask_RT.shape[1]
         mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - length)], dim=1)
         positions_RS = count_positions(mask_RS)
-        outputs = self.backbone(
-            inputs_embeds=inputs_RTD,
-            attention_mask=mask_RT,
-            position_ids=positions_RS[:, :length],
-            past_key_values=DynamicCache(),
-            use_cache=True,
-        )
+        with wide_products(inputs_RTD):
+            outputs = self.backbone(
+                inputs_embeds=inputs_RTD,
+                attention_mask=mask_RT,
+                position_ids=positions_RS[:, :length],
+                past_key_values=DynamicCache(),
+                use_cache=True,
+            )
         for layer, read in zip(self.layers.layers, outputs.past_key_values.layers, strict=True):
             layer.keys[:, :, :length] = read.keys
             layer.values[:, :, :length] = read.values
