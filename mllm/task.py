@@ -22,6 +22,7 @@ from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
 from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import check_recipe
@@ -48,8 +49,12 @@ class _LossForward(nn.Module):
     def __init__(self, model: UniTokMLLM) -> None:
         super().__init__()
         self.model = model
+        self._may_pack = False
 
     def forward(self, **batch: Any) -> LossSums:
+        if "position_ids" in batch and not self._may_pack:
+            check_packing(self.model)  # only here everything is as in training, and nothing has been trained yet
+            self._may_pack = True
         return self.model.losses(**batch)
 
     def no_weight_decay(self) -> set[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference import relative
-from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, random_codes
+from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, mllm_config, random_codes, roughen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unitok.core.errors import ConfigError, DataError
@@ -17,6 +17,8 @@ from unitok.data.packing import first_fit_decreasing
 from unitok.mllm import cross_entropy
 from unitok.mllm.cross_entropy import TextHead, choose_method, summed_losses
 from unitok.mllm.depth import CodeHead
+from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.packing import check_packing
 from unitok.mllm.sequence import IGNORE, Sequence, pack_right, pad_right
 from unitok.mllm.start import set_attention
 
@@ -220,6 +222,21 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
+# settings, and whether positions that begin anew keep samples apart
+PACKING: dict[str, tuple[dict[str, Any], bool]] = {name: (text, True) for name, text in BACKBONES.items()} | {
+    "opt": ({"word_embed_proj_dim": 32, "ffn_dim": 40}, False),
+    "falcon": ({}, False),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, False),
+    "bloom": ({"n_layer": 2, "n_head": 4}, False),
+    "biogpt": ({}, False),
+    "mamba": ({}, False),
+    "gpt_oss": ({"num_local_experts": 4, "head_dim": 8, "sliding_window": 7}, False),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 7}, True),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, True),
+    "mixtral": ({"num_local_experts": 4}, True),
+}
+
+
 @pytest.mark.parametrize("capacity", [30, 45, 200], ids=["four rows", "three rows", "one row"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_packed_equals_padded(backbone: str, capacity: int) -> None:
@@ -233,6 +250,22 @@ def test_packed_equals_padded(backbone: str, capacity: int) -> None:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-5)
     ours, expected = (gradients(sums.text + sums.image + sums.image_z, model) for sums in found)
     close(ours, expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["new", "trained"])
+def test_backbones_that_do_not_keep_packed_samples_apart_are_refused(scale: float, precision: torch.dtype) -> None:
+    """By what they compute, with weights as they are at first and larger ones."""
+    for name, (text, keeps) in PACKING.items():
+        torch.manual_seed(0)
+        model = roughen(UniTokMLLM(mllm_config(text={"model_type": name} | text)), scale).train()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            if keeps:
+                check_packing(model)
+            else:
+                with pytest.raises(ConfigError, match=f"data.pack=true: .*model_type={name} .*set data.pack=false"):
+                    check_packing(model)
+        assert model.backbone.training
 
 
 def test_packed_rows_would_leak_without_their_positions() -> None:
