@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError
@@ -13,21 +12,25 @@ from unitok.mllm.cross_entropy import choose_method
 from unitok.mllm.lora import add_adapters
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.pipeline import check_same_codes
-from unitok.mllm.processor import load_text_tokenizer
+from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import apply_recipe
 from unitok.mllm.settings import MllmTrainConfig
 from unitok.tokenizer import UniTok
 
 
-def load_start(folder: str | Path, visual: UniTok, engine: EngineConfig) -> tuple[UniTokMLLM, PreTrainedTokenizerBase]:
-    """Model (fp32) and text tokenizer of an export folder; `visual` is its visual tokenizer.
+def load_start(folder: str | Path, visual: UniTok, engine: EngineConfig) -> tuple[UniTokMLLM, UniTokProcessor]:
+    """Model (fp32) and processor of an export folder; `visual` is its visual tokenizer.
+
+    Training lets every position see the prefix, so whatever the start did when sampling, what is trained here is
+    sampled with `embedder_cache` "consistent".
 
     Raises CheckpointError for a folder of something else or with weights that do not all fit, UserError where model and
     visual tokenizer do not belong together.
     """
     model = load_model(folder, engine)
     check_same_codes(model, visual)
-    return model, load_text_tokenizer(Path(folder))
+    model.config.embedder_cache = "consistent"
+    return model, UniTokProcessor.from_pretrained(folder)
 
 
 def prepare_model(model: UniTokMLLM, config: MllmTrainConfig, device: torch.device) -> None:

@@ -99,8 +99,11 @@ class MllmTask(Task):
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config
+        self._pictures: dict[str, Any] = {}  # how the start's processor treats them
         if config.init_from is not None:
-            model, self.text_tokenizer = load_start(config.init_from, self.visual, config.engine)
+            model, processor = load_start(config.init_from, self.visual, config.engine)
+            self.text_tokenizer = processor.tokenizer
+            self._pictures = {name: getattr(processor, name) for name in ("image_preprocess", "truncate_pixels")}
         else:
             model = self._new_model()
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
@@ -294,5 +297,6 @@ class MllmTask(Task):
         """Write the whole export folder: model, processor, visual tokenizer."""
         model = modules["mllm"].model
         model.save_pretrained(folder, state_dict=merged_state(model))
-        UniTokProcessor(self.text_tokenizer, model.config, self.visual.config.image_size).save_pretrained(folder)
+        size = self.visual.config.image_size
+        UniTokProcessor(self.text_tokenizer, model.config, size, **self._pictures).save_pretrained(folder)
         self.visual.save_pretrained(folder / TOKENIZER_FOLDER)

@@ -16,7 +16,7 @@ from tiny import PlainEngine, make_mllm, random_codes
 from unitok.core.config import load_config
 from unitok.core.errors import CheckpointError, ConfigError, DataError
 from unitok.data.texts import TextOrder, TextSource
-from unitok.mllm import UniTokMLLM
+from unitok.mllm import UniTokMLLM, UniTokProcessor
 from unitok.mllm.lora import add_adapters, is_adapter, merged_state
 from unitok.mllm.recipes import TRAINED, apply_recipe, check_recipe
 from unitok.mllm.settings import KINDS, LoraConfig, MllmDataConfig, MllmTrainConfig
@@ -187,6 +187,19 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
     assert ids[0] == ids[1] and second.builder.config.image_token_id == first.builder.config.image_token_id
     _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
     assert log[1]["loss"] < log[0]["loss"] * 1.5
+
+    # a released model's pictures stay as they are, but it is sampled as it was trained here
+    for name, changes in {
+        "config.json": {"embedder_cache": "released"},
+        "processor_config.json": {"image_preprocess": "padded", "truncate_pixels": True},
+    }.items():
+        file = tmp_path / "export" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    third = task_of(tmp_path, tmp_path / "released", file="next.yaml")
+    third.export({"mllm": third.build()["mllm"].module}, tmp_path / "again")
+    processor = UniTokProcessor.from_pretrained(tmp_path / "again")
+    assert (processor.image_preprocess, processor.truncate_pixels) == ("padded", True)
+    assert processor.config.embedder_cache == "consistent"
 
     for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
         with pytest.raises(ConfigError, match=f"init_from=.* and {option.split('=')[0].split('.')[0]} are both set"):
