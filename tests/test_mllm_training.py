@@ -365,6 +365,37 @@ def test_attention_that_is_not_there_is_refused() -> None:
     assert model.backbone.config._attn_implementation == "flex_attention"
 
 
+@pytest.mark.parametrize("setting", ["sdpa", "flex"])
+def test_attention_that_a_family_does_not_take_is_refused(setting: str) -> None:
+    """transformers would stay with what it had, without an error."""
+    model = make_mllm(text={"model_type": "bloom", "n_layer": 2, "n_head": 4})
+    with pytest.raises(ConfigError, match=f"attention={setting}: not for a backbone of model_type=bloom.*eager"):
+        set_attention(model, setting, torch.device("cuda"))
+
+
+def test_flash_attention_is_for_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels know no fp32: "auto" stays with sdpa there, and for families that have no flash."""
+    monkeypatch.setattr("unitok.mllm.start.find_spec", lambda name: name)
+    cuda, wanted = torch.device("cuda"), []
+    model = make_mllm()
+
+    def take(name: str) -> None:
+        wanted.append(name)
+        model.backbone.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(model.backbone, "set_attn_implementation", take)
+    set_attention(model, "auto", cuda, "fp32")
+    with pytest.raises(ConfigError, match="attention=flash computes in bf16.*engine.precision=autocast"):
+        set_attention(model, "flash", cuda, "fp32")
+    assert wanted == []
+    for setting, precision in (("auto", "autocast"), ("auto", "bf16"), ("flash", "bf16")):
+        set_attention(model, setting, cuda, precision)
+    assert wanted == ["flash_attention_2"] * 3
+    other = make_mllm(text={"model_type": "bloom", "n_layer": 2, "n_head": 4})
+    set_attention(other, "auto", cuda, "bf16")
+    assert other.backbone.config._attn_implementation == "eager"
+
+
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @torch.no_grad()
 def test_flex_attention_masks_packed_rows_as_sdpa_does() -> None:
