@@ -260,7 +260,7 @@ class MllmTask(Task):
         if config.loss_normalisation == "tokens":
             loss = counts["share"] * image_loss + (1 - counts["share"]) * text
         else:
-            loss = (image_loss + text) / 2
+            loss = (image_loss + text) / max(counts["has_image"] + counts["has_text"], 1)  # the other one is 0
         engine.backward(loss)
         metrics = {"loss": loss.detach()}
         if counts["has_image"]:  # of the whole step, so all ranks and micro-batches log the same names
