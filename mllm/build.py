@@ -126,7 +126,7 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
         config.vocab_size = max(config.vocab_size, len(text_tokenizer))
         config.dtype = torch.float32  # whatever the stored type: training keeps fp32 weights
         return config
-    given = {"model_type": "llama", "max_position_embeddings": 4096} | backbone.config
+    given = {"model_type": "llama"} | backbone.config
     derived = {
         "vocab_size": len(text_tokenizer),
         "bos_token_id": text_tokenizer.bos_token_id,
@@ -143,6 +143,8 @@ def _text_config(backbone: BackboneConfig, text_tokenizer: PreTrainedTokenizerBa
         near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown backbone.config.model_type={model_type!r}; the nearest known one is {near!r}")
     known = AutoConfig.for_model(model_type)
+    if hasattr(known, "max_position_embeddings"):  # not in families whose attention needs no positions
+        given = {"max_position_embeddings": 4096} | given
     for name in given:
         if not hasattr(known, name):
             near = difflib.get_close_matches(name, known.to_dict(), n=1, cutoff=0.0)[0]

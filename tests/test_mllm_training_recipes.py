@@ -155,6 +155,13 @@ def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> 
     assert (without - outputs[0]).abs().max() > 1e-3
 
 
+def test_adapters_need_linear_maps() -> None:
+    model = make_mllm(text={"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4})
+    for targets in ([], ["c_attn"]):
+        with pytest.raises(ConfigError, match="lora: .*model_type=gpt2 has no nn.Linear maps"):
+            add_adapters(model.backbone, LoraConfig(rank=2, targets=targets), 0)
+
+
 def test_adapters_start_at_nothing_and_from_the_seed() -> None:
     models = [make_mllm() for _ in range(4)]
     for model, seed in zip(models[1:], (0, 0, 1), strict=True):
@@ -324,6 +331,13 @@ def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight
         expected = (n * image + m * text) / (n + m) if normalisation == "tokens" else (image + text) / 2
     torch.testing.assert_close(metrics["loss"], expected.float(), rtol=1e-5, atol=1e-6)
     assert metrics["image_z"].item() == pytest.approx(float(sums.image_z / n), rel=1e-5) and metrics["image_z"] > 0
+
+
+def test_a_step_without_images_is_all_text(folder: Path, tmp_path: Path) -> None:
+    """The mean over what is there: nothing is halved."""
+    options = ["recipe=sft", "loss_normalisation=modality", "data.mixture={text_to_image: 0, caption: 0, chat: 1}"]
+    _, log = plain_steps(task_of(folder, tmp_path, *options), 1)
+    assert "image" not in log[0] and log[0]["loss"] == pytest.approx(log[0]["text"], rel=1e-6)
 
 
 # ---- the packaged settings
