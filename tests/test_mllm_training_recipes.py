@@ -333,6 +333,15 @@ def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight
     assert metrics["image_z"].item() == pytest.approx(float(sums.image_z / n), rel=1e-5) and metrics["image_z"] > 0
 
 
+def test_a_run_does_not_pack_for_a_backbone_that_would_leak(folder: Path, tmp_path: Path) -> None:
+    """At the first step, before any weight has changed; without packing the same backbone trains."""
+    backbone = "backbone.config={model_type: falcon, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4}"
+    with pytest.raises(ConfigError, match="data.pack=true: .*model_type=falcon.*set data.pack=false"):
+        plain_steps(task_of(folder, tmp_path / "packed", backbone, "data.pack=true"), 1)
+    _, log = plain_steps(task_of(folder, tmp_path / "padded", backbone), 1)
+    assert log[0]["loss"] > 0
+
+
 def test_a_step_without_images_is_all_text(folder: Path, tmp_path: Path) -> None:
     """The mean over what is there: nothing is halved."""
     options = ["recipe=sft", "loss_normalisation=modality", "data.mixture={text_to_image: 0, caption: 0, chat: 1}"]
