@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 from transformers.initialization import no_init_weights
+from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
 from unitok.core.engine import EngineConfig, partitioned, whole_parameters
 from unitok.core.errors import ConfigError
@@ -46,9 +47,16 @@ def backbone_folder(path: str) -> Path:
 
 
 def check_backbone(config: Any, what: str) -> None:
-    """ConfigError for a backbone whose text logits we would compute in another way than its own class does."""
+    """ConfigError for a backbone whose text logits we would compute in another way than its own class does, or which
+    we could not sample from."""
     if not hasattr(config, "hidden_size") or not hasattr(config, "vocab_size"):
         raise ConfigError(f"{what}: a {config.model_type} is no decoder-only text model; give the text model alone")
+    # in place of keys and values these carry a state, which can neither be padded nor taken back
+    if type(config) in MODEL_MAPPING and MODEL_MAPPING[type(config)]._is_stateful:
+        raise ConfigError(
+            f"{what}: a {config.model_type} carries a state along the sequence, but sampling needs a cache of keys and "
+            "values of every layer; give a backbone of attention layers alone, such as llama"
+        )
     for name in _LOGIT_CHANGES:
         value = getattr(config, name, None)
         if value not in _NEUTRAL:

@@ -145,12 +145,14 @@ def new_text_config(sizes: Mapping[str, Any], where: str, **derived: Any) -> Any
 
     `where`: the setting that the sizes come from. `derived`: what is not set there.
     """
-    given = {"model_type": "llama", "max_position_embeddings": 4096} | dict(sizes)
+    given = {"model_type": "llama"} | dict(sizes)
     model_type = given.pop("model_type")
     if model_type not in CONFIG_MAPPING:
         near = difflib.get_close_matches(str(model_type), CONFIG_MAPPING.keys(), n=1, cutoff=0.0)[0]
         raise ConfigError(f"unknown {where}.model_type={model_type!r}; the nearest known one is {near!r}")
     known = AutoConfig.for_model(model_type)
+    if hasattr(known, "max_position_embeddings"):  # not in families whose attention needs no positions
+        given = {"max_position_embeddings": 4096} | given
     for name in given:
         if not hasattr(known, name):
             near = difflib.get_close_matches(name, known.to_dict(), n=1, cutoff=0.0)[0]

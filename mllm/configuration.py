@@ -133,6 +133,11 @@ class UniTokMLLMConfig(PretrainedConfig):
                 f"depth_num_heads={depth_heads} does not divide into "
                 f"depth_num_key_value_heads={self.depth_num_key_value_heads} groups"
             )
+        if self.depth_intermediate_size is None and not getattr(self.text_config, "intermediate_size", None):
+            raise ConfigError(
+                f"depth_intermediate_size is not set: the default is the backbone's intermediate_size, which a "
+                f"{self.text_config.model_type} does not have; set depth_intermediate_size"
+            )
         kinds = {"embedder_cache": EmbedderCache, "visual_input": VisualInput, "quantizer": QuantizerKind}
         for name, kind in kinds.items():
             if getattr(self, name) not in get_args(kind):

@@ -64,6 +64,11 @@ class CodeGenerationMixin:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature, input_ids.device)
         mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if not bool((mask_RT[:, -1] != 0).all()):
+            raise DataError(
+                f"the attention mask ends in 0 in rows {(mask_RT[:, -1] == 0).nonzero().flatten().tolist()[:8]}: "
+                "expected left-padded prompts, whose last id is the begin-of-image id; pad on the left"
+            )
 
         def report(done: int) -> None:
             if on_position is None:

@@ -19,12 +19,17 @@ def add_adapters(backbone: nn.Module, settings: LoraConfig, seed: int) -> None:
     """Put an adapter beside every targeted linear map of `backbone`, in place. Its first factor is drawn from `seed`,
     its second one starts at 0.
 
-    Raises ConfigError for a target that is no linear map of the backbone.
+    Raises ConfigError for a target that is no linear map of the backbone, or if it has none at all.
     """
     from peft import LoraConfig as PeftConfig
     from peft import inject_adapter_in_model
 
     linear = [name for name, module in backbone.named_modules() if isinstance(module, nn.Linear)]
+    if not linear:
+        raise ConfigError(
+            f"lora: a backbone of model_type={backbone.config.model_type} has no nn.Linear maps for adapters to stand "
+            "beside; set lora=null or give another backbone"
+        )
     ends = sorted({name.split(".")[-1] for name in linear})
     for target in settings.targets:
         if not any(name == target or name.endswith(f".{target}") for name in linear):

@@ -28,10 +28,11 @@ class LossSums(ModelOutput):
     image_correct: Tensor | None = None  # [K]
 
 
-def split_by_length(lengths: list[int]) -> list[list[int]]:
-    """Rows in two parts, short and long, such that padding each to its own longest row costs least."""
+def split_by_length(lengths: list[int], always: bool = False) -> list[list[int]]:
+    """Rows in two parts, short and long, such that padding each to its own longest row costs least; in one part where
+    nothing is saved, unless `always` (and there is more than one row)."""
     order = sorted(range(len(lengths)), key=lambda row: lengths[row])
-    if len(order) < 2:
+    if len(order) < 2 or (lengths[order[0]] == lengths[order[-1]] and not always):
         return [order]
     costs = {n: n * lengths[order[n - 1]] + (len(order) - n) * lengths[order[-1]] for n in range(1, len(order))}
     best = min(costs, key=costs.get)
@@ -103,12 +104,14 @@ class LossMixin:
     def _hidden_states(self, inputs_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """The backbone's output of a right-padded batch, with short and long rows run apart.
 
-        Conversations are several times as long as captions: padded together, most positions would be padding. There
-        are always two parts, so that ranks make the same calls whatever their batches hold.
+        Conversations are several times as long as captions: padded together, most positions would be padding. Of
+        a model that ZeRO 3 has partitioned there are always two parts if there are two rows: every rank has as many
+        rows, and so all make the same calls whatever their lengths.
         """
         lengths = mask_BT.sum(dim=1).tolist()
+        is_partitioned = any(hasattr(parameter, "ds_id") for parameter in self.backbone.parameters())
         hidden_BTD = torch.zeros_like(inputs_BTD)
-        for rows in split_by_length(lengths):
+        for rows in split_by_length(lengths, always=is_partitioned):
             longest = max(lengths[row] for row in rows)
             part = self.backbone(
                 inputs_embeds=inputs_BTD[rows, :longest], attention_mask=mask_BT[rows, :longest], use_cache=False

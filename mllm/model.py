@@ -17,6 +17,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unitok.core.engine import whole_parameters
 from unitok.core.errors import DataError, UserError
+from unitok.core.pretrained import readable_weights
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.cross_entropy import TextHead
 from unitok.mllm.depth import CodeHead, DepthTransformer
@@ -266,8 +267,10 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":
-        """As transformers does; `image_sampler` of generation_config.json, which it would drop, is kept."""
-        loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        """As transformers does; `image_sampler` of generation_config.json, which it would drop, is kept, and
+        damaged weights are a CheckpointError."""
+        with readable_weights(pretrained_model_name_or_path):
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
         settings_file = Path(pretrained_model_name_or_path) / "generation_config.json"
         settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}

@@ -23,6 +23,8 @@ from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 
+_KEPT_TEXTS = 4096  # those that come again: system prompts, suffixes, common questions. Captions are too many to keep
+
 
 class TextTokenizer(Protocol):
     """What a layout needs of a transformers tokenizer."""
@@ -146,9 +148,13 @@ class SequenceBuilder:
         return Sequence().add([] if bos is None else [bos])
 
     def _text(self, text: str, after_end: bool = False) -> list[int]:
-        if (text, after_end) not in self._cache:
-            self._cache[text, after_end] = self._encode(text, after_end)
-        return self._cache[text, after_end]
+        ids = self._cache.pop((text, after_end), None)
+        if ids is None:
+            ids = self._encode(text, after_end)
+        self._cache[text, after_end] = ids  # the last used stand last
+        if len(self._cache) > _KEPT_TEXTS:
+            self._cache.pop(next(iter(self._cache)))
+        return ids
 
     def _encode(self, text: str, after_end: bool = False) -> list[int]:
         """Ids of a text that begins anew, or (`after_end`) that stands right behind an answer's end."""

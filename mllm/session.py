@@ -1,5 +1,6 @@
 """Conversations as people hold them: text that comes as it is written, turns that build on what was kept."""
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
 
 _INCOMPLETE = "\ufffd"  # what decoding gives for a character of which not all bytes have come
+_BYTE = re.compile("<0x[0-9A-F]{2}>")  # a piece that is one byte of a character that has no piece
 
 
 def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
@@ -24,16 +26,20 @@ def answer_text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
 def text_deltas(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> Iterator[str]:
     """The text of `ids` in pieces, each as soon as its characters are complete; together they are `answer_text`.
 
-    White space is held back until something follows it.
+    White space is held back until something follows it. So is a run of byte pieces: some tokenizers read it as a whole,
+    and a byte that fits no character also changes those before it.
     """
     seen: list[int] = []
+    special = set(tokenizer.all_special_ids)
     shown = text = ""
+    in_bytes = False
     for new in ids:
         seen.append(new)
         text = answer_text(tokenizer, seen)
+        if new not in special:  # left out of the text, so that a run goes on behind it
+            in_bytes = _BYTE.fullmatch(str(tokenizer.convert_ids_to_tokens(new))) is not None
         complete = text.rstrip(_INCOMPLETE).rstrip()
-        if len(complete) > len(shown):
-            assert complete.startswith(shown), f"decoding {seen} changed {shown!r} into {complete!r}"
+        if not in_bytes and len(complete) > len(shown):
             yield complete[len(shown) :]
             shown = complete
     if text != shown:

@@ -114,10 +114,10 @@ class MllmTrainConfig(TrainConfig):
 
     image_z_weight: weight of the mean squared largest logit of the codes, part of the image loss; it keeps logits from
     growing without bound. loss_normalisation: "tokens" weighs text and image by the numbers of ids and codes of the
-    whole step, "modality" alike; `image_weight` is a factor on the image loss in both.
+    whole step, "modality" alike, those that the step holds; `image_weight` is a factor on the image loss in both.
 
-    attention: how the backbone attends; "auto" is flash-attn on a GPU where it is installed, else sdpa. For packed rows
-    sdpa gets masks of T x T, while flash and flex pass over what is masked.
+    attention: how the backbone attends; "auto" is flash-attn on a GPU where it is installed and engine.precision is not
+    fp32, else sdpa. For packed rows sdpa gets masks of T x T, while flash and flex pass over what is masked.
     cross_entropy: "chunked" computes logits a few tokens at a time and again in the backward pass, "liger" by
     liger-kernel's fused kernel (text head), "plain" all at once; "auto" is liger on a GPU where it is installed, else
     chunked. gradient_checkpointing: layers of backbone and depth transformer are computed again in the backward pass.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from unitok.core.distributed import all_reduce_sum_, training_device, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError
+from unitok.core.errors import CheckpointError, DataError
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
@@ -21,7 +21,9 @@ from unitok.mllm.build import build_model, build_text_tokenizer
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
+from unitok.mllm.mixture import has_words, warn_of_missing_words
 from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import check_recipe
@@ -32,13 +34,6 @@ from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
 
 _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained on the data
-
-
-_LOOKED_AT = 1000  # samples, to see which kinds of the mixture there are words for
-
-
-def _has_words(sample: CodeSample, kind: Kind) -> bool:
-    return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
 
 
 class Loaded(NamedTuple):
@@ -55,8 +50,12 @@ class _LossForward(nn.Module):
     def __init__(self, model: UniTokMLLM) -> None:
         super().__init__()
         self.model = model
+        self._may_pack = False
 
     def forward(self, **batch: Any) -> LossSums:
+        if "position_ids" in batch and not self._may_pack:
+            check_packing(self.model)  # only here everything is as in training, and nothing has been trained yet
+            self._may_pack = True
         return self.model.losses(**batch)
 
     def no_weight_decay(self) -> set[str]:
@@ -101,36 +100,21 @@ class MllmTask(Task):
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config
+        self._pictures: dict[str, Any] = {}  # how the start's processor treats them
         if config.init_from is not None:
-            model, self.text_tokenizer = load_start(config.init_from, self.visual, config.engine)
+            model, processor = load_start(config.init_from, self.visual, config.engine)
+            self.text_tokenizer = processor.tokenizer
+            self._pictures = {name: getattr(processor, name) for name in ("image_preprocess", "truncate_pixels")}
         else:
             model = self._new_model()
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
         model.generation_config.image_sampler = config.sampler.model_dump()
         prepare_model(model, config, training_device(config.device))
         self._look_at_shards(model.config)
-        self._check_mixture()
+        warn_of_missing_words(self.source, config.data.mixture)
         self.builder = SequenceBuilder(model.config, self.text_tokenizer)
         self.pad_id = self.text_tokenizer.pad_token_id
         return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
-
-    def _check_mixture(self) -> None:
-        """ConfigError for a kind with a share that none of the samples looked at has words for."""
-        shares, count = self.config.data.mixture, len(self.source)
-        wanted = {kind for kind in KINDS if kind != "text" and getattr(shares, kind) > 0}
-        looked_at = range(0, count, max(1, count // _LOOKED_AT))
-        for index in looked_at:
-            if not wanted:
-                return
-            sample = self.source.first_good(index, self.source.text)
-            wanted -= {kind for kind in wanted if _has_words(sample, kind)}
-        if wanted:
-            kind = min(wanted)
-            words = "question or conversation" if kind == "chat" else "caption"
-            raise ConfigError(
-                f"data.mixture.{kind}={getattr(shares, kind)}, but none of {len(looked_at)} samples looked at in "
-                f"{self.config.data.codes} has a {words}; set it to 0, or give data that has them"
-            )
 
     def _look_at_shards(self, config: UniTokMLLMConfig) -> None:
         """Ask for what the model reads: codes `[K, L]` or latents `[C, L]`."""
@@ -215,7 +199,7 @@ class MllmTask(Task):
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
         shares = data.mixture
         kinds: dict[Kind, float] = {
-            kind: getattr(shares, kind) * _has_words(sample, kind) for kind in KINDS if kind != "text"
+            kind: getattr(shares, kind) * has_words(sample, kind) for kind in KINDS if kind != "text"
         }
         total = sum(kinds.values())
         if total <= 0:
@@ -275,7 +259,7 @@ class MllmTask(Task):
         if config.loss_normalisation == "tokens":
             loss = counts["share"] * image_loss + (1 - counts["share"]) * text
         else:
-            loss = (image_loss + text) / 2
+            loss = (image_loss + text) / max(counts["has_image"] + counts["has_text"], 1)  # the other one is 0
         engine.backward(loss)
         metrics = {"loss": loss.detach()}
         if counts["has_image"]:  # of the whole step, so all ranks and micro-batches log the same names
@@ -312,5 +296,6 @@ class MllmTask(Task):
         """Write the whole export folder: model, processor, visual tokenizer."""
         model = modules["mllm"].model
         model.save_pretrained(folder, state_dict=merged_state(model))
-        UniTokProcessor(self.text_tokenizer, model.config, self.visual.config.image_size).save_pretrained(folder)
+        size = self.visual.config.image_size
+        UniTokProcessor(self.text_tokenizer, model.config, size, **self._pictures).save_pretrained(folder)
         self.visual.save_pretrained(folder / TOKENIZER_FOLDER)

@@ -129,6 +129,25 @@ def test_changed_logits_are_refused(family, changes, message, tmp_path):
         built(tmp_path / "folder", tmp_path)
 
 
+@pytest.mark.parametrize("family", ["mamba", "jamba", "recurrent_gemma"])
+def test_backbones_that_carry_a_state_are_refused(family, tmp_path):
+    with pytest.raises(ConfigError, match=f"backbone.config: a {family} carries a state.*such as llama"):
+        built(None, tmp_path, config={"model_type": family, "hidden_size": 32})
+
+
+def test_a_family_without_a_number_of_positions(tmp_path):
+    """Only what its configuration knows is set for it; what a user says wrongly is still named."""
+    sizes = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
+    with pytest.raises(ConfigError, match="depth_intermediate_size is not set: .*a bloom does not have"):
+        built(None, tmp_path, config=sizes)
+    settings, backbone = SETTINGS.model_copy(update={"depth_intermediate_size": 40}), BackboneConfig(config=sizes)
+    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
+    model = build_model(settings, backbone, text_tokenizer, make_tokenizer())
+    assert model(input_ids=torch.arange(9)[None] + 7).logits.shape == (1, 9, len(text_tokenizer))
+    with pytest.raises(ConfigError, match="unknown key 'backbone.config.max_position_embeddings' for bloom"):
+        built(None, tmp_path, config=sizes | {"max_position_embeddings": 64})
+
+
 def test_backbones_without_a_place_are_refused(tmp_path, folders):
     byte_level_tokenizer().save_pretrained(tmp_path / "phi")
     config = AutoConfig.for_model("phi", **SIZES, vocab_size=300)

@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import BOS, EOS, IMAGE, PAD, make_mllm, make_text_tokenizer, random_codes
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from unitok.core import onednn
 from unitok.core.errors import DataError, UserError
@@ -273,6 +275,11 @@ def test_an_interrupted_pass_leaves_no_trace(changes, step, monkeypatch):
 class Bytes:
     """A tokenizer whose ids are bytes of UTF-8; 0 is a special id."""
 
+    all_special_ids = (0,)
+
+    def convert_ids_to_tokens(self, index):
+        return chr(index)
+
     def decode(self, ids, skip_special_tokens, clean_up_tokenization_spaces):
         assert skip_special_tokens and not clean_up_tokenization_spaces
         return bytes(one for one in ids if one).decode("utf-8", errors="replace")
@@ -300,6 +307,26 @@ def test_pieces_come_as_soon_as_their_ids():
             yield one
 
     assert [(piece, len(fed)) for piece in text_deltas(Bytes(), ids())] == [("a", 1), ("b", 2), (" c", 4)]
+
+
+def test_runs_of_byte_pieces_come_as_a_whole():
+    """Fast tokenizers with byte fallback: one byte that fits nowhere makes the whole run unreadable."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581a", "b"]
+    inner = Tokenizer(
+        models.BPE({piece: i for i, piece in enumerate(pieces)}, [], byte_fallback=True, unk_token="<unk>")
+    )
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    inner.decoder = decoders.Sequence(steps)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+    a, b = 259, 260
+    emoji = [3 + byte for byte in "🙂".encode()]
+    assert list(text_deltas(tokenizer, [a, *emoji, b, b])) == ["a", "🙂b", "b"]
+    assert list(text_deltas(tokenizer, [a, 3 + 0x41, 2, 3 + 0xFF, b])) == ["a", "\ufffd\ufffdb"]
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        ids = torch.randint(len(pieces), (12,), generator=rng).tolist()
+        ids = [one if number % 3 else a for number, one in enumerate(ids)]
+        assert "".join(text_deltas(tokenizer, ids)) == answer_text(tokenizer, ids)
 
 
 def test_pieces_of_sentencepieces_keep_their_spaces(tmp_path):

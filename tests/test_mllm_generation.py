@@ -1,5 +1,7 @@
 """Cached generation against the full forward pass, for backbone, embedder and depth transformer together."""
 
+import re
+
 import pytest
 import torch
 from tiny import BOI, BOS, EOI, EOS, IMAGE, PAD, make_mllm, random_codes
@@ -215,6 +217,15 @@ def test_top_k_keeps_ties_and_one_means_greedy():
 def test_sampler_settings_out_of_range_are_refused(options, message):
     with pytest.raises(UserError, match=message):
         make_mllm().generate_codes(*pad_left(PROMPTS, PAD), **options)
+
+
+def test_prompts_padded_on_the_right_are_refused():
+    """Their last id would be padding, from which nothing is to be drawn."""
+    ids, mask = pad_left(PROMPTS, PAD)
+    shorter = [row for row in range(len(ids)) if mask[row, 0] == 0]
+    assert shorter
+    with pytest.raises(DataError, match=re.escape(f"ends in 0 in rows {shorter}: expected left-padded")):
+        make_mllm().generate_codes(ids.flip(1), mask.flip(1))
 
 
 def test_number_of_positions():

@@ -322,13 +322,28 @@ def test_no_weight_decay_names_exist():
     ("lengths", "parts"),
     [
         ([5], [[0]]),
-        ([5, 5], [[0], [1]]),
+        ([5, 5], [[0, 1]]),
+        ([5, 5, 6], [[0, 1], [2]]),
         ([9, 3, 8, 2], [[3, 1], [2, 0]]),
         ([2, 30, 2, 2], [[0, 2, 3], [1]]),
     ],
 )
 def test_rows_are_split_where_padding_is_cheapest(lengths, parts):
+    """In one part where nothing is saved; where ranks must make the same calls, their lengths decide nothing."""
     assert split_by_length(lengths) == parts
+    assert len(split_by_length(lengths, always=True)) == min(2, len(lengths))
+    assert len(parts) == 1 or split_by_length(lengths, always=True) == parts
+
+
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_equal_rows_run_together_unless_the_model_is_partitioned(partitioned, monkeypatch):
+    model, calls = make_mllm(), []
+    if partitioned:  # as ZeRO 3 marks parameters
+        next(model.backbone.parameters()).ds_id = 0
+    model.backbone.register_forward_hook(lambda *_: calls.append(1))
+    ids = torch.tensor([[BOS, 20, 21], [BOS, 22, 23], [BOS, 24, 25]])
+    sums = model.losses(ids, ids, None, torch.zeros(0, dtype=torch.bool), torch.ones_like(ids))
+    assert len(calls) == 1 + partitioned and int(sums.num_text) == 6
 
 
 def test_forward_keeps_transformers_promises():

@@ -255,7 +255,7 @@ def recorded_loss(model, batch):
 
 @pytest.mark.parametrize("name", ["t2i", "i2t", "mixed", "sft"])
 def test_losses_and_gradients(recorded, name):
-    """The recorded ids through the formulas, through `losses`, and the norm of every gradient."""
+    """The recorded ids through the formulas and through `losses`, whose gradients have the recorded norms."""
     model, io, folder = recorded
     result, batch = numbers(f"{folder}/train_batches.json")["results"][name], batch_of(io, name)
     books = model.embedder.codebooks.requires_grad_()  # trained by the released code, a fixed buffer here
@@ -274,8 +274,11 @@ def test_losses_and_gradients(recorded, name):
     if counts["num_image_tokens"]:
         assert (sums.image / sums.num_image).item() == pytest.approx(result["image_ce"], rel=SCALARS)
         assert int(sums.num_image) == result["num_image_tokens"]
+        assert (Z_WEIGHT * sums.image_z / sums.num_image).item() == pytest.approx(result["image_z_loss"], rel=SCALARS)
+    loss = (sums.text + sums.image + Z_WEIGHT * sums.image_z) / (sums.num_text + sums.num_image)
+    assert loss.item() == pytest.approx(result["loss"], rel=SCALARS)
     own = dict(model.named_parameters()) | {"embedder.codebooks": books}
-    found = dict(zip(own, torch.autograd.grad(parts["loss"], list(own.values()), allow_unused=True), strict=True))
+    found = dict(zip(own, torch.autograd.grad(loss, list(own.values()), allow_unused=True), strict=True))
     books.requires_grad_(False)
     for key, (place,) in official_places(model).items():
         if place.name in found:

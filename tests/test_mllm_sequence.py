@@ -7,6 +7,7 @@ from tiny import BOI, BOS, EOI, EOS, IMAGE, PAD, make_text_tokenizer, mllm_confi
 
 from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import Turn
+from unitok.mllm import sequence as layouts
 from unitok.mllm.processor import UniTokProcessor, load_text_tokenizer, special_ids, split_messages
 from unitok.mllm.sequence import IGNORE, SequenceBuilder, chat_template, pad_left, pad_right
 
@@ -52,6 +53,20 @@ def test_text_to_image_layout():
 def test_unconditional_text_replaces_caption_and_suffix():
     sequence = builder().text_to_image("ab", unconditional=True)
     assert sequence.ids == [BOS, *letters("?"), BOI, *IMG, EOI, EOS]
+
+
+def test_only_texts_that_come_again_are_kept(monkeypatch):
+    """A run sees millions of captions once; suffixes and common questions it sees all the time."""
+    monkeypatch.setattr(layouts, "_KEPT_TEXTS", 3)
+    ours, encoded = builder(system_prompt="S"), []
+    encode = ours.tokenizer.encode
+    ours.tokenizer.encode = lambda text, **options: encoded.append(text) or encode(text, **options)
+    for number in range(20):
+        caption, common = ours.caption(f"caption {number}"), ours.caption("again")
+        assert (
+            caption.ids == builder().caption(f"caption {number}").ids and common.ids == builder().caption("again").ids
+        )
+    assert encoded.count("again") == 1 and len(encoded) == 21 and len(ours._cache) == 3
 
 
 def test_caption_layout():
@@ -286,7 +301,7 @@ def test_processor_save_and_load(processor, tmp_path):
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):
-    with pytest.raises(UserError, match="processor_config.json"):
+    with pytest.raises(UserError, match="config.json is missing"):
         UniTokProcessor.from_pretrained(tmp_path)
 
 

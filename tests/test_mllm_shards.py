@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from transformers.initialization import no_init_weights
 from unitok.core.distributed import init_distributed, rank, shutdown_distributed
 from unitok.core.engine import EngineConfig, partitioned, whole_parameters
 from unitok.core.errors import CheckpointError
+from unitok.mllm import UniTokMLLM
 from unitok.mllm.backbone import empty_model, load_model
 from unitok.mllm.shards import INDEX_SUFFIX, Place, load_sharded, open_shards, save_shards, stored_dtype
 
@@ -73,6 +75,14 @@ def test_the_stored_type_holds_every_number(folder, tmp_path):
 
 def _missing_file(folder):
     next(folder.glob("*-00002-*")).unlink()
+
+
+def test_from_pretrained_names_a_truncated_shard(tmp_path):
+    make_mllm().save_pretrained(tmp_path, max_shard_size="40KB")
+    assert torch.is_tensor(UniTokMLLM.from_pretrained(tmp_path).lm_head.weight)
+    _truncated(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))}: damaged weights file"):
+        UniTokMLLM.from_pretrained(tmp_path)
 
 
 def _truncated(folder):

@@ -2,6 +2,7 @@
 
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from stages import make_task, write_configs
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.conversations import IMAGE_MARK, Turn
+from unitok.mllm.mixture import warn_of_missing_words
 from unitok.mllm.settings import MixtureConfig
 
 WORDLESS, WORDY = 3, 5
@@ -94,3 +96,20 @@ def test_codes_of_another_tokenizer_are_refused_by_the_task(files: dict[str, Pat
     other = write_codes(samples, tmp_path / "codes", header)
     with pytest.raises((ConfigError, DataError), match="tokenizer of the codes is '0000000000000000'"):
         make_task("mllm", files["mllm"], tmp_path / "out", 1, [f"data.codes={other}"])
+
+
+def test_kinds_without_words_are_named(caplog):
+    class Source:
+        def __len__(self):
+            return 3
+
+        def first_good(self, index, read):
+            return read(index)
+
+        def text(self, index):
+            return SimpleNamespace(captions=["a"] if index == 2 else [], questions=[], conversations=[])
+
+    warn_of_missing_words(Source(), MixtureConfig(text_to_image=1, caption=0, chat=2))
+    assert [record.getMessage() for record in caplog.records] == [
+        "data.mixture.chat=2, but no sample looked at has a question or conversation: others take its place"
+    ]

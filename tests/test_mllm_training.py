@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from reference import relative
-from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, random_codes
+from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, mllm_config, random_codes, roughen
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unitok.core.errors import ConfigError, DataError
@@ -17,6 +17,8 @@ from unitok.data.packing import first_fit_decreasing
 from unitok.mllm import cross_entropy
 from unitok.mllm.cross_entropy import TextHead, choose_method, summed_losses
 from unitok.mllm.depth import CodeHead
+from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.packing import check_packing
 from unitok.mllm.sequence import IGNORE, Sequence, pack_right, pad_right
 from unitok.mllm.start import set_attention
 
@@ -220,6 +222,21 @@ BACKBONES: dict[str, dict[str, Any]] = {
 }
 
 
+# settings, and whether positions that begin anew keep samples apart
+PACKING: dict[str, tuple[dict[str, Any], bool]] = {name: (text, True) for name, text in BACKBONES.items()} | {
+    "opt": ({"word_embed_proj_dim": 32, "ffn_dim": 40}, False),
+    "falcon": ({}, False),
+    "mpt": ({"d_model": 32, "n_heads": 4, "n_layers": 2}, False),
+    "bloom": ({"n_layer": 2, "n_head": 4}, False),
+    "biogpt": ({}, False),
+    "mamba": ({}, False),
+    "gpt_oss": ({"num_local_experts": 4, "head_dim": 8, "sliding_window": 7}, False),
+    "gemma3_text": ({"head_dim": 8, "sliding_window": 7}, True),
+    "gpt2": ({"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 256}, True),
+    "mixtral": ({"num_local_experts": 4}, True),
+}
+
+
 @pytest.mark.parametrize("capacity", [30, 45, 200], ids=["four rows", "three rows", "one row"])
 @pytest.mark.parametrize("backbone", BACKBONES)
 def test_packed_equals_padded(backbone: str, capacity: int) -> None:
@@ -233,6 +250,22 @@ def test_packed_equals_padded(backbone: str, capacity: int) -> None:
         torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-5, atol=1e-5)
     ours, expected = (gradients(sums.text + sums.image + sums.image_z, model) for sums in found)
     close(ours, expected)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "autocast"])
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["new", "trained"])
+def test_backbones_that_do_not_keep_packed_samples_apart_are_refused(scale: float, precision: torch.dtype) -> None:
+    """By what they compute, with weights as they are at first and larger ones."""
+    for name, (text, keeps) in PACKING.items():
+        torch.manual_seed(0)
+        model = roughen(UniTokMLLM(mllm_config(text={"model_type": name} | text)), scale).train()
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            if keeps:
+                check_packing(model)
+            else:
+                with pytest.raises(ConfigError, match=f"data.pack=true: .*model_type={name} .*set data.pack=false"):
+                    check_packing(model)
+        assert model.backbone.training
 
 
 def test_packed_rows_would_leak_without_their_positions() -> None:
@@ -330,6 +363,37 @@ def test_attention_that_is_not_there_is_refused() -> None:
         assert model.backbone.config._attn_implementation == "sdpa"
     set_attention(model, "flex", torch.device("cuda"))
     assert model.backbone.config._attn_implementation == "flex_attention"
+
+
+@pytest.mark.parametrize("setting", ["sdpa", "flex"])
+def test_attention_that_a_family_does_not_take_is_refused(setting: str) -> None:
+    """transformers would stay with what it had, without an error."""
+    model = make_mllm(text={"model_type": "bloom", "n_layer": 2, "n_head": 4})
+    with pytest.raises(ConfigError, match=f"attention={setting}: not for a backbone of model_type=bloom.*eager"):
+        set_attention(model, setting, torch.device("cuda"))
+
+
+def test_flash_attention_is_for_lower_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels know no fp32: "auto" stays with sdpa there, and for families that have no flash."""
+    monkeypatch.setattr("unitok.mllm.start.find_spec", lambda name: name)
+    cuda, wanted = torch.device("cuda"), []
+    model = make_mllm()
+
+    def take(name: str) -> None:
+        wanted.append(name)
+        model.backbone.config._attn_implementation_internal = name
+
+    monkeypatch.setattr(model.backbone, "set_attn_implementation", take)
+    set_attention(model, "auto", cuda, "fp32")
+    with pytest.raises(ConfigError, match="attention=flash computes in bf16.*engine.precision=autocast"):
+        set_attention(model, "flash", cuda, "fp32")
+    assert wanted == []
+    for setting, precision in (("auto", "autocast"), ("auto", "bf16"), ("flash", "bf16")):
+        set_attention(model, setting, cuda, precision)
+    assert wanted == ["flash_attention_2"] * 3
+    other = make_mllm(text={"model_type": "bloom", "n_layer": 2, "n_head": 4})
+    set_attention(other, "auto", cuda, "bf16")
+    assert other.backbone.config._attn_implementation == "eager"
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

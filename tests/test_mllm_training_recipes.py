@@ -16,7 +16,7 @@ from tiny import PlainEngine, make_mllm, random_codes
 from unitok.core.config import load_config
 from unitok.core.errors import CheckpointError, ConfigError, DataError
 from unitok.data.texts import TextOrder, TextSource
-from unitok.mllm import UniTokMLLM
+from unitok.mllm import UniTokMLLM, UniTokProcessor
 from unitok.mllm.lora import add_adapters, is_adapter, merged_state
 from unitok.mllm.recipes import TRAINED, apply_recipe, check_recipe
 from unitok.mllm.settings import KINDS, LoraConfig, MllmDataConfig, MllmTrainConfig
@@ -155,6 +155,13 @@ def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> 
     assert (without - outputs[0]).abs().max() > 1e-3
 
 
+def test_adapters_need_linear_maps() -> None:
+    model = make_mllm(text={"model_type": "gpt2", "n_embd": 32, "n_layer": 2, "n_head": 4})
+    for targets in ([], ["c_attn"]):
+        with pytest.raises(ConfigError, match="lora: .*model_type=gpt2 has no nn.Linear maps"):
+            add_adapters(model.backbone, LoraConfig(rank=2, targets=targets), 0)
+
+
 def test_adapters_start_at_nothing_and_from_the_seed() -> None:
     models = [make_mllm() for _ in range(4)]
     for model, seed in zip(models[1:], (0, 0, 1), strict=True):
@@ -187,6 +194,19 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
     assert ids[0] == ids[1] and second.builder.config.image_token_id == first.builder.config.image_token_id
     _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
     assert log[1]["loss"] < log[0]["loss"] * 1.5
+
+    # a released model's pictures stay as they are, but it is sampled as it was trained here
+    for name, changes in {
+        "config.json": {"embedder_cache": "released"},
+        "processor_config.json": {"image_preprocess": "padded", "truncate_pixels": True},
+    }.items():
+        file = tmp_path / "export" / name
+        file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    third = task_of(tmp_path, tmp_path / "released", file="next.yaml")
+    third.export({"mllm": third.build()["mllm"].module}, tmp_path / "again")
+    processor = UniTokProcessor.from_pretrained(tmp_path / "again")
+    assert (processor.image_preprocess, processor.truncate_pixels) == ("padded", True)
+    assert processor.config.embedder_cache == "consistent"
 
     for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
         with pytest.raises(ConfigError, match=f"init_from=.* and {option.split('=')[0].split('.')[0]} are both set"):
@@ -311,6 +331,22 @@ def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight
         expected = (n * image + m * text) / (n + m) if normalisation == "tokens" else (image + text) / 2
     torch.testing.assert_close(metrics["loss"], expected.float(), rtol=1e-5, atol=1e-6)
     assert metrics["image_z"].item() == pytest.approx(float(sums.image_z / n), rel=1e-5) and metrics["image_z"] > 0
+
+
+def test_a_run_does_not_pack_for_a_backbone_that_would_leak(folder: Path, tmp_path: Path) -> None:
+    """At the first step, before any weight has changed; without packing the same backbone trains."""
+    backbone = "backbone.config={model_type: falcon, hidden_size: 32, num_hidden_layers: 2, num_attention_heads: 4}"
+    with pytest.raises(ConfigError, match="data.pack=true: .*model_type=falcon.*set data.pack=false"):
+        plain_steps(task_of(folder, tmp_path / "packed", backbone, "data.pack=true"), 1)
+    _, log = plain_steps(task_of(folder, tmp_path / "padded", backbone), 1)
+    assert log[0]["loss"] > 0
+
+
+def test_a_step_without_images_is_all_text(folder: Path, tmp_path: Path) -> None:
+    """The mean over what is there: nothing is halved."""
+    options = ["recipe=sft", "loss_normalisation=modality", "data.mixture={text_to_image: 0, caption: 0, chat: 1}"]
+    _, log = plain_steps(task_of(folder, tmp_path, *options), 1)
+    assert "image" not in log[0] and log[0]["loss"] == pytest.approx(log[0]["text"], rel=1e-6)
 
 
 # ---- the packaged settings

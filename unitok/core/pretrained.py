@@ -1,7 +1,8 @@
 """Loading of model folders (config.json + model.safetensors) with one clear error for everything that can be wrong."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,14 +54,22 @@ def load_model_folder(cls: type[ModelT], folder: Path | str, **options: Any) -> 
     return checked(lambda: cls.from_pretrained(folder, output_loading_info=True, **options), folder)[0]
 
 
+@contextmanager
+def readable_weights(folder: Path | str) -> Iterator[None]:
+    """CheckpointError for a file of weights that is cut off or otherwise damaged."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: damaged weights file ({error}); copy it again") from error
+
+
 def checked(load: Callable[[], tuple[ModelT, dict[str, Any]]], folder: Path | str) -> tuple[ModelT, dict[str, Any]]:
     """What `load` gives (model and loading information) if every weight found its place; else CheckpointError."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report of keys would stand before our one line
     try:
-        model, info = load()
-    except SafetensorError as error:
-        raise CheckpointError(f"{folder}: damaged weights file ({error}); copy it again") from error
+        with readable_weights(folder):
+            model, info = load()
     except RuntimeError as error:
         raise CheckpointError(f"{folder}: weights do not fit config.json ({_one_line(error)})") from error
     finally:

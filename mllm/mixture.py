@@ -1,0 +1,32 @@
+"""Which kinds of a mixture samples have words for."""
+
+import logging
+
+from unitok.core.distributed import rank
+from unitok.data.codes import CodeSample, CodeSource
+from unitok.mllm.settings import KINDS, Kind, MixtureConfig
+
+_LOGGER = logging.getLogger(__name__)
+_LOOKED_AT = 1000  # samples
+
+
+def has_words(sample: CodeSample, kind: Kind) -> bool:
+    """Can a sample be learnt from as `kind` (any but "text")?"""
+    return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
+
+
+def warn_of_missing_words(source: CodeSource, mixture: MixtureConfig) -> None:
+    """A warning for each kind with a share that no sample looked at has words for: others take its place. Every rank
+    looks, so that bad samples are counted alike; the first one speaks."""
+    wanted = [kind for kind in KINDS if kind != "text" and getattr(mixture, kind) > 0]
+    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+        if not wanted:
+            return
+        sample = source.first_good(index, source.text)
+        wanted = [kind for kind in wanted if not has_words(sample, kind)]
+    for kind in wanted if rank() == 0 else ():
+        words = "question or conversation" if kind == "chat" else "caption"
+        share = getattr(mixture, kind)
+        _LOGGER.warning(
+            "data.mixture.%s=%g, but no sample looked at has a %s: others take its place", kind, share, words
+        )
