@@ -50,8 +50,8 @@ class UniTokTextTokenizer(SentencePieceBackend):
         return pieces[1:] if lone else pieces
 
     def _convert_id_to_token(self, index: int) -> str:
-        """A backbone's vocabulary may be padded: rows that stand for no piece are read as unknown."""
-        return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else str(self.unk_token)
+        """A backbone's vocabulary may be padded: rows that stand for no piece are no text."""
+        return super()._convert_id_to_token(index) if index < self.sp_model.get_piece_size() else ""
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
         """The text of pieces; those that are single bytes are put together to characters."""

@@ -327,7 +327,30 @@ def test_progress_and_truncated_pixels(pipe, monkeypatch):
     assert gap.min() == 0 and gap.max() == 1
 
 
+def test_a_mistyped_command_of_a_chat_is_named(pipe, monkeypatch, capsys):
+    lines = iter(["/rest", "/reset", "/image"])
+    monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
+    assert _converse(pipe.new_session(), [], 4) == 0
+    errors = capsys.readouterr().err.splitlines()
+    assert ["/rest: no such command" in errors[0], "/image: name a file" in errors[1], len(errors)] == [True, True, 2]
+
+
 # ---- folders
+
+
+def test_ids_of_a_padded_vocabulary_are_no_text(pipe):
+    tokenizer = pipe.processor.tokenizer
+    known = tokenizer.encode("a red circle", add_special_tokens=False)
+    assert tokenizer.decode([*known, len(tokenizer) + 7], skip_special_tokens=True) == "a red circle"
+
+
+def test_an_export_without_its_text_model_or_processor(copy):
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer.model"):
+        UniTokPipeline.from_pretrained(copy)
+    (copy / "processor_config.json").unlink()
+    with pytest.raises(UserError, match="converted with its tokenizer.model"):
+        UniTokPipeline.from_pretrained(copy)
 
 
 def test_the_auto_classes_of_transformers_know_an_export(export, pipe):
