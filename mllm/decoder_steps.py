@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unitok.mllm.linears import joined
+from unitok.mllm.linears import joined, joined_after_norm
 
 
 @dataclass(frozen=True)
@@ -72,16 +72,16 @@ class LayerSteps:
         self.num_heads, self.num_kv_heads = parts.num_heads, parts.num_kv_heads
         self.cache = like.new_zeros(rows, 2 * self.num_kv_heads, slots, parts.head_dim)
         self.keys, self.values = self.cache.chunk(2, dim=1)
-        self.qkv = joined([parts.query, parts.key, parts.value], rows)
+        self.qkv = joined_after_norm(parts.norm, [parts.query, parts.key, parts.value], rows)
         self.out = joined([parts.out], rows)
-        self.gate_up = joined([parts.gate, parts.up], rows)
+        self.gate_up = joined_after_norm(parts.mlp_norm, [parts.gate, parts.up], rows)
         self.down = joined([parts.down], rows)
 
     def __call__(
         self, x_RD: Tensor, slot: Tensor, end: int, turn: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
         rows = x_RD.shape[0]
-        qkv = self.qkv(rms_norm(x_RD, self.parts.norm)).view(rows, -1, self.head_dim)
+        qkv = self.qkv(x_RD).view(rows, -1, self.head_dim)
         if self.parts.query_norm is not None:
             qkv = self._norm_heads(qkv)
         qkv = torch.addcmul(qkv * turn[0], qkv.roll(self.head_dim // 2, -1), turn[1])
@@ -91,7 +91,7 @@ class LayerSteps:
         keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
         out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
         x_RD = x_RD + self.out(out.reshape(rows, -1))
-        gate, up = self.gate_up(rms_norm(x_RD, self.parts.mlp_norm)).chunk(2, dim=-1)
+        gate, up = self.gate_up(x_RD).chunk(2, dim=-1)
         return x_RD + self.down(self.parts.act(gate) * up)
 
     def _norm_heads(self, qkv: Tensor) -> Tensor:

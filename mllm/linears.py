@@ -39,6 +39,21 @@ def joined(modules: Sequence[nn.Module], rows: int) -> LinearMap:
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
+def joined_after_norm(norm: tuple[Tensor, float], modules: Sequence[nn.Module], rows: int) -> LinearMap:
+    """`joined` layers of a root-mean-square norm (weight, eps) of their input.
+
+    Where weights are copied anyway, the norm's go into them, and the mean square is a product with a column of 1/D:
+    half the time of a norm on the CPU.
+    """
+    weight, eps = norm
+    if not all(type(module) is nn.Linear and module.bias is None and _can_pack(module.weight) for module in modules):
+        product = joined(modules, rows)
+        return lambda x: product(nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+    product = linear_map(torch.cat([module.weight.detach() for module in modules]) * weight.detach(), None, rows)
+    column, floor = torch.full((weight.shape[0], 1), 1 / weight.shape[0]), torch.full((1,), eps)
+    return lambda x: product(x * torch.addmm(floor, x * x, column).rsqrt_())
+
+
 def _can_pack(weight: Tensor) -> bool:
     plain = type(weight) in (Tensor, nn.Parameter) and weight.dtype == torch.float32 and weight.device.type == "cpu"
     return plain and torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled

@@ -14,7 +14,7 @@ from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.backbone_steps import GenericSteps, LlamaSteps, backbone_steps, why_generic
 from unitok.mllm.decoder_steps import rotation
 from unitok.mllm.depth import rope_angles, rotate
-from unitok.mllm.linears import joined, linear_map
+from unitok.mllm.linears import joined, joined_after_norm, linear_map
 from unitok.mllm.precision import cast_weights
 from unitok.mllm.sampler import CodeSampler, draw, filter_logits
 from unitok.mllm.sequence import pad_left
@@ -324,3 +324,14 @@ def test_recorded_codes(name, guidance_scale):
         assert torch.equal(codes, expected)
         sampler = CodeSampler([0] * len(expected), **SETTINGS[0])
         assert torch.equal(plain_codes(model, ids, mask, sampler, float(guidance_scale), **options), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_in_the_weights_is_the_norm_before_them(bias):
+    torch.manual_seed(0)
+    layers, x = [torch.nn.Linear(48, width, bias=bias) for width in (32, 16)], torch.randn(3, 48) * 5
+    weight, eps = torch.randn(48), 1e-3
+    with torch.inference_mode():
+        found = joined_after_norm((weight, eps), layers, rows=3)(x)
+        normed = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        assert torch.allclose(found, torch.cat([layer(normed) for layer in layers], dim=-1), rtol=1e-5, atol=1e-5)
