@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from unitok.mllm.linears import joined, joined_after_norm
+from unitok.mllm.linears import joined, joined_after_norm, rms_norm
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,6 @@ class LayerParts:
     @property
     def num_kv_heads(self) -> int:
         return self.key.out_features // self.head_dim
-
-
-def rms_norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
-    return F.rms_norm(x, x.shape[-1:], *norm)
 
 
 def rotation(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from unitok.core.errors import DataError
 from unitok.mllm.configuration import UniTokMLLMConfig
-from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
+from unitok.tokenizer.projection import AttentionProjection
 from unitok.tokenizer.quantizer import lookup, residual_lookup
 
 
@@ -70,11 +70,10 @@ class CodeEmbedder(nn.Module):
         """Codebooks `[K, V, D]` in fp32 as they are looked up (normalised again, where rounding has moved them)."""
         return self.codebooks.float() if self.residual else F.normalize(self.codebooks.float(), dim=-1)
 
-    def forward(self, codes_BKL: Tensor, cache: ProjectionCache | None = None, start: int = 0) -> Tensor:
-        """Codes `[B, K, L]` (or latents `[B, C, L]`) -> `[B, L, D]`. With a `cache`, L is 1 and `start` the position of
-        that code."""
+    def forward(self, codes_BKL: Tensor, start: int = 0) -> Tensor:
+        """Codes `[B, K, L]` (or latents `[B, C, L]`) -> `[B, L, D]`; `start`: the position of the first of them."""
         vectors_BLC = self.latent_vectors(codes_BKL) if self.continuous else self.code_vectors(codes_BKL)
-        vectors_BLD = self.mlp(self.projection(vectors_BLC, cache))
+        vectors_BLD = self.mlp(self.projection(vectors_BLC))
         if self.positions is not None:
             end = start + codes_BKL.shape[2]
             if end > self.positions.shape[0]:

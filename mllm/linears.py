@@ -39,6 +39,11 @@ def joined(modules: Sequence[nn.Module], rows: int) -> LinearMap:
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
+def rms_norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:
+    """Root-mean-square norm (weight, eps) of the last dimension."""
+    return nn.functional.rms_norm(x, x.shape[-1:], *norm)
+
+
 def joined_after_norm(norm: tuple[Tensor, float], modules: Sequence[nn.Module], rows: int) -> LinearMap:
     """`joined` layers of a root-mean-square norm (weight, eps) of their input.
 
@@ -48,7 +53,7 @@ def joined_after_norm(norm: tuple[Tensor, float], modules: Sequence[nn.Module], 
     weight, eps = norm
     if not all(type(module) is nn.Linear and module.bias is None and _can_pack(module.weight) for module in modules):
         product = joined(modules, rows)
-        return lambda x: product(nn.functional.rms_norm(x, x.shape[-1:], weight, eps))
+        return lambda x: product(rms_norm(x, norm))
     product = linear_map(torch.cat([module.weight.detach() for module in modules]) * weight.detach(), None, rows)
     column, floor = torch.full((weight.shape[0], 1), 1 / weight.shape[0]), torch.full((1,), eps)
     return lambda x: product(x * torch.addmm(floor, x * x, column).rsqrt_())

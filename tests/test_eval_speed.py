@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import make_tokenizer, tokenizer_config
+from tiny import figures_of, make_tokenizer, tokenizer_config
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -167,17 +167,6 @@ def test_figures():
 # ---- the command
 
 
-def numbers(value, name=""):
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from numbers(entry, f"{name}.{key}")
-    elif isinstance(value, list):
-        for entry in value:
-            yield from numbers(entry, name)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, value
-
-
 def test_command_measures_a_configuration(tmp_path, capsys):
     out = tmp_path / "speed.json"
     options = ["--config", "tokenizer/shapes.yaml", "--batch-size", "2", "--repeats", "1", "--out", str(out)]
@@ -188,7 +177,7 @@ def test_command_measures_a_configuration(tmp_path, capsys):
     assert all(line.split()[-1] == "-" for line in table[2:6])  # no MFU on a CPU
     results = json.loads(out.read_text())
     for part, unit in (("encode", "image"), ("decode", "image"), ("search", "position"), ("train", "image")):
-        for name, value in numbers(results[part]):
+        for name, value in figures_of(results[part]):
             least_fits = value >= 0 if "memory" in name else value > 0
             assert math.isfinite(value) and least_fits, f"{part}{name} = {value}"
         assert f"{unit}s_per_second" in results[part] and results[part]["mfu"] is None

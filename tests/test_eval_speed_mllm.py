@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from tiny import make_mllm
+from tiny import figures_of, make_mllm
 
 from unitok.cli import _Parser
 from unitok.commands import speed_mllm
@@ -136,17 +136,6 @@ def test_baseline_finds_a_difference(monkeypatch):
     assert "DIFFERENT" in rows[0][-1]
 
 
-def numbers(value, name=""):
-    if isinstance(value, dict):
-        for key, entry in value.items():
-            yield from numbers(entry, f"{name}.{key}")
-    elif isinstance(value, list):
-        for entry in value:
-            yield from numbers(entry, name)
-    elif isinstance(value, int | float) and not isinstance(value, bool):
-        yield name, value
-
-
 def test_command_measures_everything(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(speed._BANDWIDTH_BYTES, "cpu", 2**20)
     out = tmp_path / "speed.json"
@@ -160,7 +149,7 @@ def test_command_measures_everything(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert lines[14].startswith("floor: ") and "equal codes" in lines[7] and "equal codes" in lines[8]
     results = json.loads(out.read_text())
-    for name, value in numbers({key: results[key] for key in results if key != "protocol"}):
+    for name, value in figures_of({key: results[key] for key in results if key != "protocol"}):
         assert math.isfinite(value) and value > 0, f"{name} = {value}"
     assert results["batches"][1]["visual_tokens_per_second"] == pytest.approx(2 * 4 / results["batches"][1]["seconds"])
     assert results["protocol"]["clock"] == "CPU time of the process"

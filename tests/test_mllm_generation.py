@@ -10,7 +10,6 @@ from unitok.core.errors import DataError, UserError
 from unitok.mllm.embedder_steps import EmbedderSteps
 from unitok.mllm.sampler import CodeSampler, filter_logits
 from unitok.mllm.sequence import pad_left
-from unitok.tokenizer.projection import ProjectionCache
 
 L = 6
 PROMPTS = [[BOS, 20, 21, 22, BOI], [BOS, 23, BOI], [BOS, 24, 25, BOI]]
@@ -70,14 +69,16 @@ def test_cached_generation_equals_the_full_pass(changes, do_sample, monkeypatch)
     assert torch.equal(torch.stack([torch.stack(row, -1) for row in again], -1), codes)
 
 
-def test_steps_of_backbone_and_embedder_equal_the_full_pass_each(monkeypatch):
+@pytest.mark.parametrize("static", [False, True])
+def test_steps_of_the_embedder_equal_the_full_pass(static):
     model = make_mllm(image_position_embedding=True)
     codes = random_codes(model.config, 2, L)
-    full, cache = model.embed_codes(codes), ProjectionCache()
-    with torch.no_grad():
+    with torch.inference_mode():
+        full = model.embed_codes(codes)
+        steps = EmbedderSteps(model.embedder, 2, L, alone=False, like=full.new_empty(0))
         for place in range(L):
-            vector = model.embedder(codes[:, :, place : place + 1], cache, start=place)
-            torch.testing.assert_close(vector[:, 0], full[:, place], atol=1e-5, rtol=1e-5)
+            vector = steps(codes[:, :, place], torch.tensor([place]), L if static else place + 1)
+            torch.testing.assert_close(vector, full[:, place], atol=1e-5, rtol=1e-5)
 
 
 def test_left_padding_changes_nothing():

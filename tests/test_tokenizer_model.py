@@ -22,7 +22,7 @@ from unitok.core.pretrained import load_model_folder
 from unitok.data.sentencepieces import load_sentencepiece, train_sentencepiece
 from unitok.tokenizer import TextTowerConfig, UniTok
 from unitok.tokenizer.decoder import Upsample
-from unitok.tokenizer.projection import AttentionProjection, ProjectionCache
+from unitok.tokenizer.projection import AttentionProjection
 
 
 @pytest.fixture(scope="module")
@@ -174,7 +174,7 @@ def test_projection_equals_attention_written_out(in_dim, out_dim, heads):
     torch.testing.assert_close(layer(x), middle + layer.mlp(layer.norm2(middle)), atol=1e-5, rtol=1e-5)
 
 
-def test_causal_projection_never_sees_later_positions_and_equals_its_cached_form():
+def test_causal_projection_never_sees_later_positions():
     torch.manual_seed(0)
     layer = AttentionProjection(12, 24, 2, mlp_ratio=1.5, causal=True)
     x = torch.randn(2, 6, 12)
@@ -182,9 +182,7 @@ def test_causal_projection_never_sees_later_positions_and_equals_its_cached_form
     changed = x.clone()
     changed[:, 4:] += 1
     assert torch.equal(layer(changed)[:, :4], full[:, :4])
-    cache = ProjectionCache()
-    stepwise = torch.cat([layer(x[:, i : i + 1], cache) for i in range(6)], dim=1)
-    torch.testing.assert_close(stepwise, full, atol=1e-6, rtol=1e-5)
+    assert not torch.equal(layer(changed)[:, 4:], full[:, 4:])
 
 
 def test_linear_projection_needs_no_divisible_width():

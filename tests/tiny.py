@@ -166,3 +166,15 @@ MLLM_VARIANTS = [
 every_mllm_variant = pytest.mark.parametrize(
     "changes", MLLM_VARIANTS, ids=["plain", "own heads", "narrow", "positions", "one"]
 )
+
+
+def figures_of(value, name=""):
+    """Every number in nested results, with its place."""
+    if isinstance(value, dict):
+        for key, entry in value.items():
+            yield from figures_of(entry, f"{name}.{key}")
+    elif isinstance(value, list):
+        for entry in value:
+            yield from figures_of(entry, name)
+    elif isinstance(value, int | float) and not isinstance(value, bool):
+        yield name, value

@@ -3,27 +3,12 @@
 B batch, L tokens, C channels, H heads, D channels per head.
 """
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from timm.models.vitamin import GeGluMlp
 from torch import Tensor, nn
 
 from unitok.tokenizer.configuration import UniTokConfig
-
-
-@dataclass
-class ProjectionCache:
-    """Keys and values `[B, H, L, D]` of the positions that a causal projection has seen; empty at the start."""
-
-    keys: Tensor | None = None
-    values: Tensor | None = None
-
-    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=2)
-        self.values = values if self.values is None else torch.cat([self.values, values], dim=2)
-        return self.keys, self.values
 
 
 class ProjectionAttention(nn.Module):
@@ -42,18 +27,14 @@ class ProjectionAttention(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(self.inner_dim))
         self.proj = nn.Linear(out_dim, out_dim)
 
-    def forward(self, x_BLC: Tensor, cache: ProjectionCache | None = None) -> Tensor:
+    def forward(self, x_BLC: Tensor) -> Tensor:
         batch, length, _ = x_BLC.shape
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv = F.linear(x_BLC, self.qkv.weight, bias).view(
             batch, length, 3, self.num_heads, self.inner_dim // self.num_heads
         )
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        if cache is not None:
-            assert self.causal and length == 1, "a cache serves a causal projection, one position at a time"
-            k_BHLD, v_BHLD = cache.append(k_BHLD, v_BHLD)
-        is_causal = self.causal and cache is None  # the newest position sees every cached one
-        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=is_causal)
+        out_BHLD = F.scaled_dot_product_attention(q_BHLD, k_BHLD, v_BHLD, is_causal=self.causal)
         if self.average_heads:
             return self.proj(out_BHLD.mean(dim=1))
         return self.proj(out_BHLD.transpose(1, 2).reshape(batch, length, self.inner_dim))
@@ -71,9 +52,8 @@ class AttentionProjection(nn.Module):
         self.norm2 = nn.LayerNorm(out_dim)
         self.mlp = GeGluMlp(out_dim, int(out_dim * mlp_ratio), act_layer="gelu_tanh")
 
-    def forward(self, x_BLC: Tensor, cache: ProjectionCache | None = None) -> Tensor:
-        """With a `cache` (causal only) `x_BLC` is the newest position alone."""
-        x_BLC = self.proj(self.norm3(x_BLC)) + self.attn(self.norm1(x_BLC), cache)
+    def forward(self, x_BLC: Tensor) -> Tensor:
+        x_BLC = self.proj(self.norm3(x_BLC)) + self.attn(self.norm1(x_BLC))
         return x_BLC + self.mlp(self.norm2(x_BLC))
 
 
