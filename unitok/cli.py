@@ -228,14 +228,19 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.reconstruction import add_reconstruction_arguments
+
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     for kind, text in (
-        ("reconstruction", "PSNR, SSIM, code usage"),
+        ("reconstruction", "PSNR, SSIM, LPIPS, rFID, code usage; several autoencoders side by side"),
         ("retrieval", "which caption belongs to the image?"),
     ):
         one = kinds.add_parser(kind, help=text)
-        one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
+        if kind == "reconstruction":
+            add_reconstruction_arguments(one, DEFAULT_TOKENIZER)
+        else:
+            one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
         _add_eval_options(one, kind, "images")
     for kind, text in (("vqa", "accuracy by type of question"), ("geneval", "does the image show what was asked for?")):
         one = kinds.add_parser(kind, help=text)

@@ -9,15 +9,10 @@ from unitok.core.errors import UserError
 
 
 def reconstruction(arguments: argparse.Namespace) -> int:
-    """PSNR, SSIM, detector agreement where there are scenes, code usage."""
-    from unitok.eval.reconstruction import evaluate_reconstruction
+    """Figures of one autoencoder, or of several side by side."""
+    from unitok.commands.reconstruction import compare
 
-    source = _open(arguments)
-    if _only_planned(arguments, f"reconstruction of {_count(arguments, len(source))} images of {source.name}"):
-        return 0
-    tokenizer = _tokenizer(arguments)
-    figures = evaluate_reconstruction(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
-    return _finish(arguments, "reconstruction", figures, {"images": figures["num_images"]})
+    return compare(arguments, _open(arguments), _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
