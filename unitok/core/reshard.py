@@ -14,6 +14,8 @@ import torch
 from unitok.core.distributed import LAUNCHER_VARIABLES, barrier, broadcast_object, is_main
 from unitok.core.errors import CheckpointError
 
+RUN_FILES = "run"  # folder of a universal checkpoint with the small files of its run's folder
+
 
 @contextmanager
 def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> Iterator[Path]:
@@ -28,7 +30,7 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
         holder = tempfile.TemporaryDirectory(prefix=".universal_", dir=state_folder.parent.parent)
         for file in sorted(state_folder.glob("*.pt")):
             safe_load(str(file), "cpu")
-        error = _convert(state_folder, Path(holder.name) / state_folder.name)
+        error = convert(state_folder, Path(holder.name) / state_folder.name)
     name, error = broadcast_object((holder.name if holder else "", error))
     try:
         if error:
@@ -43,7 +45,7 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
             holder.cleanup()
 
 
-def _convert(source: Path, target: Path) -> str:
+def convert(source: Path, target: Path) -> str:
     """Run the converter in a process of its own; returns what went wrong, or nothing."""
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
