@@ -1,4 +1,4 @@
-"""The `unitok` command: its arguments, and what a user's mistake looks like (one line, exit code 2; see docs/faults.md).
+"""The `unitok` command: its arguments, and what a user's mistake looks like (one line, exit code 2).
 
 Commands live in `unitok.commands`; heavy libraries are imported only once a command runs.
 """
@@ -79,6 +79,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank: pages of C++ frames before our one line
     # transformers imports torchao where it is installed, which makes torch speak of torchao's own affairs
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 

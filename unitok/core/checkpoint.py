@@ -55,6 +55,7 @@ def save_checkpoint(
     failed: list[str] = []
     for name, engine in engines.items():
         engine.checkpoint_engine = writer = _safe_checkpoint_engine()
+        engine._copy_recovery_script = lambda _folder: None  # a script beside our files, written past our writer
         engine.save_checkpoint(str(partial / name), tag=TAG, save_latest=False)
         failed += writer.failed
     averages = {name: ema.state_dict_full() for name, ema in emas.items()}

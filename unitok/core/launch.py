@@ -103,8 +103,8 @@ def _wait(processes: Sequence[subprocess.Popen]) -> int:
         failed = [code for code in codes if code]
         ended_at = min(ended_at, time.monotonic()) if failed else math.inf
         if None not in codes or time.monotonic() - ended_at > END_SECONDS:
-            spoken = [code for code in failed if code > 0]  # negative: by a signal, which says nothing
-            return (spoken or failed or [0])[0]
+            # a negative code (by a signal) says nothing, and "go on" less than an error
+            return max(failed, key=lambda code: (code > 0, code != EXIT_RESUME), default=0)
         time.sleep(0.1)
 
 

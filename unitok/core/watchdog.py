@@ -92,7 +92,7 @@ class Watchdog:
     def _explain(self, error: BaseException) -> None:
         """RankLostError if a rank is gone or has failed; returns if all live. That is known within seconds."""
         self._suspect = True
-        self._known.wait(SUSPECT_SECONDS + 5 * BEAT_SECONDS)
+        self._known.wait(SUSPECT_SECONDS + END_SECONDS)
         if self.lost is not None:
             self._raised = True
             raise RankLostError(*self.lost) from error
@@ -114,7 +114,7 @@ class Watchdog:
             self._learn(named, code)
 
     def _wait_for_readers(self, count: int) -> None:
-        deadline = time.monotonic() + 4 * BEAT_SECONDS
+        deadline = time.monotonic() + END_SECONDS / 2
         while self._store.add("acks", 0) < count and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
 
@@ -188,7 +188,7 @@ def _code_of(error: BaseException) -> int:
 
 
 def is_collective_error(error: BaseException | None) -> bool:
-    """Whether torch has raised this because a collective failed. gloo raises plain RuntimeErrors, told by their text."""
+    """Whether torch has raised this because a collective failed. gloo's errors are known by their text alone."""
     text = str(error).lower()
     marks = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
     return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(m in text for m in marks))
