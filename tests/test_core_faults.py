@@ -355,4 +355,3 @@ def test_stage_tasks_name_their_samples() -> None:
     from unitok.data.source import open_source
 
     assert open_source("shapes:train?num=4&size=32").key(3) == "train-0-000003"
-

@@ -4,7 +4,7 @@ A rank waiting in a collective for one that is gone would wait for ever, or for 
 a thread of each rank counts up its key in a store of rank 0, and a second thread judges:
 
     beat/R   counter of rank R. Rank 0 watches all of them, the others watch rank 0: N keys a second, not N * N.
-    lost     JSON {"text", "code"}: what has happened, written once by whoever knows; every rank reads it.
+    lost     JSON {"text", "code", "readers"}: what has happened, written once by whoever knows; every rank reads it.
     suspect  a collective has failed somewhere: from then on SUSPECT_SECONDS of silence are enough.
     acks     ranks that have read "lost"; rank 0, which holds the store, stays until all have.
 
@@ -48,6 +48,7 @@ class Watchdog:
         self._known = threading.Event()
         self._stopped = threading.Event()
         self._raised = False
+        self._readers = 0
         self._suspect = False
         self._threads: list[threading.Thread] = []
         self._silent_since: dict[int, float] = {}
@@ -95,6 +96,8 @@ class Watchdog:
         self._known.wait(SUSPECT_SECONDS + END_SECONDS)
         if self.lost is not None:
             self._raised = True
+            if self.rank == 0:
+                self._wait_for_readers()
             raise RankLostError(*self.lost) from error
 
     def _announce(self, error: BaseException) -> None:
@@ -104,18 +107,22 @@ class Watchdog:
             return
         code, text = _code_of(error), " ".join(str(error).split())
         named = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-        said = json.dumps({"text": f"rank {self.rank} ended: {named}", "code": code})
         try:
-            self._store.set("lost", said)
-            self._wait_for_readers(self.world)
+            self._say(f"rank {self.rank} ended: {named}", code, self.world)
         except RuntimeError:
             return  # the store went with rank 0: the others know
         finally:
             self._learn(named, code)
 
-    def _wait_for_readers(self, count: int) -> None:
+    def _say(self, text: str, code: int, readers: int) -> None:
+        self._readers = readers
+        self._store.set("lost", json.dumps({"text": text, "code": code, "readers": readers}))
+        self._wait_for_readers()
+
+    def _wait_for_readers(self) -> None:
+        """Stay until all have read what was said, seconds at most: the store goes with rank 0."""
         deadline = time.monotonic() + END_SECONDS / 2
-        while self._store.add("acks", 0) < count and time.monotonic() < deadline:
+        while self._store.add("acks", 0) < self._readers and time.monotonic() < deadline:
             time.sleep(BEAT_SECONDS / 10)
 
     # ---- threads
@@ -133,6 +140,7 @@ class Watchdog:
                     self._suspect = True
                 if not told and self._store.check(["lost"]):
                     told, found = True, json.loads(self._store.get("lost"))
+                    self._readers = found["readers"]
                     self._store.add("acks", 1)
                     self._learn(found["text"], found["code"])
                 self._look()
@@ -165,8 +173,7 @@ class Watchdog:
         names = f"rank {silent[0]} is" if len(silent) == 1 else f"ranks {', '.join(map(str, silent))} are"
         text = f"{names} gone (killed, or its host lost: no sign of life for {limit:.0f} s); {RESUME}"
         if self.rank == 0:  # our own store: it answers
-            self._store.set("lost", json.dumps({"text": text, "code": EXIT_RESUME}))
-            self._wait_for_readers(self.world - len(silent))
+            self._say(text, EXIT_RESUME, self.world - len(silent))
         self._learn(text, EXIT_RESUME)
 
     def _learn(self, text: str, code: int) -> None:
