@@ -33,7 +33,7 @@ from unitok.core.runlog import read_log
 ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 60.0  # the others must have ended by then
 RUN_SECONDS = 300.0  # for a run that nobody disturbs
-STEPS, SAVE_EVERY, SAMPLES = 40, 2, 4096
+STEPS, SAVE_EVERY, SAMPLES = 80, 2, 4096
 WAYS = ("one", "all", "term", "one", "early")
 
 TOKENIZER = {
@@ -149,7 +149,7 @@ class Soak:
         """Kill it so often, finish it, compare."""
         folder = self.out / "killed" / unit.name
         folder.parent.mkdir(exist_ok=True)
-        steps = sorted(self.draw.sample(range(1, STEPS - 1), kills))
+        steps = sorted(self.draw.sample(range(1, STEPS * 2 // 3), kills))
         ways = [WAYS[(self.draw.randrange(len(WAYS)) + number) % len(WAYS)] for number in range(kills)]
         for number in range(kills):
             output = self.out / f"{unit.name} kill {number + 1}.txt"
@@ -170,7 +170,7 @@ class Soak:
                 time.sleep(self.draw.uniform(0, 1.0))
                 break
             if not early and unit.ranks and last_step(folder / "log.jsonl") >= step:
-                time.sleep(self.draw.uniform(0, 0.2))
+                time.sleep(self.draw.uniform(0, 0.1))
                 break
             time.sleep(0.01)
         return process.poll() is None and (early or time.monotonic() < deadline)
@@ -179,15 +179,15 @@ class Soak:
         ranks = rank_processes(process.pid) or [psutil.Process(process.pid)]
         started = time.monotonic()
         victim = self.draw.randrange(len(ranks))
-        if way == "term":
-            process.terminate()
+        if way == "term":  # as a scheduler does; the deepspeed launcher alone would not pass it on
+            os.killpg(process.pid, signal.SIGTERM)
         else:
             for target in [ranks[victim]] if way in ("one", "early") else ranks:
                 target.kill()
-        try:
-            code = process.wait(HANG_SECONDS)
-        except subprocess.TimeoutExpired:
-            code = None
+        while (process.poll() is None or psutil.wait_procs(ranks, 0)[1]) and time.monotonic() - started < HANG_SECONDS:
+            time.sleep(0.05)
+        code, left = process.poll(), psutil.wait_procs(ranks, 0)[1]
+        if code is None or left:
             unit.faults.append(f"still there {HANG_SECONDS:.0f} s after {way}: see {output}")
         unit.longest_end = max(unit.longest_end, round(time.monotonic() - started, 1))
         end_group(process)

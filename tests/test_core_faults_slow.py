@@ -150,3 +150,32 @@ def test_a_disk_that_is_really_full(tmp_path: Path) -> None:
 def test_a_short_soak(tmp_path: Path) -> None:
     """Three kills; `make soak` does twenty."""
     assert main(["--kills", "3", "--out", str(tmp_path / "soak")]) == 0
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_other_ranks_take_over_what_no_optimizer_holds(tmp_path: Path, zero: int) -> None:
+    """Buffers and frozen parameters, which DeepSpeed's universal format leaves out; built anew they are different."""
+    settings = {"engine_zero_stage": zero, "save_every": 4, "steps": 8, "keep_last": 3}
+    straight = run_ranks(2, _toy, _Partly(1.0), tmp_path / "run", 2, settings)[0]
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step_8")
+    moved = run_ranks(1, _toy, _Partly(5.0), tmp_path / "run", 1, settings)[0]
+    assert largest_difference(moved, straight, ("loss", "seen")) < 1e-5
+
+
+class _Partly(ToyTask):
+    """The first layer is frozen at what a new run gives it, and a buffer counts the forward passes."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__(ema=None)
+        self.scale = scale
+
+    def build(self) -> Any:
+        networks = super().build()
+        net = networks["net"].module
+        net.register_buffer("seen", net.first.bias.detach().new_zeros(()))
+        net.first.requires_grad_(False).weight.data.mul_(self.scale)
+        return networks
+
+    def micro_step(self, engines: Any, batch: Any, micro_index: int, step: int) -> Any:
+        seen = engines["net"].module.seen.add_(1)
+        return super().micro_step(engines, batch, micro_index, step) | {"seen": seen.clone()}

@@ -240,6 +240,19 @@ def edit_parameter_(parameter: Any, function: Callable[[Tensor], Tensor]) -> Non
         parameter.data.copy_(function(parameter.data))
 
 
+@torch.no_grad()
+def load_whole_(parameter: Any, value: Tensor) -> None:
+    """Give a frozen (possibly partitioned) parameter, which no optimizer holds, its whole value. Every rank calls."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.data.copy_(value)
+        return
+    size = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+    parameter.ds_tensor.copy_(padded[rank() * size : (rank() + 1) * size].view_as(parameter.ds_tensor))
+    if parameter.data.numel() == value.numel():  # held whole
+        parameter.data.copy_(value.view_as(parameter))
+
+
 def clamp_parameter_(parameter: Any, low: float, high: float) -> None:
     """Clamp a (possibly partitioned) parameter in place. Every rank calls."""
     edit_parameter_(parameter, lambda value: value.clamp(low, high))

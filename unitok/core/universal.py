@@ -49,9 +49,7 @@ def _fill(source: Path, partial: Path, state: dict) -> None:
             shutil.copytree(states, target)
             continue
         target.parent.mkdir(parents=True)
-        for file in sorted(states.glob("*.pt")):
-            load(str(file), "cpu")  # DeepSpeed's converter would run what is pickled in them
-        error = convert(states, target)
+        error = convert(states, target, load)
         if error:
             raise CheckpointError(f"network {name!r} of {source} cannot be converted: {error}")
     for average in source.glob(f"*{checkpoint.AVERAGE}"):
