@@ -69,11 +69,14 @@ def convert(source: Path, target: Path, safe_load: Callable[[str, str], Any]) ->
 def _rest(source: Path, safe_load: Callable[[str, str], Any]) -> dict[str, Tensor]:
     """What no optimizer holds, whole: buffers (the running usage of codes) and frozen parameters.
 
-    ZeRO 3 has a file per rank, with its part of each frozen parameter; 1 and 2 have one.
+    ZeRO 3 has a file per rank, with its part of each frozen parameter; 1 and 2 have one, with all that there is.
     """
     files = sorted(source.glob("*model_states.pt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
     states = [safe_load(str(file), "cpu") for file in files]
     first = states[0]
+    if len(files) == 1 and files[0].name.startswith("mp_rank"):
+        trained = {name for group in first["param_shapes"] for name in group}
+        return {name: value for name, value in first["module"].items() if name not in trained}
     rest = {name: first["module"][name] for name in first["buffer_names"] if name in first["module"]}
     for name, shape in (first.get("frozen_param_shapes") or {}).items():
         parts = torch.cat([state["frozen_param_fragments"][name].flatten() for state in states])
@@ -87,7 +90,7 @@ def _load_rest(module: nn.Module, rest: dict[str, Tensor]) -> None:
     for name, value in rest.items():
         if name in buffers:
             buffers[name].copy_(value)
-        else:
+        elif name in parameters and not parameters[name].requires_grad:  # tied weights have a second name
             load_whole_(parameters[name], value)
 
 
