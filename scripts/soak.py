@@ -165,7 +165,10 @@ class Soak:
     def _wait_for(self, unit: Unit, process: subprocess.Popen, folder: Path, step: int, early: bool) -> bool:
         """Wait for the drawn moment; False if the process ends before it, or takes too long."""
         deadline = time.monotonic() + (self.draw.uniform(0, 15) if early else RUN_SECONDS)
+        before = last_step(folder / "log.jsonl")
         while time.monotonic() < deadline and process.poll() is None:
+            if early and last_step(folder / "log.jsonl") != before:
+                break
             if not early and unit.ranks == 0 and folder.is_dir() and any(folder.iterdir()):
                 time.sleep(self.draw.uniform(0, 1.0))
                 break
