@@ -349,9 +349,3 @@ def test_log_shows_the_share_of_waiting(tmp_path: Path, capsys: pytest.CaptureFi
     assert all(record["data_wait"] < 0.5 for record in fast[1:])
     assert "% of the time waiting for data" in capsys.readouterr().out
     assert read_log(tmp_path / "slow" / "log.jsonl") == read_log(tmp_path / "fast" / "log.jsonl")
-
-
-def test_stage_tasks_name_their_samples() -> None:
-    from unitok.data.source import open_source
-
-    assert open_source("shapes:train?num=4&size=32").key(3) == "train-0-000003"

@@ -12,7 +12,7 @@ import pytest
 from core_toys import ToyTask, largest_difference, run_toy
 from equal_runs import differences
 from ranks import run_ranks
-from stages import run_stage, write_configs
+from stages import make_task, run_stage, write_configs
 from test_core_faults import BAD, Infinite
 
 from unitok import cli
@@ -92,6 +92,20 @@ def test_universal_checkpoint_of_stage_one(
     print(zero, before, after, max(losses.values()), found)
     assert max(losses.values()) < 1e-5, found
     assert [record["samples"] for record in moved] == [record["samples"] for record in log[12:]]
+
+
+def test_tasks_name_their_samples(files: dict[str, Path], tmp_path: Path) -> None:
+    """As the sources do; a place of stage two's epoch that a document takes has the document's number."""
+    assert make_task("tokenizer", files["tokenizer"], tmp_path, 1)[0].sample_keys([0, 3], 0) == [
+        "train-0-000000", "train-0-000003"
+    ]  # fmt: skip
+    (tmp_path / "texts.txt").write_text("one\n\ntwo\n\nthree\n")
+    options = [f"data.texts=[{tmp_path / 'texts.txt'}]", "data.mixture.text=0.5"]
+    task = make_task("mllm", files["mllm"], tmp_path, 1, options)[0]
+    keys = task.sample_keys(list(range(48)), 0)
+    documents = [key for key in keys if key.startswith("text ")]
+    assert len(documents) == 16 and set(documents) <= {"text 0", "text 1", "text 2"}
+    assert all(key == f"train-0-{index:06d}" for index, key in enumerate(keys) if key not in documents)
 
 
 LAUNCHERS = {

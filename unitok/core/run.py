@@ -22,6 +22,7 @@ from unitok.core.optim import parameter_groups
 from unitok.core.reshard import RUN_FILES
 from unitok.core.rng import derive_seed
 from unitok.core.runlog import RunLog, Tracker
+from unitok.core.same_run import check_same_run
 from unitok.core.task import Network, Task
 
 
@@ -152,7 +153,7 @@ def resume(run: Run) -> None:
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
         present, incidental = identity(run), run.task.incidental
-        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), present, incidental))
+        checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, incidental))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.skipped = Skipped(**state.get("skipped", {}))
