@@ -229,10 +229,10 @@ class MllmTask(Task):
         return turns
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
-        """Keys of the code shards; a place that a document takes is "text N"."""
+        """Keys of the encoded images; a place that a document takes is "text N"."""
         turns = [None if self.text_order is None else self.text_order.turn(index, epoch) for index in indices]
         return [
-            self.source.key(index) if turn is None else f"text {turn[0]}"
+            self.source[index].key if turn is None else f"text {turn[0]}"
             for index, turn in zip(indices, turns, strict=True)
         ]
 
