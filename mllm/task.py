@@ -228,6 +228,14 @@ class MllmTask(Task):
             turns += [Turn("user", image + text), Turn("assistant", question.answer)]
         return turns
 
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        """Keys of the encoded images; a place that a document takes is "text N"."""
+        turns = [None if self.text_order is None else self.text_order.turn(index, epoch) for index in indices]
+        return [
+            self.source[index].key if turn is None else f"text {turn[0]}"
+            for index, turn in zip(indices, turns, strict=True)
+        ]
+
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
         """Count learnt ids and codes, and samples of each kind, of the whole step: over micro-batches and ranks."""
         counts = torch.zeros(2 + len(KINDS), dtype=torch.float64)

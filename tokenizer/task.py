@@ -116,6 +116,9 @@ class TokenizerTask(Task):
             batch["text_ids"] = self.model.tokenize_text(batch["captions"])
         return batch
 
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        return [self.batches.source.key(index) for index in indices]
+
     def prepare_step(self, batches: list[Any], step: int) -> None:
         """Stage one's losses are means over equally large batches: no counts are needed."""
 

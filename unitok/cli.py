@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unitok import __version__
+from unitok.commands.checkpoint import add_checkpoint_arguments
 from unitok.core.errors import UserError
 
 DEFAULT_MODEL = "runs/demo/model"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
     except UserError as error:
         print(f"unitok: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as with `unitok ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -78,6 +79,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank: pages of C++ frames before our one line
     # transformers imports torchao where it is installed, which makes torch speak of torchao's own affairs
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
@@ -92,6 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
     _add_data(commands)
+    add_checkpoint_arguments(commands.add_parser("checkpoint", help="convert checkpoints of training"))
     _add_train(commands)
     _add_use(commands)
     _add_eval(commands)
@@ -148,7 +151,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train stage one (tokenizer) or stage two (mllm)",
         description="Train in this process. On several: `deepspeed scripts/train_tokenizer.py --config FILE` or "
-        "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options.",
+        "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options. Exit codes: 0 done; "
+        "75 stopped by SIGTERM or Ctrl-C after saving, or another rank was lost: the same command goes on; 2 something "
+        "must be put right first (docs/faults.md).",
     )
     train.add_argument("stage", choices=("tokenizer", "mllm"))
     train.add_argument(

@@ -57,6 +57,10 @@ class Task(ABC):
         It may run in a worker process. `epoch` is that of the global micro-batch's first sample.
         """
 
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        """The names of samples in their source, for messages about a batch."""
+        return [str(index) for index in indices]
+
     def prepare_step(self, batches: list[Any], step: int) -> None:  # noqa: B027 - optional
         """See all micro-batches of this rank before the step (global counts: one all-reduce)."""
 
