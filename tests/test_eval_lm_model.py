@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from PIL import Image
 from tiny import make_text_tokenizer, make_tokenizer, roughen
 from transformers import LlamaForCausalLM
 
@@ -24,7 +23,12 @@ BACKBONE = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 96,
 }
-TEXTS = [("a photo of", " a red circle"), ("is there a green triangle?", " yes"), ("", "two blue squares"), ("red", " two")]
+TEXTS = [
+    ("a photo of", " a red circle"),
+    ("is there a green triangle?", " yes"),
+    ("", "two blue squares"),
+    ("red", " two"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +255,14 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
     for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_OFFLINE", "1"), ("HF_HOME", str(world / "hub"))):
         monkeypatch.setenv(name, value)
     out = world / "out"
-    arguments = ["--model_args", f"pretrained={world / 'model'}", "--tasks", "shapes_vqa,shapes_text", "--device", "cpu"]
+    arguments = [
+        "--model_args",
+        f"pretrained={world / 'model'}",
+        "--tasks",
+        "shapes_vqa,shapes_text",
+        "--device",
+        "cpu",
+    ]
     more = ["--include_path", str(world / "tasks"), "--output_path", str(out), "--log_samples", "--batch_size", "4"]
     assert main(["lm-eval", *arguments, *more]) == 0
     results = json.loads(next(out.rglob("results_*.json")).read_text())

@@ -53,7 +53,7 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     sys.argv = ["unitok lm-eval", *_with_defaults(arguments.arguments)]
     harness = HarnessCLI()
     parsed = harness.parse_args()
-    parsed.include_path = _task_folders(getattr(parsed, "include_path", None))
+    parsed.include_path = task_folders(getattr(parsed, "include_path", None))
     harness.execute(parsed)
     if several:
         shutdown_distributed()
@@ -75,7 +75,7 @@ def _options(argv: list[str]) -> list[str]:
     return [argument for argument in argv if argument.startswith("-")]
 
 
-def _task_folders(given: str | list[str] | None) -> list[str]:
+def task_folders(given: str | list[str] | None = None) -> list[str]:
     """Ours, and what --include_path names."""
     ours = str(files("unitok.eval.lm_eval_tasks"))
     more = given.split(":") if isinstance(given, str) else list(given or [])
