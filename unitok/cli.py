@@ -243,6 +243,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     from unitok.commands.lm_eval import add_rescore_arguments
     from unitok.commands.reconstruction import add_reconstruction_arguments
+    from unitok.commands.zeroshot import add_zeroshot_arguments
 
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -268,6 +269,9 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
     _add_speed(kinds)
+    zeroshot = kinds.add_parser("zeroshot", help="classes by their names, linear probe; beside models of open_clip")
+    _add_eval_options(zeroshot, "zeroshot", "images")
+    add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
     rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
     add_rescore_arguments(rescore)
 
