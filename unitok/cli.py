@@ -234,6 +234,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
     from unitok.commands.reconstruction import add_reconstruction_arguments
+    from unitok.commands.zeroshot import add_zeroshot_arguments
 
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -258,6 +259,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
+    zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
+    add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
     _add_speed(kinds)
 
 
