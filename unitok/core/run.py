@@ -19,8 +19,10 @@ from unitok.core.ema import Ema
 from unitok.core.engine import EngineConfig, GradientGuard, build_engine
 from unitok.core.errors import ConfigError
 from unitok.core.optim import parameter_groups
+from unitok.core.permutation import kind_of_order
 from unitok.core.rng import derive_seed
 from unitok.core.runlog import RunLog, Tracker
+from unitok.core.sampling import check_same_order
 from unitok.core.task import Network, Task
 
 
@@ -132,6 +134,7 @@ def resume(run: Run) -> None:
         path = run.last_checkpoint
         present, incidental = identity(run), run.task.incidental
         checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), present, incidental))
+        checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), run.task.num_samples))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.task.load_extra_state(state["extra_state"])
@@ -184,5 +187,6 @@ def identity(run: Run) -> dict[str, Any]:
         "world_size": world_size(),
         "global_micro_batch": run.global_micro_batch,
         "num_samples": run.task.num_samples,
+        "order": kind_of_order(run.task.num_samples),
         "code_version": unitok.__version__,
     }

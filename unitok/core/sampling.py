@@ -2,20 +2,37 @@
 
 Samples are numbered by one global position p over all epochs: epoch p // N, index permutation(seed, epoch)[p % N].
 Micro-batch m of a step covers G consecutive positions (G = micro-batch size x ranks), rank r its r-th contiguous part.
+So the whole state of the stream is one number, `samples_seen` of a checkpoint, for any number of ranks and workers; and
+no rank holds a list of samples (see `permutation`).
 """
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import DataError
-from unitok.core.rng import numpy_rng
+from unitok.core.errors import CheckpointError, DataError
+from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
+
+
+class Recent:
+    """The permutations of the epochs used last: two at most meet in one micro-batch (or the data are tiny)."""
+
+    def __init__(self, make: Callable[[int], Permutation]) -> None:
+        self._make = make
+        self._held: dict[int, Permutation] = {}
+
+    def __getitem__(self, epoch: int) -> Permutation:
+        if epoch not in self._held:
+            if len(self._held) > 1:
+                self._held.pop(min(self._held))
+            self._held[epoch] = self._make(epoch)
+        return self._held[epoch]
 
 
 class SampleOrder:
@@ -25,7 +42,7 @@ class SampleOrder:
         if num_samples < 1:
             raise DataError("the training data is empty: 0 samples; check the data source")
         self.num_samples, self.seed = num_samples, seed
-        self._permutations: dict[int, np.ndarray] = {}
+        self._permutations = Recent(lambda epoch: Permutation(num_samples, "order", seed, epoch))
 
     def epoch(self, position: int) -> int:
         """The epoch that a global position lies in."""
@@ -34,16 +51,22 @@ class SampleOrder:
     def index(self, position: int) -> int:
         """The sample at a global position."""
         epoch, offset = divmod(position, self.num_samples)
-        if epoch not in self._permutations:
-            if len(self._permutations) > 1:  # two epochs at most meet in one micro-batch (or the data are tiny)
-                self._permutations.pop(min(self._permutations))
-            self._permutations[epoch] = numpy_rng("order", self.seed, epoch).permutation(self.num_samples)
-        return int(self._permutations[epoch][offset])
+        return self._permutations[epoch][offset]
 
     def micro_batch(self, start: int, size: int, rank: int) -> tuple[list[int], int]:
         """Indices of `rank`'s part of the global micro-batch that starts at position `start`, and its epoch."""
         first = start + rank * size
         return [self.index(position) for position in range(first, first + size)], self.epoch(start)
+
+
+def check_same_order(checkpoint: Path, saved: dict[str, Any], num_samples: int) -> None:
+    """CheckpointError if a checkpoint was trained in an order that is drawn otherwise now: samples would come twice."""
+    old, new = saved.get("order", "shuffle"), kind_of_order(num_samples)
+    if old != new:
+        raise CheckpointError(
+            f"checkpoint {checkpoint} drew its order of samples by {old!r}, this version draws it by {new!r}; go on "
+            "with the version that wrote it, or start anew in another output_dir"
+        )
 
 
 class _Requests(torch.utils.data.Sampler):

@@ -1,0 +1,79 @@
+"""The order of samples: permutations that need no memory, checkpoints that tell theirs, exact positions."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from core_toys import ToyTask, run_toy
+
+from unitok.core import permutation, sampling
+from unitok.core.errors import CheckpointError
+from unitok.core.permutation import Permutation
+from unitok.core.rng import numpy_rng
+from unitok.core.sampling import SampleOrder
+from unitok.data.texts import TextOrder
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 7, 12, 17, 99, 100, 101, 1024, 4097, 9999, 30011])
+def test_every_item_comes_once(size: int) -> None:
+    found = [Permutation(size, "key", size, whole_below=1)[i] for i in range(size)]
+    assert sorted(found) == list(range(size))
+    assert size < 9 or found != sorted(found)
+
+
+def test_keys_decide() -> None:
+    def draw(*key: int | str) -> list[int]:
+        return [Permutation(1000, *key, whole_below=1)[i] for i in range(1000)]
+
+    assert draw("a", 1) == draw("a", 1)
+    same = np.mean(np.array(draw("a", 1)) == np.array(draw("a", 2)))
+    assert same < 0.01  # as of two independent ones: one in a thousand
+
+
+def test_small_ones_are_the_shuffle_that_runs_have_always_had() -> None:
+    expected = numpy_rng("order", 3, 1).permutation(50)
+    assert [SampleOrder(50, 3).index(50 + i) for i in range(50)] == expected.tolist()
+    assert permutation.kind_of_order(2**22 - 1) == "shuffle" and permutation.kind_of_order(2**22) == "feistel-8"
+
+
+def test_places_are_uniform_and_neighbours_part() -> None:
+    """Where an item goes is uniform over keys; neighbours' distances are those of a random permutation."""
+    size, keys = 60, 6000
+    places = np.array([[Permutation(size, "u", k, whole_below=1)[i] for i in (0, 1, 31)] for k in range(keys)])
+    for column in places.T:
+        chi = ((np.bincount(column, minlength=size) - keys / size) ** 2 / (keys / size)).sum()
+        assert chi < 59 + 5 * (2 * 59) ** 0.5  # mean 59, deviation sqrt(118)
+    pairs = np.bincount(places[:, 0] * size + places[:, 1], minlength=size * size).reshape(size, size)
+    expected = keys / (size * (size - 1))
+    chi = ((pairs - expected) ** 2)[~np.eye(size, dtype=bool)].sum() / expected
+    assert abs(chi - 3539) < 5 * (2 * 3539) ** 0.5
+    walk = np.array([Permutation(100_000, "n", whole_below=1)[i] for i in range(20_000)])
+    assert abs(np.abs(np.diff(walk)).mean() / 100_000 - 1 / 3) < 0.01
+    assert abs(np.corrcoef(walk, np.arange(20_000))[0, 1]) < 0.03
+
+
+def test_a_billion_takes_no_memory() -> None:
+    """Any position at once; ranks agree; an epoch's end goes over into the next."""
+    size = 10**9 + 7
+    order = SampleOrder(size, 0)
+    starts = (0, 123_456_789_000, 7 * size - 3)
+    for start in starts:
+        whole, epoch = order.micro_batch(start, 8, 0)
+        parts = [SampleOrder(size, 0).micro_batch(start, 2, rank) for rank in range(4)]
+        assert [index for part, _ in parts for index in part] == whole and {e for _, e in parts} == {epoch}
+        assert len(set(whole)) >= 7 and all(0 <= index < size for index in whole)
+    texts = TextOrder(size, 0.5, 10**9, 0)
+    turns = [texts.turn(index, 3) for index in range(2000)]
+    assert 850 < sum(turn is not None for turn in turns) < 1150
+
+
+def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checkpoints of before (they name none) go on where nothing has changed for them."""
+    run_toy(ToyTask(), tmp_path, steps=2)
+    run_toy(ToyTask(), tmp_path, steps=3)
+    sampling.check_same_order(tmp_path, {}, 50)
+    with pytest.raises(CheckpointError, match="'shuffle'.*'feistel-8'"):
+        sampling.check_same_order(tmp_path, {}, 10**9)
+    monkeypatch.setattr(permutation, "WHOLE_BELOW", 8)
+    with pytest.raises(CheckpointError, match="'shuffle'.*'feistel-8'"):
+        run_toy(ToyTask(), tmp_path, steps=4)
