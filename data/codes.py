@@ -2,7 +2,7 @@
 
 A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words;
 on demand KEY.latents.npy, fp16 [L, C], the vectors before quantization) and `header.json`, written last, which says
-whose codes these are.
+whose codes these are. What extraction writes beside them is told in `code_units`.
 """
 
 import io
@@ -20,7 +20,7 @@ from unitok.core.errors import DataError
 from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
-from unitok.data.shards import ShardReader, write_shards
+from unitok.data.shards import ShardReader, temporary_name, write_shards
 from unitok.data.words import Words, load_json_object, words_from_json, words_to_json
 
 FORMAT_VERSION = 1
@@ -59,27 +59,38 @@ def write_codes(
         DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
     """
     out = Path(out)
-    missing = [name for name in HEADER_FIELDS if name not in header]
-    if missing:
-        raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
+    fields = header_fields(header)
     count = 0
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal count
         for sample in samples:
-            yield _record(sample, header, count)
+            yield code_record(sample, header, count)
             count += 1
 
     write_shards(records(), out, max_per_shard, prefix="codes")
-    fields = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
-    full = {"format_version": FORMAT_VERSION, **{name: header[name] for name in fields}, "count": count}
-    temporary = out / f".{HEADER_FILE}.tmp"
-    temporary.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / HEADER_FILE)
+    write_json(out / HEADER_FILE, {**fields, "count": count})
     return out
 
 
-def _record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
+def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What says whose codes these are, with the format's version; DataError where a field is missing."""
+    missing = [name for name in HEADER_FIELDS if name not in header]
+    if missing:
+        raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
+    names = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
+    return {"format_version": FORMAT_VERSION, **{name: header[name] for name in names}}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a small file of the folder, which appears when it is complete."""
+    temporary = temporary_name(path)
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A sample as members of a shard; DataError where it does not fit the header."""
     codes = np.asarray(sample.codes)
     _check_codes(codes, header, sample.key)
     codes = codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32)
