@@ -1,10 +1,12 @@
 """The order of samples: permutations that need no memory, checkpoints that tell theirs, exact positions."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from core_toys import ToyTask, run_toy
+from key_records import record_keys, recorded
 
 from unitok.core import permutation, sampling
 from unitok.core.errors import CheckpointError
@@ -77,3 +79,21 @@ def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(permutation, "WHOLE_BELOW", 8)
     with pytest.raises(CheckpointError, match="'shuffle'.*'feistel-8'"):
         run_toy(ToyTask(), tmp_path, steps=4)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stopped_in_mid_epoch_the_next_samples_follow(tmp_path: Path, workers: int) -> None:
+    """Two micro-batches of 4 a step, 50 samples: stopped after 5 of 20 steps, at sample 40 of the first epoch."""
+    expected = [index for _, index in sorted((p, SampleOrder(50, 0).index(p)) for p in range(160))]
+
+    def run(name: str, **options: Any) -> None:
+        task = ToyTask(**options)
+        record_keys(task, tmp_path / name, lambda index, epoch: index)
+        run_toy(task, tmp_path, num_workers=workers)
+
+    with pytest.raises(SystemExit):
+        run("first", event=("term", 4, 0))
+    run("then")
+    assert not recorded(tmp_path / "then", range(5))
+    found = recorded(tmp_path / "first", range(5)) + recorded(tmp_path / "then", range(5, 20))
+    assert found == expected and all(len(set(found[start : start + 50])) == 50 for start in (0, 50, 100))
