@@ -3,6 +3,7 @@
 Both stages; stage two mixes all its kinds with documents.
 """
 
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +32,13 @@ def options(stage: str, folder: Path, workers: int) -> list[str]:
     if stage == "tokenizer":
         return [*shared, "loss.adversarial=0", "discriminator.enabled=false", "data.augment=crop"]
     mixture = "{text: 0.3, text_to_image: 0.4, caption: 0.1, chat: 0.2}"
-    return [*shared, f"data.mixture={mixture}", f"data.texts=[{folder / 'texts.txt'}]", "data.max_length=60"]
+    return [*shared, f"data.mixture={mixture}", f"data.texts=[{folder / 'texts.txt'}]", "data.max_length=200"]
 
 
 def run(stage: str, folder: Path, out: Path, world: int, workers: int, keys: str, kill: Any = None) -> None:
     def prepare(task: Any) -> None:
+        multiprocessing.current_process()._config["daemon"] = False  # the test's ranks are, and have no children then
+
         def name(index: int, epoch: int) -> list[Any]:
             if stage == "tokenizer":
                 return [task.batches.source.key(index), epoch]

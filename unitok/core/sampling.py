@@ -6,7 +6,9 @@ So the whole state of the stream is one number, `samples_seen` of a checkpoint, 
 no rank holds a list of samples (see `permutation`).
 """
 
+import ctypes
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from unitok.core.distributed import rank, world_size
 from unitok.core.errors import CheckpointError, DataError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
+
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Recent:
@@ -86,11 +90,13 @@ class _Loads(torch.utils.data.Dataset):
         return self.task.load_batch(*request)
 
 
-def _leave_signals(_worker: int) -> None:
+def _begin_worker(_worker: int) -> None:
     """A signal to the whole group means the loop: it needs its workers until the checkpoint is written. They end with
-    their parent."""
+    their parent, at once: they hold its lock on the run's folder, and a killed run may be started again right away."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's workers look for their parent every 5 s
+        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def batches(
@@ -111,6 +117,6 @@ def batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_leave_signals,
+        worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
