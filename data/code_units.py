@@ -15,7 +15,7 @@ import numpy as np
 
 from unitok.core.errors import DataError
 from unitok.data.codes import HEADER_FILE, CodeSample, code_record, header_fields, write_json
-from unitok.data.shards import ShardReader, temporary_name, write_shard
+from unitok.data.shards import reader_of, temporary_name, write_shard
 from unitok.data.source import Source
 from unitok.data.words import load_json_object
 
@@ -40,7 +40,7 @@ class Unit:
 
 def units_of(source: Source, size: int = UNIT_SIZE) -> list[Unit]:
     """The parts of a source, in order: its shards, or ranges of `size` samples."""
-    reader = _reader(source)
+    reader = reader_of(source)
     if reader is None:
         return [
             Unit(number, start, min(start + size, len(source)))
@@ -50,15 +50,10 @@ def units_of(source: Source, size: int = UNIT_SIZE) -> list[Unit]:
     return [Unit(n, start, stop, n) for n, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True))]
 
 
-def _reader(source: Source) -> ShardReader | None:
-    reader = getattr(source, "reader", None)
-    return reader if isinstance(reader, ShardReader) and len(reader) == len(source) else None
-
-
 def input_of(source: Source, unit: Unit) -> str:
     """A name for what a unit reads that changes with it: keys, and of a shard the places and sizes of all members."""
     digest = hashlib.blake2b(digest_size=8)
-    reader = _reader(source)
+    reader = reader_of(source)
     if reader is None or unit.shard is None:
         for index in range(unit.start, unit.stop):
             digest.update(source.key(index).encode("utf-8", "surrogateescape") + b"\0")
@@ -71,7 +66,7 @@ def input_of(source: Source, unit: Unit) -> str:
 
 def known_failures(source: Source, unit: Unit) -> list[Failure]:
     """What the reader of shards has left out of this one."""
-    reader = _reader(source)
+    reader = reader_of(source)
     if reader is None or unit.shard is None:
         return []
     path = reader.paths[unit.shard]

@@ -224,6 +224,12 @@ class ShardReader:
         return out
 
 
+def reader_of(source: Any) -> ShardReader | None:
+    """The reader of a source of samples whose numbers are those of its shards; None of any other source."""
+    reader = getattr(source, "reader", None)
+    return reader if isinstance(reader, ShardReader) and len(reader) == len(source) else None
+
+
 def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:
     """The tar files that `spec` means, in order; DataError when there is none or one is missing."""
     if not isinstance(spec, Path | str):

@@ -8,11 +8,11 @@ import pytest
 from core_toys import ToyTask, run_toy
 from key_records import record_keys, recorded
 
-from unitok.core import permutation, sampling
-from unitok.core.errors import CheckpointError
+from unitok.core import permutation
+from unitok.core.errors import CheckpointError, ConfigError
 from unitok.core.permutation import Permutation
 from unitok.core.rng import numpy_rng
-from unitok.core.sampling import SampleOrder
+from unitok.core.sampling import SampleOrder, WindowOrder, check_same_order, order_of
 from unitok.data.texts import TextOrder
 
 
@@ -69,27 +69,61 @@ def test_a_billion_takes_no_memory() -> None:
     assert 850 < sum(turn is not None for turn in turns) < 1150
 
 
+@pytest.mark.parametrize("window", [1, 3, 4, 100])
+def test_windows_of_shards_visit_every_sample_once(window: int) -> None:
+    """Shards of any size, empty ones too; a window's samples stand together and are shuffled."""
+    sizes = [7, 0, 30, 1, 12, 5, 0, 21, 9, 15]
+    total, shard_of = sum(sizes), np.repeat(np.arange(10), sizes)
+    order = WindowOrder(sizes, 5, window)
+    epochs = [[order.index(epoch * total + i) for i in range(total)] for epoch in range(3)]
+    assert all(sorted(epoch) == list(range(total)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    for epoch in epochs:
+        shards = list(dict.fromkeys(shard_of[epoch].tolist()))
+        changes = int((np.diff(shard_of[epoch]) != 0).sum())
+        assert changes == len(shards) - 1 if window == 1 else changes > len(shards)
+        last_seen = {shard: max(i for i, index in enumerate(epoch) if shard_of[index] == shard) for shard in shards}
+        first_seen = {shard: [shard_of[i] for i in epoch].index(shard) for shard in shards}
+        open_at = [sum(first_seen[s] <= i <= last_seen[s] for s in shards) for i in range(total)]
+        assert max(open_at) <= window
+        assert epoch != sorted(epoch)
+    again = WindowOrder(sizes, 5, window)
+    assert [again.index(position) for position in (250, 3, 150)] == [epochs[2][50], epochs[0][3], epochs[1][50]]
+
+
+def test_windows_of_a_billion_samples() -> None:
+    order = WindowOrder([10_000] * 100_000, 0, 16)
+    first = [order.index(5 * 10**9 + position) for position in range(0, 160_000, 100)]
+    assert len({index // 10_000 for index in first}) == 16 and len(set(first)) == 1600
+
+
+class Sharded(ToyTask):
+    shard_sizes = [20, 10, 0, 20]
+
+
 def test_another_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Checkpoints of before (they name none) go on where nothing has changed for them."""
-    run_toy(ToyTask(), tmp_path, steps=2)
-    run_toy(ToyTask(), tmp_path, steps=3)
-    sampling.check_same_order(tmp_path, {}, 50)
-    with pytest.raises(CheckpointError, match="'shuffle'.*'feistel-8'"):
-        sampling.check_same_order(tmp_path, {}, 10**9)
+    run_toy(Sharded(), tmp_path / "a", steps=2)
+    run_toy(Sharded(), tmp_path / "a", steps=3)
+    check_same_order(tmp_path, {}, {"order": "shuffle"})
+    with pytest.raises(CheckpointError, match="'shuffle'.*'windows of 2 shards'"):
+        run_toy(Sharded(), tmp_path / "a", steps=4, shuffle_window=2)
+    with pytest.raises(ConfigError, match="no shards"):
+        run_toy(ToyTask(), tmp_path / "b", steps=4, shuffle_window=2)
     monkeypatch.setattr(permutation, "WHOLE_BELOW", 8)
     with pytest.raises(CheckpointError, match="'shuffle'.*'feistel-8'"):
-        run_toy(ToyTask(), tmp_path, steps=4)
+        run_toy(ToyTask(), tmp_path / "a", steps=4)
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_stopped_in_mid_epoch_the_next_samples_follow(tmp_path: Path, workers: int) -> None:
+@pytest.mark.parametrize("workers,window", [(0, 0), (2, 0), (2, 2)])
+def test_stopped_in_mid_epoch_the_next_samples_follow(tmp_path: Path, workers: int, window: int) -> None:
     """Two micro-batches of 4 a step, 50 samples: stopped after 5 of 20 steps, at sample 40 of the first epoch."""
-    expected = [index for _, index in sorted((p, SampleOrder(50, 0).index(p)) for p in range(160))]
+    order = order_of(Sharded(), 0, window)
+    expected = [order.index(position) for position in range(160)]
 
     def run(name: str, **options: Any) -> None:
-        task = ToyTask(**options)
+        task = Sharded(**options)
         record_keys(task, tmp_path / name, lambda index, epoch: index)
-        run_toy(task, tmp_path, num_workers=workers)
+        run_toy(task, tmp_path, num_workers=workers, shuffle_window=window)
 
     with pytest.raises(SystemExit):
         run("first", event=("term", 4, 0))

@@ -19,10 +19,9 @@ from unitok.core.ema import Ema
 from unitok.core.engine import EngineConfig, GradientGuard, build_engine
 from unitok.core.errors import ConfigError
 from unitok.core.optim import parameter_groups
-from unitok.core.permutation import kind_of_order
 from unitok.core.rng import derive_seed
 from unitok.core.runlog import RunLog, Tracker
-from unitok.core.sampling import check_same_order
+from unitok.core.sampling import check_same_order, order_of
 from unitok.core.task import Network, Task
 
 
@@ -30,6 +29,7 @@ class TrainConfig(Config):
     """Settings of a run that every task has.
 
     save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay.
+    shuffle_window: shards shuffled together, where reading at random is slow (see docs/scale.md); 0 = all samples are.
     resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
     device: "auto", "cpu" or "cuda".
     """
@@ -44,6 +44,7 @@ class TrainConfig(Config):
     eval_every: int = Field(0, ge=0)
     tracker: Tracker = "none"
     num_workers: int = Field(0, ge=0)
+    shuffle_window: int = Field(0, ge=0)
     resume: str = "auto"
     device: Literal["auto", "cpu", "cuda"] = "auto"
 
@@ -134,7 +135,7 @@ def resume(run: Run) -> None:
         path = run.last_checkpoint
         present, incidental = identity(run), run.task.incidental
         checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), present, incidental))
-        checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), run.task.num_samples))
+        checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.task.load_extra_state(state["extra_state"])
@@ -187,6 +188,6 @@ def identity(run: Run) -> dict[str, Any]:
         "world_size": world_size(),
         "global_micro_batch": run.global_micro_batch,
         "num_samples": run.task.num_samples,
-        "order": kind_of_order(run.task.num_samples),
+        "order": order_of(run.task, run.config.seed, run.config.shuffle_window).kind,
         "code_version": unitok.__version__,
     }

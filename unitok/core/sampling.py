@@ -9,34 +9,38 @@ no rank holds a list of samples (see `permutation`).
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, DataError
+from unitok.core.errors import CheckpointError, ConfigError, DataError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
 
+K = TypeVar("K", int, tuple[int, int, int])
+V = TypeVar("V")
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
-class Recent:
-    """The permutations of the epochs used last: two at most meet in one micro-batch (or the data are tiny)."""
+class Recent(Generic[K, V]):
+    """Values that are made when they are asked for, of which the two last in order of their keys are held: no more than
+    two epochs, or windows, meet in one micro-batch (or the data are tiny)."""
 
-    def __init__(self, make: Callable[[int], Permutation]) -> None:
+    def __init__(self, make: Callable[[K], V]) -> None:
         self._make = make
-        self._held: dict[int, Permutation] = {}
+        self._held: dict[K, V] = {}
 
-    def __getitem__(self, epoch: int) -> Permutation:
-        if epoch not in self._held:
+    def __getitem__(self, key: K) -> V:
+        if key not in self._held:
             if len(self._held) > 1:
                 self._held.pop(min(self._held))
-            self._held[epoch] = self._make(epoch)
-        return self._held[epoch]
+            self._held[key] = self._make(key)
+        return self._held[key]
 
 
 class SampleOrder:
@@ -46,6 +50,7 @@ class SampleOrder:
         if num_samples < 1:
             raise DataError("the training data is empty: 0 samples; check the data source")
         self.num_samples, self.seed = num_samples, seed
+        self.kind = kind_of_order(num_samples)
         self._permutations = Recent(lambda epoch: Permutation(num_samples, "order", seed, epoch))
 
     def epoch(self, position: int) -> int:
@@ -63,12 +68,60 @@ class SampleOrder:
         return [self.index(position) for position in range(first, first + size)], self.epoch(start)
 
 
-def check_same_order(checkpoint: Path, saved: dict[str, Any], num_samples: int) -> None:
+class WindowOrder(SampleOrder):
+    """The order where reading at random is slow: shards in random order, `window` of them at a time shuffled together.
+
+    All ranks read the same few shards at any time. Every sample still comes once in an epoch, and a position alone
+    tells its sample; an epoch costs a few numbers per shard.
+
+    Args:
+        sizes: samples of each shard, in the order in which they are numbered. window: shards shuffled together.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int, window: int) -> None:
+        super().__init__(sum(sizes), seed)
+        self.window = window
+        self.kind = f"windows of {window} shards"
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        self._starts = np.cumsum(self._sizes) - self._sizes
+        self._layouts = Recent(self._layout)
+        self._windows = Recent(lambda key: Permutation(key[2], "window", seed, *key))
+
+    def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The shards in the order of an epoch, and where each ends."""
+        shuffled = Permutation(len(self._sizes), "shards", self.seed, epoch)
+        shards = np.array([shuffled[number] for number in range(len(shuffled))])
+        return shards, np.cumsum(self._sizes[shards])
+
+    def index(self, position: int) -> int:
+        epoch, offset = divmod(position, self.num_samples)
+        shards, ends = self._layouts[epoch]
+        number = int(np.searchsorted(ends, offset, side="right")) // self.window
+        first, stop = number * self.window, min((number + 1) * self.window, len(shards))
+        start = int(ends[first - 1]) if first else 0
+        size = int(ends[stop - 1]) - start
+        place = start + self._windows[epoch, number, size][offset - start]
+        shard = int(np.searchsorted(ends, place, side="right"))
+        return int(self._starts[shards[shard]]) + place - int(ends[shard] - self._sizes[shards[shard]])
+
+
+def order_of(task: Task, seed: int, window: int = 0) -> SampleOrder:
+    """The order of a run: all samples shuffled together, or windows of shards; ConfigError where there are none."""
+    if window == 0:
+        return SampleOrder(task.num_samples, seed)
+    sizes = task.shard_sizes
+    if sizes is None:
+        raise ConfigError(f"shuffle_window={window}: the data are no shards; leave it at 0 to shuffle all samples")
+    assert sum(sizes) == task.num_samples, (sum(sizes), task.num_samples)
+    return WindowOrder(sizes, seed, window)
+
+
+def check_same_order(checkpoint: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:
     """CheckpointError if a checkpoint was trained in an order that is drawn otherwise now: samples would come twice."""
-    old, new = saved.get("order", "shuffle"), kind_of_order(num_samples)
+    old, new = saved.get("order", "shuffle"), present["order"]
     if old != new:
         raise CheckpointError(
-            f"checkpoint {checkpoint} drew its order of samples by {old!r}, this version draws it by {new!r}; go on "
+            f"checkpoint {checkpoint} orders its samples by {old!r}, this run by {new!r}; set shuffle_window back, go on "
             "with the version that wrote it, or start anew in another output_dir"
         )
 
