@@ -20,7 +20,7 @@ from unitok.core.errors import DataError
 from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
-from unitok.data.shards import ShardReader, temporary_name, write_shards
+from unitok.data.shards import ShardReader, expand_shards, temporary_name, write_shards
 from unitok.data.words import Words, load_json_object, words_from_json, words_to_json
 
 FORMAT_VERSION = 1
@@ -134,16 +134,17 @@ def _check_codes(codes: np.ndarray, header: Mapping[str, Any], key: str) -> None
 
 
 class CodeSource(BadSamples):
-    """Map-style reader of a folder of code shards. `source[i]` raises for a bad sample; `first_good` goes on.
+    """Map-style reader of folders of code shards. `source[i]` raises for a bad sample; `first_good` goes on.
 
     Args:
-        folder: what `write_codes` made.
+        folder: what `write_codes` or extraction made; or a brace pattern of several, "codes/{a,b}", read one after the
+            other.
         expect: header fields that must hold, such as the tokenizer's fingerprint and sizes.
         max_bad_fraction: share of bad samples above which `first_good` stops.
 
     Raises:
-        DataError: the folder is incomplete, of another format, or differs from `expect`; names the field and both
-            values.
+        DataError: a folder is incomplete, of another format, or differs from `expect` or from the others; names the
+            field and both values.
     """
 
     def __init__(
@@ -151,15 +152,24 @@ class CodeSource(BadSamples):
     ) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = Path(folder)
-        self.header = _load_header(self.folder)
+        folders = _folders(str(folder))
+        headers = [_load_header(one) for one in folders]
+        self.header = headers[0] | {"count": sum(header["count"] for header in headers)}
         for name, value in (expect or {}).items():
             if self.header.get(name) != value:
                 raise DataError(
                     f"{self.folder}: {name} of the codes is {self.header.get(name)!r}, the tokenizer in use has "
                     f"{value!r}; encode the images again with it (unitok data codes)"
                 )
+        for one, header in zip(folders, headers, strict=True):
+            for name in (*HEADER_FIELDS, LATENT_WIDTH):
+                if header.get(name) != headers[0].get(name):
+                    raise DataError(
+                        f"{one}: {name} is {header.get(name)!r}, in {folders[0]} it is {headers[0].get(name)!r}; codes "
+                        "that are read together come from one tokenizer"
+                    )
         self.with_latents = False
-        self.reader = ShardReader(self.folder)
+        self.reader = ShardReader([path for one in folders for path in expand_shards(one)])
         if len(self.reader) != self.header["count"]:
             raise DataError(
                 f"{self.folder} holds {len(self.reader)} samples, its header says {self.header['count']}; a shard is "
@@ -215,6 +225,12 @@ class CodeSource(BadSamples):
         parsed = words_from_json(words, f"{where} ({key})")
         empty = torch.zeros(0, dtype=torch.int64)
         return CodeSample(key, empty, parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
+
+
+def _folders(pattern: str) -> list[Path]:
+    import braceexpand
+
+    return [Path(pattern)] if Path(pattern).is_dir() else [Path(one) for one in braceexpand.braceexpand(pattern)]
 
 
 def _load_header(folder: Path) -> dict[str, Any]:

@@ -93,6 +93,7 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rank", type=int, metavar="R", help="this process, from 0 (default: the launcher's)")
     parser.add_argument("--world-size", type=int, metavar="W", help="number of processes (default: the launcher's)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F", help="default: %(default)s")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     parser.set_defaults(run=("data", "codes"))
 
 

@@ -121,8 +121,8 @@ def check_same_order(checkpoint: Path, saved: dict[str, Any], present: dict[str,
     old, new = saved.get("order", "shuffle"), present["order"]
     if old != new:
         raise CheckpointError(
-            f"checkpoint {checkpoint} orders its samples by {old!r}, this run by {new!r}; set shuffle_window back, go on "
-            "with the version that wrote it, or start anew in another output_dir"
+            f"checkpoint {checkpoint} orders its samples by {old!r}, this run by {new!r}; set shuffle_window back, go "
+            "on with the version that wrote it, or start anew in another output_dir"
         )
 
 
