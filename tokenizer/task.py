@@ -16,6 +16,7 @@ from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Replaced, Task
 from unitok.data.images import ImageBatches
 from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
+from unitok.data.shards import reader_of
 from unitok.tokenizer.adversarial import (
     Augmentation,
     adaptive_weight,
@@ -57,6 +58,11 @@ class TokenizerTask(Task):
     @property
     def num_samples(self) -> int:
         return len(self.batches)
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        reader = reader_of(self.batches.source)
+        return None if reader is None else reader.sizes
 
     # ---- networks
 

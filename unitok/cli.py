@@ -118,6 +118,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.data import add_codes_arguments, add_index_arguments
+
     data = commands.add_parser("data", help="make, encode, check and import data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     shapes = kinds.add_parser("shapes", help="write the shapes world as webdataset shards (png, txt, json)")
@@ -127,15 +129,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
     shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
     shapes.set_defaults(run=("data", "shapes"))
-    codes = kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two")
-    codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
-    codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
-    codes.add_argument("--out", required=True, metavar="DIR")
-    codes.add_argument("--batch-size", type=positive_int, default=64)
-    codes.add_argument(
-        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
-    )
-    codes.set_defaults(run=("data", "codes"))
+    add_codes_arguments(kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two"))
+    add_index_arguments(kinds.add_parser("index", help="read the headers of shards ahead: runs then open at once"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
     check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
     check.set_defaults(run=("data", "check"))
