@@ -1,7 +1,7 @@
 """FLOPs and peak memory of one micro-batch of either stage, by running the real networks on shapes alone.
 
 Parameters and inputs are fake tensors (`FakeTensorMode`): every operation gives a tensor of the right shape, type and
-lifetime without memory behind it, so a model of any size is traced in seconds. They pass for tensors of the CPU, because
+lifetime without memory behind it, so a model of any size is traced in seconds. They pass for the CPU's, because
 autocast and fused attention then choose as on a GPU: bf16 products, and no T x T scores kept for the backward pass.
 
 B batch, K codebooks, L image positions, T text and image positions of a row, D width, H W pixels.
@@ -231,10 +231,11 @@ class TracedMllm:
 
     def step(self, work: Work, checkpointing: bool, method: str) -> Trace:
         """Of one row. method: that of `unitok.mllm.cross_entropy`."""
-        if checkpointing:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
-        else:
-            self.model.gradient_checkpointing_disable()
+        self.model.gradient_checkpointing_enable({"use_reentrant": False})
+        if not checkpointing:
+            for module in self.model.modules():
+                if hasattr(module, "gradient_checkpointing"):
+                    module.gradient_checkpointing = False
         return trace(lambda: self._losses(work, method), [self.model], self.mode)
 
     def _losses(self, work: Work, method: str) -> None:
