@@ -99,6 +99,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_use(commands)
     _add_eval(commands)
     _add_convert(commands)
+    _add_plan(commands)
     report = commands.add_parser("report", help="write the HTML report of a run folder")
     report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
     report.set_defaults(run=("evaluate", "report"))
@@ -157,6 +158,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     train.set_defaults(run=("train", "train"), positional="overrides")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.plan import add_plan_arguments
+
+    add_plan_arguments(commands.add_parser("plan", help="memory, hours and cost of a run before it is started"))
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
