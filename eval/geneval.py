@@ -18,6 +18,7 @@ from unitok.core.rng import derive_seed
 from unitok.data.source import good_samples
 from unitok.eval.codes import random_code_images, reconstruct_images
 from unitok.eval.geneval_score import OFFICIAL_RULE, Detected, GenEvalRule, score_detections, summarise
+from unitok.eval.geneval_score import score_prompt as score_prompt  # the scorer on plain records, part of our interface
 from unitok.eval.progress import batches, progress
 
 Metadata = Mapping[str, Any]

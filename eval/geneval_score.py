@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from unitok.core.errors import DataError
+
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -91,6 +93,37 @@ def score_detections(
         if count >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {count}")
     return not reasons, "\n".join(reasons)
+
+
+@dataclass(frozen=True)
+class _Recorded:
+    """A detection of a plain record."""
+
+    kind: str
+    color: str
+    bbox: Sequence[float]
+    score: float
+
+
+def score_prompt(
+    metadata: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    rule: GenEvalRule = OFFICIAL_RULE,
+) -> tuple[bool, str]:
+    """(correct, reason) of one image given as raw detections, `{"cls", "box": [x0, y0, x1, y1], "score", "color"}`.
+
+    `color` is what the colour classifier would name; it may be missing where the prompt asks for none.
+
+    Raises:
+        DataError: a detection lacks a field.
+    """
+    items = []
+    for index, record in enumerate(detections):
+        missing = [key for key in ("cls", "box", "score") if key not in record]
+        if missing:
+            raise DataError(f"detection {index} lacks {', '.join(missing)}; expected cls, box, score and color")
+        items.append(_Recorded(record["cls"], str(record.get("color", "")), record["box"], float(record["score"])))
+    return score_detections(items, metadata, rule)
 
 
 def _clause_failures(

@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parsed arguments. Optional positional ones may also stand after options, which argparse alone does not manage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["lm-eval"]:  # another program's command line
+        from unitok.commands.lm_eval import lm_eval_namespace
+
+        return lm_eval_namespace(argv[1:])
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     target = getattr(arguments, "positional", None)
@@ -86,6 +91,8 @@ def _quiet_libraries() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from unitok.commands.lm_eval import add_lm_eval_command
+
     parser = _Parser(
         prog="unitok",
         description="Train and use unified multimodal models on discrete visual tokens. Start with `unitok demo`.",
@@ -98,6 +105,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_train(commands)
     _add_use(commands)
     _add_eval(commands)
+    add_lm_eval_command(commands)
     _add_convert(commands)
     _add_plan(commands)
     report = commands.add_parser("report", help="write the HTML report of a run folder")
@@ -235,6 +243,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.lm_eval import add_rescore_arguments
     from unitok.commands.reconstruction import add_reconstruction_arguments
     from unitok.commands.zeroshot import add_zeroshot_arguments
 
@@ -264,6 +273,8 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
     zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
     add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
     _add_speed(kinds)
+    rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
+    add_rescore_arguments(rescore)
 
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:
