@@ -50,7 +50,7 @@ class Metric:
     n: int
 
 
-def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
+def mean_metric(name: str, outcomes: Sequence[float | bool]) -> Metric:
     """Mean of outcomes (right or wrong, or scores) with the standard error of the mean, sd / sqrt(n)."""
     n = len(outcomes)
     if not n:
@@ -112,6 +112,20 @@ def checkpoint_hash(checkpoint: Path | str) -> str:
         name = file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
         total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
+
+
+def print_run(results: Mapping[str, Any]) -> None:
+    """A run's metrics as a table."""
+    rows = [
+        (
+            row["metric"],
+            f"{row['value']:.4f}",
+            "" if row["standard_error"] is None else f"{row['standard_error']:.4f}",
+            row["n"],
+        )
+        for row in results["metrics"]
+    ]
+    print_table(rows, (results["benchmark"], "value", "standard error", "n"))
 
 
 def write_run(path: Path | str, results: Mapping[str, Any]) -> Path:

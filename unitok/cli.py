@@ -258,7 +258,19 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
+    _add_generation_benchmarks(kinds)
     _add_speed(kinds)
+
+
+def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
+    from unitok.commands.geneval import add_generate_arguments, add_score_arguments
+    from unitok.commands.t2i import add_t2i_arguments
+
+    add_generate_arguments(
+        kinds.add_parser("geneval-generate", help="GenEval's images, official layout"), DEFAULT_MODEL
+    )
+    add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
+    add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:
