@@ -4,7 +4,7 @@ shapes world's own. The official program needs mmdet for the first; nothing here
 H W pixels, N detections, T texts.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -88,18 +88,21 @@ class Detector:
         """Name, weights and thresholds, for the results."""
         return {"detector": self.name, **self.settings, **asdict(self.rule)}
 
-    def check(self, metadata: Sequence[dict[str, Any]]) -> None:
+    def check(self, metadata: Sequence[Mapping[str, Any]]) -> None:
         """UserError where prompts ask for what the detector cannot find: zeros would look like a measurement."""
-        wanted = {
-            clause["class"] for entry in metadata for key in ("include", "exclude") for clause in entry.get(key, ())
-        }
-        unknown = sorted(wanted - self.classes) if self.classes is not None else []
+        unknown = sorted(wanted_classes(metadata) - self.classes) if self.classes is not None else []
         if unknown:
             some = ", ".join(sorted(self.classes)[:5])
             raise UserError(
                 f"prompts ask for {unknown[0]!r}, which {self.name} cannot find (it knows {len(self.classes)} classes: "
                 f"{some}, ...); give another --detector"
             )
+
+
+def wanted_classes(metadata: Sequence[Mapping[str, Any]]) -> set[str]:
+    """All classes that prompts speak of."""
+    clauses = (clause for entry in metadata for key in ("include", "exclude") for clause in entry.get(key, ()))
+    return {clause["class"] for clause in clauses}
 
 
 def shapes_detector(rule: GenEvalRule = SHAPES_RULE) -> Detector:

@@ -16,7 +16,7 @@ from unitok.core.errors import DataError, UserError
 from unitok.eval.geneval import list_samples, make_grid, result_row, sample_seed
 from unitok.eval.geneval_score import summarise
 from unitok.eval.progress import progress
-from unitok.eval.results import Metric, checkpoint_hash, mean_metric, write_results
+from unitok.eval.results import Metric, checkpoint_hash, mean_metric, protocol_differences, write_results
 
 if TYPE_CHECKING:
     from unitok.eval.geneval_detect import Detector
@@ -66,12 +66,31 @@ def generation_protocol(pipeline: "UniTokPipeline", sampler: Mapping[str, Any], 
 
 
 def write_generation(folder: Path, protocol: Mapping[str, Any], seed: int, model: Path | str) -> None:
-    """`generation.json` of a folder. Only the first process writes it; hashing a large model takes a while."""
+    """`generation.json` of a folder, by the first process, before the images: a folder never holds two protocols.
+
+    More prompts or samples may be added later.
+
+    Raises:
+        UserError: what is there was generated in another way; it says in what.
+    """
     from unitok.mllm.many import own_share
 
-    if own_share()[0] == 0:
-        checkpoint = {"path": str(model), "sha256": checkpoint_hash(model)}
-        write_results(folder / GENERATION, {"protocol": dict(protocol), "seed": seed, "checkpoint": checkpoint})
+    if own_share()[0] != 0:
+        return
+    checkpoint = {"path": str(model), "sha256": checkpoint_hash(model)}
+    record = {"protocol": dict(protocol), "seed": seed, "checkpoint": checkpoint}
+    before = read_generation(folder)
+    if before is not None:
+        for name, (old, new) in protocol_differences(_fixed(before), _fixed(record)).items():
+            raise UserError(f"{folder / GENERATION}: made with {name} {old}, now it is {new}; give another --out")
+    write_results(folder / GENERATION, record)
+
+
+def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """What may not change within a folder."""
+    free = {"num_prompts", "samples_per_prompt"}
+    protocol = {name: value for name, value in record["protocol"].items() if name not in free}
+    return {**protocol, "seed": record["seed"], "checkpoint": record["checkpoint"]["sha256"]}
 
 
 def read_generation(folder: Path) -> dict[str, Any] | None:

@@ -114,17 +114,24 @@ def checkpoint_hash(checkpoint: Path | str) -> str:
     return total.hexdigest()
 
 
+def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any], name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings, by dotted names, in which two protocols differ, with both values (None: not set)."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in {**a, **b}:
+        one, other, full = a.get(key), b.get(key), f"{name}.{key}" if name else str(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            out |= protocol_differences(one, other, full)
+        elif one != other:
+            out[full] = (one, other)
+    return out
+
+
 def print_run(results: Mapping[str, Any]) -> None:
     """A run's metrics as a table."""
-    rows = [
-        (
-            row["metric"],
-            f"{row['value']:.4f}",
-            "" if row["standard_error"] is None else f"{row['standard_error']:.4f}",
-            row["n"],
-        )
-        for row in results["metrics"]
-    ]
+    rows = []
+    for row in results["metrics"]:
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        rows.append((row["metric"], f"{row['value']:.4f}", error, row["n"]))
     print_table(rows, (results["benchmark"], "value", "standard error", "n"))
 
 

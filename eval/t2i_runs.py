@@ -2,7 +2,7 @@
 
 `OUT/samples` holds every image as PNG, `OUT/images` is what the official program is given:
 
-    dpg    images/ID.png             2 x 2 grid of four images; ID from ID.txt of dpg_bench/prompts (TencentQQGYLab/ELLA)
+    dpg    images/ID.png             2 x 2 grid of four; ID from ID.txt of dpg_bench/prompts (TencentQQGYLab/ELLA)
     genai  images/ID.jpeg            ID from genai_image.json (BaiqiL/GenAI-Bench-1600, linzhiqiu/t2v_metrics)
     mjhq   images/CATEGORY/ID.png    from meta_data.json (playgroundai/MJHQ-30K); FID is measured here
 
@@ -112,11 +112,11 @@ BENCHES = {
         "dpg_bench/compute_dpg_bench.py --image-root-path OUT/images --resolution SIZE --pic-num 4 of ELLA",
     ),
     "genai": Bench(
-        "GenAI-Bench", load_genai, 1, ".jpeg", "hf download --repo-type dataset BaiqiL/GenAI-Bench-1600 genai_image.json",
+        "GenAI-Bench", load_genai, 1, ".jpeg", "genai_image.json of huggingface.co/datasets/BaiqiL/GenAI-Bench-1600",
         "genai_bench/evaluate.py --output_dir OUT --gen_model images of github.com/linzhiqiu/t2v_metrics",
     ),
     "mjhq": Bench(
-        "MJHQ-30K", load_mjhq, 1, ".png", "hf download --repo-type dataset playgroundai/MJHQ-30K (meta_data.json, images)",
+        "MJHQ-30K", load_mjhq, 1, ".png", "meta_data.json and mjhq30k_imgs.zip of huggingface.co/datasets/playgroundai/MJHQ-30K",
         "unitok eval t2i --bench mjhq with --reference and --inception",
     ),
 }  # fmt: skip

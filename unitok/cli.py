@@ -266,9 +266,7 @@ def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
     from unitok.commands.geneval import add_generate_arguments, add_score_arguments
     from unitok.commands.t2i import add_t2i_arguments
 
-    add_generate_arguments(
-        kinds.add_parser("geneval-generate", help="GenEval's images, official layout"), DEFAULT_MODEL
-    )
+    add_generate_arguments(kinds.add_parser("geneval-generate", help="GenEval's images"), DEFAULT_MODEL)
     add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
     add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 

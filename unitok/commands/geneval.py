@@ -48,18 +48,12 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
         "--detector-weights", metavar="DIR|NAME", help="folder of transformers, or name on the hub (default: Meta's "
         "Mask2Former Swin-S for COCO instances, or Google's OWLv2 base)"
     )  # fmt: skip
-    parser.add_argument(
-        "--clip", metavar="FILE", help="OpenAI's CLIP ViT-L/14, which names colors; or hub:OWNER/REPO/FILE"
-    )
+    parser.add_argument("--clip", metavar="FILE", help="OpenAI's CLIP ViT-L/14, which names colors, or hub:...")
     parser.add_argument("--threshold", type=float, metavar="S", help="least score of a detection (default: official)")
-    parser.add_argument(
-        "--counting-threshold", type=float, metavar="S", help="the same for counting (default: official)"
-    )
+    parser.add_argument("--counting-threshold", type=float, metavar="S", help="for counting (default: official)")
     parser.add_argument("--out", metavar="FILE", help="rows (default: DIR/results.jsonl); figures beside it as .json")
     parser.add_argument("--limit", type=positive_int, metavar="N", help="score only the first N prompts")
-    parser.add_argument(
-        "--seed", type=int, help="the images' seed, where the folder does not tell (no generation.json)"
-    )
+    parser.add_argument("--seed", type=int, help="the images' seed, where no generation.json tells")
     add_share_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and what is missing, and stop")
     parser.set_defaults(run=("geneval", "score"), positional="folder")
@@ -95,11 +89,11 @@ def generate(arguments: argparse.Namespace) -> int:
         samples_per_prompt=arguments.samples,
         rewrite=file_name_and_hash(arguments.rewrite) if arguments.rewrite else None,
     )
+    write_generation(out, protocol, arguments.seed, arguments.model)
     generate_folder(
         pipeline, metadata, out, arguments.samples, arguments.seed, rewrite=rewrite,
         batch_size=arguments.batch_size, **sampler_of(arguments),
     )  # fmt: skip
-    write_generation(out, protocol, arguments.seed, arguments.model)
     print(f"{out}: this process's images are there; score them with `unitok eval geneval-score {out} --detector NAME`")
     return 0
 
@@ -149,9 +143,7 @@ def _plan_score(arguments: argparse.Namespace, folder: Path) -> None:
         weights = arguments.detector_weights
         name = _default_weights(arguments.detector)
         if weights is None or not weights.count("/") == 1 or Path(weights).exists():
-            needed.append(
-                (weights, f"the detector's folder: hf download {name}; without --detector-weights: the hub's")
-            )
+            needed.append((weights, f"the detector's folder; without it {name} of the hub"))
         needed.append((arguments.clip, f"CLIP, which names colors (--clip FILE); get {CLIP_HINT}"))
     plan(f"scores of the images in {folder} by {arguments.detector}", needed)
 
@@ -180,8 +172,7 @@ def _detector(arguments: argparse.Namespace, metadata: list[dict[str, Any]]) -> 
     if arguments.detector == "mask2former":
         detector = detectors.mask2former_detector(path, device, replace(detectors.OFFICIAL_RULE, **given), name_color)
     else:
-        clauses = [clause for entry in metadata for key in ("include", "exclude") for clause in entry.get(key, ())]
-        classes = [clause["class"] for clause in clauses]
+        classes = sorted(detectors.wanted_classes(metadata))
         detector = detectors.owlv2_detector(path, classes, device, replace(detectors.OWLV2_RULE, **given), name_color)
     if name_color is not None:
         detector.settings["clip"] = {"name": detectors.CLIP_NAME, "weights": detectors.weights_name(arguments.clip)}

@@ -54,9 +54,7 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str) -> Non
 
 def add_share_arguments(parser: argparse.ArgumentParser) -> None:
     """Options that give a process its share where no launcher does."""
-    parser.add_argument(
-        "--rank", type=int, metavar="R", help="this process's number (default: RANK, as torchrun has it)"
-    )
+    parser.add_argument("--rank", type=int, metavar="R", help="this process's number (default: RANK of torchrun)")
     parser.add_argument("--world-size", type=int, metavar="W", help="how many processes (default: WORLD_SIZE)")
 
 
@@ -111,9 +109,7 @@ def t2i(arguments: argparse.Namespace) -> int:
     spec, out = BENCHES[arguments.bench], Path(arguments.out)
     measured = arguments.bench == "mjhq"
     if not measured and (arguments.reference or arguments.inception):
-        raise UserError(
-            f"--bench {arguments.bench} takes no --reference and no --inception; it is scored by {spec.scored_by}"
-        )
+        raise UserError(f"--reference, --inception: only for mjhq; {arguments.bench} is scored by {spec.scored_by}")
     if measured and bool(arguments.reference) != bool(arguments.inception):
         raise UserError("--reference and --inception: FID needs both; give both or none")
     use_share(arguments)
@@ -167,7 +163,7 @@ def _fidelity(arguments: argparse.Namespace, items: Sequence[Any], protocol: dic
     reference, size = Path(arguments.reference), arguments.batch_size
     metrics = fidelity_metrics(out, items, reference, network, size, arguments.seed)
     protocol = protocol | {
-        "fid": "torch-fidelity on 8-bit images as they lie in their files",
+        "fid": "torch-fidelity, 8-bit images as their files hold them",
         "reference": reference.name,
     }
     results = run_results("mjhq30k", metrics, protocol, [arguments.seed], Path(arguments.model))
