@@ -96,15 +96,18 @@ def run_results(
 
 
 def checkpoint_hash(checkpoint: Path | str) -> str:
-    """SHA-256 over names and contents of all safetensors files of a folder and its sub-folders (or over one file).
+    """SHA-256 over names and contents of all safetensors files of a folder and its sub-folders (of others' weights
+    files where it has none), or over one file.
 
     Raises:
         CheckpointError: there is no such file.
     """
     checkpoint = Path(checkpoint)
-    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.safetensors"))
+    files = [checkpoint] if checkpoint.is_file() else []
+    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
+        files = files or sorted(checkpoint.rglob(pattern))
     if not files:
-        raise CheckpointError(f"{checkpoint}: no *.safetensors in it, so there is no model to name in the results")
+        raise CheckpointError(f"{checkpoint}: no weights file in it, so there is no model to name in the results")
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:

@@ -116,7 +116,8 @@ BENCHES = {
         "genai_bench/evaluate.py --output_dir OUT --gen_model images of github.com/linzhiqiu/t2v_metrics",
     ),
     "mjhq": Bench(
-        "MJHQ-30K", load_mjhq, 1, ".png", "meta_data.json and mjhq30k_imgs.zip of huggingface.co/datasets/playgroundai/MJHQ-30K",
+        "MJHQ-30K", load_mjhq, 1, ".png",
+        "meta_data.json and mjhq30k_imgs.zip of huggingface.co/datasets/playgroundai/MJHQ-30K",
         "unitok eval t2i --bench mjhq with --reference and --inception",
     ),
 }  # fmt: skip

@@ -99,9 +99,15 @@ def build_parser() -> argparse.ArgumentParser:
     _add_use(commands)
     _add_eval(commands)
     _add_convert(commands)
-    report = commands.add_parser("report", help="write the HTML report of a run folder")
-    report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
-    report.set_defaults(run=("evaluate", "report"))
+    report = commands.add_parser("report", help="the HTML report of a run folder, or results files side by side")
+    report.add_argument("paths", nargs="+", metavar="DIR|FILE", help="folder of a demo run, or results.json files")
+    report.add_argument("--html", metavar="OUT", help="results files: also write the tables as a page")
+    report.add_argument(
+        "--mixed-protocols",
+        action="store_true",
+        help="allow a column of several protocols, and print how they differ",
+    )
+    report.set_defaults(run=("evaluate", "report"), positional="paths")
     return parser
 
 

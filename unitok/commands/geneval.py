@@ -185,3 +185,16 @@ def _colors(arguments: argparse.Namespace, metadata: list[dict[str, Any]], devic
 
     asked = any("color" in clause for entry in metadata for clause in entry["include"])
     return ClipColors.from_file(arguments.clip, device) if asked or arguments.clip else None
+
+
+def show_side_by_side(paths: list[Path], html: str | None, mixed_protocols: bool) -> int:
+    """`unitok report FILE...`: print the tables, and write them as a page where that is asked for."""
+    from unitok.eval.compare import as_html, as_text, compare
+    from unitok.eval.geneval_run import write_text
+
+    tables = compare(paths, mixed_protocols)
+    print(as_text(tables))
+    if html:
+        write_text(Path(html), as_html(tables))
+        print(html)
+    return 0
