@@ -48,7 +48,7 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.data.detector import detect
     from unitok.eval.geneval import evaluate_geneval, load_prompts
     from unitok.eval.geneval_detect import shapes_detector
-    from unitok.eval.geneval_run import generation_protocol, geneval_metrics
+    from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
     if arguments.prompts:
@@ -74,7 +74,8 @@ def geneval(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
     )
     counts = {"prompts": len(metadata), "samples_per_prompt": arguments.samples}
-    details = generation_protocol(pipeline, {"guidance_scale": arguments.guidance}, prompts=arguments.prompts)
+    prompts = file_name_and_hash(arguments.prompts) if arguments.prompts else "of the shapes world, by the seed"
+    details = generation_protocol(pipeline, {"guidance_scale": arguments.guidance}, prompts=prompts)
     details["scoring"] = shapes_detector().protocol()
     return _finish(arguments, "geneval", figures, counts, geneval_metrics(figures["rows"]), **details)
 
