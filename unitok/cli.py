@@ -108,9 +108,15 @@ def build_parser() -> argparse.ArgumentParser:
     add_lm_eval_command(commands)
     _add_convert(commands)
     _add_plan(commands)
-    report = commands.add_parser("report", help="write the HTML report of a run folder")
-    report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
-    report.set_defaults(run=("evaluate", "report"))
+    report = commands.add_parser("report", help="the HTML report of a run folder, or results files side by side")
+    report.add_argument("paths", nargs="+", metavar="DIR|FILE", help="folder of a demo run, or results.json files")
+    report.add_argument("--html", metavar="OUT", help="results files: also write the tables as a page")
+    report.add_argument(
+        "--mixed-protocols",
+        action="store_true",
+        help="allow a column of several protocols, and print how they differ",
+    )
+    report.set_defaults(run=("evaluate", "report"), positional="paths")
     return parser
 
 
@@ -272,9 +278,19 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--guidance", type=float, metavar="G")
     zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
     add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
+    _add_generation_benchmarks(kinds)
     _add_speed(kinds)
     rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
     add_rescore_arguments(rescore)
+
+
+def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
+    from unitok.commands.geneval import add_generate_arguments, add_score_arguments
+    from unitok.commands.t2i import add_t2i_arguments
+
+    add_generate_arguments(kinds.add_parser("geneval-generate", help="GenEval's images"), DEFAULT_MODEL)
+    add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
+    add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:
