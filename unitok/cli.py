@@ -133,7 +133,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    from unitok.commands.data import add_codes_arguments, add_index_arguments
+    from unitok.commands.data import add_check_arguments, add_codes_arguments, add_index_arguments
 
     data = commands.add_parser("data", help="make, encode, check and import data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -147,8 +147,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     add_codes_arguments(kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two"))
     add_index_arguments(kinds.add_parser("index", help="read the headers of shards ahead: runs then open at once"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
-    check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
-    check.set_defaults(run=("data", "check"))
+    add_check_arguments(check)
     llava = kinds.add_parser("import-llava", help="turn a LLaVA instruction file into a JSONL source")
     llava.add_argument("json", metavar="JSON")
     llava.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names refer to")

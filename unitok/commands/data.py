@@ -9,6 +9,8 @@ from typing import Any
 
 from unitok.core.errors import UserError
 
+_PRINTED = 20  # lines of a kind; --json has more
+
 
 def shapes(arguments: argparse.Namespace) -> int:
     """Write `--num` scenes as webdataset shards."""
@@ -123,17 +125,57 @@ def add_index_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=("data", "index"))
 
 
+def add_check_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `unitok data check`, and the command itself (`run`)."""
+    from unitok.cli import positive_int
+
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help='shards, image folder, .jsonl, LLaVA .json, .parquet, "mix:0.7=SOURCE;0.3=SOURCE" (docs/data.md has all)',
+    )
+    parser.add_argument("--split", metavar="NAME", help="sub-folder, or split of a shapes spec: train or val")
+    parser.add_argument("--limit", type=positive_int, metavar="N", help="read the first N samples only")
+    parser.add_argument("--max-pixels", type=positive_int, metavar="N", help="as data.max_pixels in training")
+    parser.add_argument("--json", metavar="FILE", help="write the report as JSON")
+    parser.set_defaults(run=("data", "check"))
+
+
 def check(arguments: argparse.Namespace) -> int:
     """Read a whole source and print what is in it; exit code 1 when samples are bad."""
-    from unitok.data.check import check_source
+    import logging
 
-    report = check_source(arguments.source)
-    for name, value in report.to_dict().items():
-        if name != "bad":
+    from unitok.data.check import check_opened
+    from unitok.data.decoding import MAX_PIXELS
+    from unitok.data.source import open_source
+
+    logging.getLogger("unitok.data").setLevel(logging.ERROR)  # what is bad is printed below
+    pixels = arguments.max_pixels or MAX_PIXELS
+    source = open_source(arguments.source, arguments.split, max_bad_fraction=1.0, max_pixels=pixels)
+    report = check_opened(source, arguments.limit)
+    values = report.to_dict()
+    for name, value in values.items():
+        if name not in ("bad", "duplicate_keys", "example", "parts") and value != {} and value != "":
             print(f"{name:<22} {value}")
-    for key, reason in report.bad:
-        print(f"bad sample {key}: {reason}")
-    return 1 if report.bad else 0
+    for part in report.parts:
+        print(f"part                   {part['name']}: {part['num_samples']} samples, {part['of_an_epoch']} an epoch")
+    for name, value in report.example.items():
+        print(f"example {name:<14} {_one_line(value)}")
+    for key in report.duplicate_keys[:_PRINTED]:
+        print(f"key given twice        {_one_line(key)}")
+    for place, reason in report.bad[:_PRINTED]:
+        print(f"bad sample {place}: {_one_line(reason)}")
+    if report.num_bad > _PRINTED:
+        print(
+            f"... and {report.num_bad - _PRINTED} more bad ones{'' if arguments.json else ' (--json FILE lists them)'}"
+        )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(values, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
+    return 1 if report.num_bad else 0
+
+
+def _one_line(value: Any) -> str:
+    return " ".join(str(value).split())
 
 
 def import_llava(arguments: argparse.Namespace) -> int:
