@@ -1,6 +1,6 @@
 """Several sources as one, each with its share of every epoch.
 
-An epoch of a mixture has as many samples as its members have together; member k gets its weight's share of them. Members
+An epoch of a mixture has as many samples as its members together; member k gets its weight's share of them. Members
 go round: none of their samples comes again before all the others had their turn, over all epochs. In the order of
 `unitok.core.sampling` the members' places are shuffled.
 """

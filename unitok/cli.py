@@ -104,6 +104,7 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_arguments(commands.add_parser("checkpoint", help="convert checkpoints of training"))
     _add_train(commands)
     _add_use(commands)
+    _add_serve(commands)
     _add_eval(commands)
     add_lm_eval_command(commands)
     _add_convert(commands)
@@ -215,6 +216,15 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--max-new-tokens", type=positive_int, default=128)
     _add_precision(chat)
     chat.set_defaults(run=("use", "chat"), positional="question")
+
+
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.serve import add_serve_arguments
+
+    serve = commands.add_parser("serve", help="chat and pictures over HTTP, in OpenAI's form, and a web page")
+    serve.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    add_serve_arguments(serve)
+    _add_precision(serve)
 
 
 def _add_precision(command: argparse.ArgumentParser) -> None:
