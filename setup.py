@@ -15,7 +15,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "unitok.configs": ["**/*.yaml"],
-        "unitok": ["**/*.html", "**/*.j2"],
+        "unitok": ["**/*.html", "**/*.j2", "**/*.css", "**/*.js"],
         "unitok.eval": ["*.j2"],
         "unitok.eval.lm_eval_tasks": ["*.yaml"],
     },

@@ -137,7 +137,7 @@ def score_folder(folder: Path | str, detect: Detect, rule: GenEvalRule = OFFICIA
         DataError: the folder holds no sample, or the metadata of one cannot be read.
     """
     folder = Path(folder)
-    samples = _list_samples(folder)
+    samples = list_samples(folder)
     if not samples:
         raise DataError(f"{folder} holds no GenEval sample; expected NNNNN/metadata.jsonl and NNNNN/samples/NNNNN.png")
     rows = []
@@ -152,10 +152,11 @@ def score_folder(folder: Path | str, detect: Detect, rule: GenEvalRule = OFFICIA
     return summarise(rows) | {"rows": rows}
 
 
-def _list_samples(folder: Path) -> list[tuple[Path, Metadata]]:
+def list_samples(folder: Path, limit: int | None = None) -> list[tuple[Path, Metadata]]:
+    """(image, its prompt's metadata) of a folder in the official layout, of the first `limit` prompts."""
     prompt_folders = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
     found = []
-    for prompt_folder in prompt_folders:
+    for prompt_folder in prompt_folders[:limit]:
         metadata = load_prompts(prompt_folder / "metadata.jsonl")[0]
         samples = sorted(path for path in (prompt_folder / "samples").glob("*.png") if path.stem.isdigit())
         found += [(path, metadata) for path in samples]

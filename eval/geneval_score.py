@@ -136,7 +136,7 @@ def _clause_failures(
     if len(found) < count:
         return [f"expected {kind}>={count}, found {len(found)}"]
     wanted = clause.get("color")
-    colors = [item.color for item in found]
+    colors = [] if wanted is None else [item.color for item in found]  # naming a colour may cost a network's pass
     if wanted is not None and colors.count(wanted) < count:
         # Colours outside GenEval's ten cannot be named by its classifier; list them last rather than hide them.
         names = [*COLORS, *sorted(set(colors) - set(COLORS))]

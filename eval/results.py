@@ -50,7 +50,7 @@ class Metric:
     n: int
 
 
-def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
+def mean_metric(name: str, outcomes: Sequence[float | bool]) -> Metric:
     """Mean of outcomes (right or wrong, or scores) with the standard error of the mean, sd / sqrt(n)."""
     n = len(outcomes)
     if not n:
@@ -96,15 +96,18 @@ def run_results(
 
 
 def checkpoint_hash(checkpoint: Path | str) -> str:
-    """SHA-256 over names and contents of all safetensors files of a folder and its sub-folders (or over one file).
+    """SHA-256 over names and contents of all safetensors files of a folder and its sub-folders (of others' weights
+    files where it has none), or over one file.
 
     Raises:
         CheckpointError: there is no such file.
     """
     checkpoint = Path(checkpoint)
-    files = [checkpoint] if checkpoint.is_file() else sorted(checkpoint.rglob("*.safetensors"))
+    files = [checkpoint] if checkpoint.is_file() else []
+    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
+        files = files or sorted(checkpoint.rglob(pattern))
     if not files:
-        raise CheckpointError(f"{checkpoint}: no *.safetensors in it, so there is no model to name in the results")
+        raise CheckpointError(f"{checkpoint}: no weights file in it, so there is no model to name in the results")
     total = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
@@ -112,6 +115,27 @@ def checkpoint_hash(checkpoint: Path | str) -> str:
         name = file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
         total.update(f"{name} {digest}\n".encode())
     return total.hexdigest()
+
+
+def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any], name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings, by dotted names, in which two protocols differ, with both values (None: not set)."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in {**a, **b}:
+        one, other, full = a.get(key), b.get(key), f"{name}.{key}" if name else str(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            out |= protocol_differences(one, other, full)
+        elif one != other:
+            out[full] = (one, other)
+    return out
+
+
+def print_run(results: Mapping[str, Any]) -> None:
+    """A run's metrics as a table."""
+    rows = []
+    for row in results["metrics"]:
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        rows.append((row["metric"], f"{row['value']:.4f}", error, row["n"]))
+    print_table(rows, (results["benchmark"], "value", "standard error", "n"))
 
 
 def write_run(path: Path | str, results: Mapping[str, Any]) -> Path:

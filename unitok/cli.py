@@ -104,12 +104,20 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_arguments(commands.add_parser("checkpoint", help="convert checkpoints of training"))
     _add_train(commands)
     _add_use(commands)
+    _add_serve(commands)
     _add_eval(commands)
     add_lm_eval_command(commands)
     _add_convert(commands)
-    report = commands.add_parser("report", help="write the HTML report of a run folder")
-    report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
-    report.set_defaults(run=("evaluate", "report"))
+    _add_plan(commands)
+    report = commands.add_parser("report", help="the HTML report of a run folder, or results files side by side")
+    report.add_argument("paths", nargs="+", metavar="DIR|FILE", help="folder of a demo run, or results.json files")
+    report.add_argument("--html", metavar="OUT", help="results files: also write the tables as a page")
+    report.add_argument(
+        "--mixed-protocols",
+        action="store_true",
+        help="allow a column of several protocols, and print how they differ",
+    )
+    report.set_defaults(run=("evaluate", "report"), positional="paths")
     return parser
 
 
@@ -126,6 +134,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.data import add_check_arguments, add_codes_arguments, add_index_arguments
+
     data = commands.add_parser("data", help="make, encode, check and import data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     shapes = kinds.add_parser("shapes", help="write the shapes world as webdataset shards (png, txt, json)")
@@ -135,18 +145,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
     shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
     shapes.set_defaults(run=("data", "shapes"))
-    codes = kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two")
-    codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
-    codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
-    codes.add_argument("--out", required=True, metavar="DIR")
-    codes.add_argument("--batch-size", type=positive_int, default=64)
-    codes.add_argument(
-        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
-    )
-    codes.set_defaults(run=("data", "codes"))
+    add_codes_arguments(kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two"))
+    add_index_arguments(kinds.add_parser("index", help="read the headers of shards ahead: runs then open at once"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
-    check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
-    check.set_defaults(run=("data", "check"))
+    add_check_arguments(check)
     llava = kinds.add_parser("import-llava", help="turn a LLaVA instruction file into a JSONL source")
     llava.add_argument("json", metavar="JSON")
     llava.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names refer to")
@@ -170,6 +172,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     train.set_defaults(run=("train", "train"), positional="overrides")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.plan import add_plan_arguments
+
+    add_plan_arguments(commands.add_parser("plan", help="memory, hours and cost of a run before it is started"))
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
@@ -208,6 +216,15 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.add_argument("--max-new-tokens", type=positive_int, default=128)
     _add_precision(chat)
     chat.set_defaults(run=("use", "chat"), positional="question")
+
+
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.serve import add_serve_arguments
+
+    serve = commands.add_parser("serve", help="chat and pictures over HTTP, in OpenAI's form, and a web page")
+    serve.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    add_serve_arguments(serve)
+    _add_precision(serve)
 
 
 def _add_precision(command: argparse.ArgumentParser) -> None:
@@ -268,12 +285,21 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
-    _add_speed(kinds)
-    zeroshot = kinds.add_parser("zeroshot", help="classes by their names, linear probe; beside models of open_clip")
-    _add_eval_options(zeroshot, "zeroshot", "images")
+    zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
     add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
+    _add_generation_benchmarks(kinds)
+    _add_speed(kinds)
     rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
     add_rescore_arguments(rescore)
+
+
+def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
+    from unitok.commands.geneval import add_generate_arguments, add_score_arguments
+    from unitok.commands.t2i import add_t2i_arguments
+
+    add_generate_arguments(kinds.add_parser("geneval-generate", help="GenEval's images"), DEFAULT_MODEL)
+    add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
+    add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:

@@ -1,7 +1,6 @@
 """`unitok eval ...` and `unitok report`: measure, print one table, write the figures as JSON."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +47,15 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.data.captions import geneval_prompts
     from unitok.data.detector import detect
     from unitok.eval.geneval import evaluate_geneval, load_prompts
+    from unitok.eval.geneval_detect import shapes_detector
+    from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
     if arguments.prompts:
         metadata = load_prompts(arguments.prompts)[: arguments.limit]
     else:
         metadata = geneval_prompts(arguments.limit or 120, seed=arguments.seed)
-    _check_classes(metadata)
+    shapes_detector().check(metadata)
     if _only_planned(arguments, f"GenEval: {len(metadata)} prompts, {arguments.samples} images each"):
         return 0
     pipeline = _pipeline(arguments)
@@ -73,30 +74,24 @@ def geneval(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
     )
     counts = {"prompts": len(metadata), "samples_per_prompt": arguments.samples}
-    return _finish(arguments, "geneval", figures, counts, rule=asdict(SHAPES_RULE))
+    prompts = file_name_and_hash(arguments.prompts) if arguments.prompts else "of the shapes world, by the seed"
+    details = generation_protocol(pipeline, {"guidance_scale": arguments.guidance}, prompts=prompts)
+    details["scoring"] = shapes_detector().protocol()
+    return _finish(arguments, "geneval", figures, counts, geneval_metrics(figures["rows"]), **details)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write DIR/report.html."""
+    """Write DIR/report.html of a run folder, or show results files side by side."""
+    from unitok.commands.geneval import show_side_by_side
     from unitok.eval.report import write_report
 
-    folder = Path(arguments.dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
-    print(write_report(folder))
-    return 0
-
-
-def _check_classes(metadata: list[dict[str, Any]]) -> None:
-    """The shapes detector knows three classes; scoring others with it would look like a measurement."""
-    from unitok.data.shapes import SHAPES
-
-    classes = {clause["class"] for entry in metadata for clause in entry["include"]}
-    unknown = sorted(classes - set(SHAPES))
-    if unknown:
-        raise UserError(
-            f"prompts ask for {unknown[0]!r}, which the shapes detector cannot find (it knows {', '.join(SHAPES)})"
-        )
+    paths = [Path(name) for name in arguments.paths]
+    if any(path.is_dir() for path in paths):
+        if len(paths) > 1 or arguments.html or arguments.mixed_protocols:
+            raise UserError(f"{' '.join(arguments.paths)}: expected one run folder alone, or results files")
+        print(write_report(paths[0]))
+        return 0
+    return show_side_by_side(paths, arguments.html, arguments.mixed_protocols)
 
 
 def _open(arguments: argparse.Namespace) -> Any:
@@ -134,9 +129,15 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
 
 
 def _finish(
-    arguments: argparse.Namespace, what: str, figures: dict[str, Any], counts: dict[str, int], **details: Any
+    arguments: argparse.Namespace,
+    what: str,
+    figures: dict[str, Any],
+    counts: dict[str, int],
+    metrics: list[Any] | None = None,
+    **details: Any,
 ) -> int:
-    """Print the figures as one table and write them with their protocol."""
+    """Print the figures as one table and write them with their protocol, also in the form of every run (`metrics`,
+    or the plain numbers among the figures)."""
     from unitok.eval.results import figures_only, print_table, protocol, write_results
 
     figures = figures_only(figures)
@@ -149,8 +150,34 @@ def _finish(
     print_table(rows, ("figure", "value"))
     if arguments.out:
         block = protocol(what, arguments.seed, counts, source=getattr(arguments, "source", None), **details)
-        print(write_results(arguments.out, figures | {"protocol": block}))
+        print(write_results(arguments.out, figures | _runs(arguments, what, figures, counts, block, metrics)))
     return 0
+
+
+def _runs(
+    arguments: argparse.Namespace,
+    what: str,
+    figures: dict[str, Any],
+    counts: dict[str, int],
+    block: dict[str, Any],
+    metrics: list[Any] | None,
+) -> dict[str, Any]:
+    """One run's results; several systems are `runs` of one file. What names a system is no part of its protocol."""
+    from unitok.eval.compare import figures_as_metrics
+    from unitok.eval.results import run_results
+
+    n, seeds = next(iter(counts.values())), [arguments.seed]
+    paths = block.pop("systems", None) or [getattr(arguments, "model", None) or arguments.tokenizer]
+    if isinstance(block.get("preprocess"), dict):
+        (block["preprocess"],) = set(block["preprocess"].values())
+    checkpoints = [Path(path) if Path(path).exists() else None for path in paths]
+    if "systems" not in figures:
+        return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoints[0])
+    runs = {
+        name: run_results(what, figures_as_metrics(own, n), block, seeds, checkpoint)
+        for (name, own), checkpoint in zip(figures["systems"].items(), checkpoints, strict=True)
+    }
+    return {"protocol": block | {"systems": paths}, "runs": runs}
 
 
 def _text(value: Any) -> str:
