@@ -120,11 +120,10 @@ def _read_set(name: str, rule: Benchmark, where: str) -> Any:
 
 
 def _load_set(name: str, where: str, config: str | None, split: str) -> Any:
-    from datasets import load_dataset
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        return load_dataset(where, config, split=split)
+        return _rows(where, config, split)
     except (DatasetNotFoundError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0][:200]
         raise DataError(
@@ -132,6 +131,19 @@ def _load_set(name: str, where: str, config: str | None, split: str) -> Any:
             f"download {benchmark(name).hub} --repo-type dataset --local-dir FOLDER/{_SHARED.get(name, name)}` and set "
             f"{DATA_VARIABLE}=FOLDER"
         ) from error
+
+
+def _rows(where: str, config: str | None, split: str) -> Any:
+    from datasets import load_dataset, load_dataset_builder
+
+    if not Path(where).is_dir():
+        return load_dataset(where, config, split=split)
+    # Of a folder `datasets` remembers the name alone, and would give what once lay in another of that name; of files
+    # it remembers place and time.
+    files = [str(file) for file in (load_dataset_builder(where, config).config.data_files or {}).get(split, [])]
+    if not files or not all(file.endswith(".parquet") for file in files):
+        raise ValueError(f"expected .parquet files of this split, found {files[:1] or 'none'}")
+    return load_dataset("parquet", data_files={split: files}, split=split)
 
 
 def _undecoded(documents: Any) -> Any:

@@ -57,6 +57,7 @@ class OpenClipImageText:
         if name not in open_clip.list_models():
             known = ", ".join(found for found in open_clip.list_models() if found[:5] == name[:5]) or "ViT-L-14, ..."
             raise UserError(f"open_clip has no model {name!r}; near it: {known[:200]}")
+        _check_activation(name, weights)
         try:
             model, _, prepare = open_clip.create_model_and_transforms(
                 name, pretrained=weights, device=device, weights_only=True
@@ -79,6 +80,18 @@ class OpenClipImageText:
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
         return F.normalize(self.model.encode_text(self.tokenize(list(texts)).to(self.device)).float(), dim=-1).cpu()
+
+
+def _check_activation(name: str, weights: str) -> None:
+    """UserError for weights that were trained with QuickGELU in a model without it: open_clip only warns."""
+    import open_clip
+
+    trained = weights == "openai" or (open_clip.get_pretrained_cfg(name, weights) or {}).get("quick_gelu")
+    if trained and not (open_clip.get_model_config(name) or {}).get("quick_gelu"):
+        raise UserError(
+            f"{OPEN_CLIP}{name}:{weights}: these weights were trained with QuickGELU, which {name} computes "
+            f"without; use {OPEN_CLIP}{name}-quickgelu:{weights}"
+        )
 
 
 def open_image_text(name: str, preprocess: str = "clip_val", device: torch.device | str = "cpu") -> ImageText:

@@ -8,7 +8,7 @@ from typing import Any
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.benchmarks import benchmark, score, totals
-from unitok.eval.results import Metric, run_results, share
+from unitok.eval.results import Metric, mean_metric, run_results
 from unitok.eval.vqa_metrics import by_group, mean
 
 Judge = Callable[[str, str, str], float]  # (question, reference, answer) -> score in [0, 1]
@@ -29,7 +29,8 @@ def read_samples(path: Path | str, limit: int | None = None) -> tuple[str, list[
     for number, line in enumerate(lines[:limit], 1):
         try:
             sample = json.loads(line)
-            samples.append({"doc": dict(sample["doc"]), "answer": _answer(sample["resps"])})
+            answer, settings = _answer(sample["resps"]), _settings(sample.get("arguments"))
+            samples.append({"doc": dict(sample["doc"]), "answer": answer, "settings": settings})
         except (json.JSONDecodeError, KeyError, TypeError, ValueError):
             raise DataError(f"{path}, line {number}: expected a sample of lm-eval with doc and resps") from None
     names = {str(sample["doc"].get("benchmark")) for sample in samples}
@@ -49,6 +50,15 @@ def _answer(resps: Any) -> str:
     return resps
 
 
+def _settings(arguments: Any) -> dict[str, Any]:
+    """How the answer was generated: the dictionary among the request's arguments (after the question)."""
+    try:
+        settings = arguments["gen_args_0"]["arg_1"] if isinstance(arguments, dict) else arguments[0][1]
+    except (KeyError, IndexError, TypeError):
+        return {}
+    return dict(settings) if isinstance(settings, dict) else {}
+
+
 def rescore_samples(
     name: str, samples: Sequence[Sample], judge: str | None = None
 ) -> tuple[list[Metric], list[tuple[str, str, float]]]:
@@ -63,7 +73,7 @@ def rescore_samples(
     groups: list[tuple[str, str, float]] = []
     if judge is not None:
         scores = judged(samples, load_judge(judge))
-        metrics.append(share("score", scores))
+        metrics.append(mean_metric("score", scores))
         pairs = [
             (capability, value)
             for sample, value in zip(samples, scores, strict=True)
@@ -77,7 +87,7 @@ def rescore_samples(
 def _metric(name: str, value: float, items: Sequence[Any]) -> Metric:
     """With a standard error where the figure is the mean of the items."""
     if all(isinstance(item, float | bool) for item in items) and abs(mean(items) - value) < 1e-12:
-        return share(name, items)
+        return mean_metric(name, items)
     return Metric(name, value, None, len(items))
 
 
@@ -106,8 +116,14 @@ def judged(samples: Sequence[Sample], judge: Judge) -> list[float]:
 
 
 def rescored_run(
-    name: str, metrics: Sequence[Metric], path: Path, seed: int, limit: int | None, judge: str | None
+    name: str,
+    metrics: Sequence[Metric],
+    samples: Sequence[Sample],
+    path: Path,
+    seed: int,
+    judge: str | None,
+    model: Path | None,
 ) -> dict[str, Any]:
-    """The run in the form that `unitok report` reads."""
-    protocol = {"task": f"unitok_{name}", "limit": limit, "judge": judge, "samples": path.name}
-    return run_results(name, metrics, protocol, [seed], None)
+    """The run in the form that `unitok report` reads. `model`: the folder whose answers they are, for its hash."""
+    protocol = {"task": f"unitok_{name}", "answers": len(samples), "judge": judge, "generation": samples[0]["settings"]}
+    return run_results(name, metrics, protocol, [seed], model) | {"samples": path.name}

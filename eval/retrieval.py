@@ -1,4 +1,7 @@
-"""Caption retrieval: does the tokenizer's image feature find the caption of the image?"""
+"""Caption retrieval: does the image feature find the caption of the image, and the caption the image?
+
+I images and T captions of the pool, B images, N distinct captions.
+"""
 
 from typing import Any
 
@@ -6,7 +9,9 @@ import torch
 
 from unitok.core.errors import DataError
 from unitok.eval.codes import evaluation_mode, images_to_pixels
+from unitok.eval.image_text import BATCH_OF_TEXTS, ImageText
 from unitok.eval.progress import batches, sample_batches
+from unitok.eval.results import mean_metric
 
 
 def evaluate_retrieval(
@@ -63,3 +68,51 @@ def _ranks(images_BD: torch.Tensor, texts_ND: torch.Tensor, own: list[int]) -> t
     scores_BN = images_BD @ texts_ND.T
     own_B1 = torch.tensor(own, device=scores_BN.device)[:, None]
     return (scores_BN >= scores_BN.gather(1, own_B1)).sum(1) - 1
+
+
+def recalls(
+    model: ImageText, source: Any, limit: int | None = None, batch_size: int = 32, captions_per_image: int = 5
+) -> dict[str, Any]:
+    """Recall at 1, 5 and 10 of Flickr30k and COCO: from images to captions (five an image) and back.
+
+    Returns:
+        {"image_to_text_recall1", ..., "text_to_image_recall10", each with "..._se", "num_caption_images",
+        "num_captions"}
+
+    Raises:
+        DataError: no sample has a caption.
+    """
+    count = len(source) if limit is None else min(limit, len(source))
+    features, texts, owners = [], [], []
+    images = 0
+    for batch in sample_batches(source, count, batch_size, "retrieval"):
+        told = [sample for sample in batch if sample.captions]
+        if told:
+            features.append(model.images([sample.image for sample in told]))
+        for sample in told:
+            own = list(dict.fromkeys(sample.captions))[:captions_per_image]
+            texts += own
+            owners += [images] * len(own)
+            images += 1
+    if not texts:
+        raise DataError(f"none of the {count} samples of {source.name} has a caption; retrieval needs them")
+    words = [model.texts(texts[rows.start : rows.stop]) for rows in batches(len(texts), BATCH_OF_TEXTS)]
+    out: dict[str, Any] = {}
+    for name, ranks in _both_ranks(torch.cat(features) @ torch.cat(words).T, torch.tensor(owners)).items():
+        for k in (1, 5, 10):
+            found = mean_metric(f"{name}_recall{k}", [bool(rank < k) for rank in ranks])
+            out |= {found.name: found.value}
+            out |= {} if found.standard_error is None else {f"{found.name}_se": found.standard_error}
+    return out | {"num_caption_images": images, "num_captions": len(texts)}
+
+
+def _both_ranks(scores_IT: torch.Tensor, owners_T: torch.Tensor) -> dict[str, torch.Tensor]:
+    """How many foreign captions score at least as well as an image's best own one [I], and how many other images at
+    least as well as a caption's own [T]."""
+    own_IT = owners_T[None, :] == torch.arange(len(scores_IT))[:, None]
+    best_I1 = scores_IT.masked_fill(~own_IT, -torch.inf).amax(1, keepdim=True)
+    own_scores_T = scores_IT[owners_T, torch.arange(scores_IT.shape[1])]
+    return {
+        "image_to_text": ((scores_IT >= best_I1) & ~own_IT).sum(1),
+        "text_to_image": (scores_IT >= own_scores_T).sum(0) - 1,
+    }

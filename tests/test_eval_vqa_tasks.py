@@ -1,9 +1,10 @@
 """Every VQA task file of lm-eval on two local documents, with an answering machine in the model's place; re-scoring."""
 
+import io
 import json
 
 import pytest
-from PIL import Image
+from PIL import Image, ImageColor
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
@@ -207,6 +208,12 @@ def test_pictures_come_in_the_order_of_the_question(run):
     assert [len(images) for _, images in seen["unitok_scienceqa"]] == [1, 0]
 
 
+def png(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write_samples(run, name, path):
     """As lm-eval's --log_samples does."""
     samples = run[0]["samples"][f"unitok_{name}"]
@@ -230,6 +237,8 @@ def test_rescoring_by_a_judge(run, tmp_path, monkeypatch, capsys):
     written = json.loads(out.read_text())
     assert {one["metric"]: one["value"] for one in written["metrics"]} == {"answered": 1.0, "score": 0.5}
     assert written["protocol"]["judge"] == "my_judge:score"
+    assert written["protocol"]["generation"]["max_gen_toks"] == 1024
+    assert main(["report", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "score of math" in shown and "score of rec" in shown
     assert main(["eval", "rescore", str(path), "--judge", "my_judge:nothing"]) == 2
@@ -265,22 +274,25 @@ def test_missing_data_say_where_they_come_from(tmp_path, monkeypatch):
     (tmp_path / "gqa" / "data.jsonl").write_text("{")
     with pytest.raises(DataError, match="line 1"):
         load_documents("gqa", str(tmp_path))
+    (tmp_path / "pope").mkdir()
+    with pytest.raises(DataError, match="pope: cannot read .* hf download lmms-lab/POPE"):
+        load_documents("pope", str(tmp_path))
     with pytest.raises(DataError, match="known are"):
         benchmark("vqa")
 
 
-def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path):
-    """GQA: questions and pictures are two configurations, joined by the picture's name."""
+@pytest.mark.parametrize("colors", [("red", "blue"), ("green", "white")])
+def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path, colors):
+    """GQA: questions and pictures are two configurations, joined by the picture's name. Another snapshot in a folder of
+    the same name is not mistaken for one that was read before."""
     from datasets import Dataset, Features, Value
     from datasets import Image as ImageFeature
 
     root = tmp_path / "gqa"
     questions = Dataset.from_dict({"question": ["what?", "who?"], "answer": ["x", "y"], "imageId": ["b", "a"]})
-    for color in ("red", "blue"):
-        Image.new("RGB", (4, 4), color).save(tmp_path / f"{color}.png")
     features = Features({"id": Value("string"), "image": ImageFeature()})
-    colors = [str(tmp_path / f"{color}.png") for color in ("red", "blue")]
-    files = {"instructions": questions, "images": Dataset.from_dict({"id": ["a", "b"], "image": colors}, features)}
+    stored = [{"bytes": png(color), "path": None} for color in colors]
+    files = {"instructions": questions, "images": Dataset.from_dict({"id": ["a", "b"], "image": stored}, features)}
     text = ["---", "configs:"]
     for part, rows in files.items():
         (root / part).mkdir(parents=True)
@@ -293,7 +305,8 @@ def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path):
         ]
     (root / "README.md").write_text("\n".join([*text, "---", ""]))
     documents = load_documents("gqa", str(tmp_path))
-    assert [pictures(doc)[0].getpixel((0, 0)) for doc in documents] == [(0, 0, 255), (255, 0, 0)]
+    found = [pictures(doc)[0].getpixel((0, 0)) for doc in documents]
+    assert found == [ImageColor.getrgb(color) for color in reversed(colors)]
     assert question(documents[1]) == f"who?\n{SHORT}"
 
 

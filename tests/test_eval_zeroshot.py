@@ -9,8 +9,9 @@ from torch.nn import functional as F
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
-from unitok.data.source import open_source
+from unitok.data.source import Sample, open_source
 from unitok.eval.image_text import open_image_text
+from unitok.eval.retrieval import _both_ranks, recalls
 from unitok.eval.zeroshot import (
     accuracies,
     class_folders,
@@ -22,6 +23,7 @@ from unitok.eval.zeroshot import (
     load_templates,
 )
 
+CAPTIONS = "shapes:val?num=5&size=32"
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 80, 220)}
 
 
@@ -126,12 +128,31 @@ def test_the_command_beside_a_model_of_open_clip(folder, clip_file, tmp_path, ca
     command = ["eval", "zeroshot", "--source", str(folder / "val"), "--templates", "simple", "--out", str(out)]
     tokenizer = tmp_path / "tokenizer"
     tiny.make_tokenizer(text_tower=tiny.text_tower(tokenizer="clip", vocab_size=49408)).save_pretrained(tokenizer)
-    assert main([*command, "--model", str(tokenizer), "--model", clip, "--train", str(folder / "train")]) == 0
+    assert (
+        main(
+            [
+                *command,
+                "--model",
+                str(tokenizer),
+                "--model",
+                clip,
+                "--train",
+                str(folder / "train"),
+                "--captions",
+                CAPTIONS,
+            ]
+        )
+        == 0
+    )
     written = json.loads(out.read_text())
     for figures in written["systems"].values():
         assert figures["num_images"] == 9 and 0 <= figures["top1"] <= 1 and figures["top5"] == 1
         assert 0 <= figures["linear_probe"] <= 1
+        assert 0 <= figures["text_to_image_recall1"] <= figures["text_to_image_recall10"] <= 1
+    counts = {row["metric"]: row["n"] for row in written["runs"]["tokenizer"]["metrics"]}
+    assert counts["top1"] == 9 and counts["image_to_text_recall5"] == 5 < counts["text_to_image_recall1"]
     assert written["protocol"]["templates"] == "simple" and len(written["systems"]) == 2
+    assert main(["report", str(out)]) == 0  # both in one column: how a model cuts its images is its own affair
     assert "linear_probe" in capsys.readouterr().out
 
 
@@ -143,3 +164,45 @@ def test_wrong_models_are_named(folder, capsys):
     assert "expected open_clip:MODEL:WEIGHTS" in capsys.readouterr().err
     assert main([*command, "--model", "nowhere", "--dry-run"]) == 0
     assert "missing: nowhere" in capsys.readouterr().out
+
+
+def test_recalls_by_hand():
+    """Two images with two captions each. Image 0 finds its second caption first; image 1 is beaten by one of image 0.
+    Caption 0 prefers image 1; the others find their own."""
+    scores = torch.tensor([[0.1, 0.9, 0.2, 0.3], [0.8, 0.0, 0.5, 0.7]])
+    ranks = _both_ranks(scores, torch.tensor([0, 0, 1, 1]))
+    assert ranks["image_to_text"].tolist() == [0, 1] and ranks["text_to_image"].tolist() == [1, 0, 0, 0]
+    silent = _both_ranks(torch.zeros(2, 4), torch.tensor([0, 0, 1, 1]))
+    assert silent["image_to_text"].tolist() == [2, 2] and silent["text_to_image"].tolist() == [1] * 4
+
+
+def test_recalls_of_a_model_that_reads_both():
+    """Images and captions are told apart by a number that both carry."""
+
+    class Reader:
+        settings: dict = {}
+
+        def images(self, images):
+            return torch.eye(6)[[image.getpixel((0, 0))[0] for image in images]]
+
+        def texts(self, texts):
+            return torch.eye(6)[[int(text[-1]) for text in texts]]
+
+    class Pairs(list):
+        name, bad = "pairs", ()
+
+    def pair(number, captions):
+        return Sample(key=str(number), image=Image.new("RGB", (2, 2), (number, 0, 0)), captions=captions)
+
+    pairs = Pairs([pair(0, ["a 0", "b 0"]), pair(1, []), pair(2, ["a 2", "a 2", "b 3"]), pair(3, ["a 3"])])
+    found = recalls(Reader(), pairs, batch_size=2)
+    assert found["num_caption_images"] == 3 and found["num_captions"] == 5
+    assert found["image_to_text_recall1"] == pytest.approx(2 / 3)  # "b 3" of image 2 is image 3's as well
+    assert found["text_to_image_recall1"] == pytest.approx(4 / 5)
+    with pytest.raises(DataError, match="has a caption"):
+        recalls(Reader(), Pairs([pair(1, [])]))
+
+
+def test_weights_of_another_activation_are_refused():
+    with pytest.raises(UserError, match="ViT-L-14-quickgelu:openai"):
+        open_image_text("open_clip:ViT-L-14:openai")

@@ -9,8 +9,11 @@ from unitok.core.errors import UserError
 
 def reconstruction(arguments: argparse.Namespace) -> int:
     """Figures of one autoencoder, or of several side by side."""
-    from unitok.commands.reconstruction import compare
+    from unitok.commands.reconstruction import compare, plan
 
+    if arguments.dry_run:
+        plan(arguments, missing_source(arguments.source))
+        return 0
     return compare(arguments, _open(arguments), _finish)
 
 
@@ -18,9 +21,9 @@ def retrieval(arguments: argparse.Namespace) -> int:
     """Top-1 and top-5 of the image's own caption among the distinct captions, with chance."""
     from unitok.eval.retrieval import evaluate_retrieval
 
-    source = _open(arguments)
-    if _only_planned(arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"):
+    if _planned(arguments, f"caption retrieval on {arguments.source}", arguments.tokenizer):
         return 0
+    source = _open(arguments)
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
     return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
@@ -31,9 +34,9 @@ def vqa(arguments: argparse.Namespace) -> int:
     from unitok.data.captions import paraphrase
     from unitok.eval.vqa import evaluate_vqa
 
-    source = _open(arguments)
-    if _only_planned(arguments, f"visual question answering on {source.name}"):
+    if _planned(arguments, f"visual question answering on {arguments.source}", arguments.model):
         return 0
+    source = _open(arguments)
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
     size = arguments.batch_size
@@ -104,6 +107,26 @@ def _open(arguments: argparse.Namespace) -> Any:
 
 def _count(arguments: argparse.Namespace, available: int) -> int:
     return available if arguments.limit is None else min(arguments.limit, available)
+
+
+def _planned(arguments: argparse.Namespace, plan: str, folder: str) -> bool:
+    """With --dry-run: tell the plan and what is missing for it."""
+    if not arguments.dry_run:
+        return False
+    print(f"would measure: {plan}, {'all' if arguments.limit is None else arguments.limit} of it")
+    for line in missing_source(arguments.source):
+        print(line)
+    if not Path(folder).is_dir():
+        print(f"missing: {folder}: train it (unitok demo), or convert a release (unitok convert)")
+    return True
+
+
+def missing_source(source: str) -> list[str]:
+    """A line where a source of images is not there. Patterns of shards are looked at by what opens them."""
+    generated = source.partition(":")[0].partition("?")[0] == "shapes"
+    if generated or any(mark in source for mark in "*{[") or Path(source).exists():
+        return []
+    return [f"missing: {source}: a folder of images, shards or a .jsonl file (unitok data shapes writes shards)"]
 
 
 def _only_planned(arguments: argparse.Namespace, plan: str) -> bool:

@@ -29,6 +29,7 @@ def lm_eval_namespace(argv: list[str]) -> argparse.Namespace:
 def add_rescore_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("samples", metavar="SAMPLES", help="samples_unitok_*.jsonl of a run with --log_samples")
     parser.add_argument("--judge", metavar="MODULE:FUNCTION", help="(question, reference, answer) -> score in [0, 1]")
+    parser.add_argument("--model", metavar="DIR", help="the model that answered, to write its hash into the result")
     parser.add_argument("--limit", type=int, metavar="N", help="use only the first N answers")
     parser.add_argument("--seed", type=int, default=0, help="written into the result; re-scoring draws nothing")
     parser.add_argument("--out", metavar="FILE", help="write the figures as JSON")
@@ -112,6 +113,7 @@ def rescore(arguments: argparse.Namespace) -> int:
     rows += [(f"{metric} of {group}", f"{value:.4f}", "") for metric, group, value in groups]
     print_table(rows, (f"figure of {name}", "value", "n"))
     if arguments.out:
-        run = rescored_run(name, metrics, path, arguments.seed, arguments.limit, arguments.judge)
+        model = Path(arguments.model) if arguments.model else None
+        run = rescored_run(name, metrics, samples, path, arguments.seed, arguments.judge, model)
         print(write_results(arguments.out, run))
     return 0

@@ -1,6 +1,7 @@
 """`unitok eval zeroshot`: classification by class names, and a linear probe, of any number of models."""
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ def add_zeroshot_arguments(parser: argparse.ArgumentParser, default: str) -> Non
     parser.add_argument("--classes", metavar="FILE", help="a name for each class folder, in sorted order, one a line")
     parser.add_argument("--templates", default="imagenet", metavar="imagenet|simple|FILE", help="default: %(default)s")
     parser.add_argument("--preprocess", choices=PREPROCESS, default="clip_val", help="of UniTok (default: %(default)s)")
+    parser.add_argument("--captions", metavar="SOURCE", help="images with captions: also recall in both directions")
     parser.add_argument("--probe-c", type=float, default=1.0, metavar="C", help="inverse penalty of the linear probe")
     parser.add_argument("--limit", type=int, metavar="N", help="use only N images, as many of every class")
     parser.add_argument("--seed", type=int, default=0)
@@ -37,7 +39,8 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     from unitok.data.source import open_source
     from unitok.eval.autoencoders import system_names
     from unitok.eval.image_text import open_image_text
-    from unitok.eval.results import print_table, protocol, write_results
+    from unitok.eval.results import print_table, write_results
+    from unitok.eval.retrieval import recalls
     from unitok.eval.zeroshot import class_folders, load_names, load_templates
 
     names = arguments.model or [arguments.default_model]
@@ -50,23 +53,51 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     folders = class_folders(source)
     classes, templates = load_names(folders, arguments.classes), load_templates(arguments.templates)
     train = open_source(arguments.train) if arguments.train else None
+    captions = open_source(arguments.captions) if arguments.captions else None
     figures, settings = {}, {}
     for short, name in zip(system_names(names), names, strict=True):
         model = open_image_text(name, arguments.preprocess, device)
-        figures[short], settings[short] = (
-            _one(model, source, train, folders, classes, templates, arguments),
-            model.settings,
-        )
+        figures[short] = _one(model, source, train, folders, classes, templates, arguments)
+        if captions is not None:
+            figures[short] |= recalls(model, captions, arguments.limit, arguments.batch_size)
+        settings[short] = model.settings
     rows = list(dict.fromkeys(key for values in figures.values() for key in values))
     table = [(row, *(_text(values[row]) for values in figures.values())) for row in rows]
     print_table(table, ("figure", *figures))
     if arguments.out:
-        counts = {"images": next(iter(figures.values()))["num_images"], "classes": len(classes)}
-        details = {"source": arguments.source, "train": arguments.train, "templates": arguments.templates}
-        details |= {"probe_c": arguments.probe_c, "models": settings}
-        block = protocol("zeroshot", arguments.seed, counts, **details)
-        print(write_results(arguments.out, {"systems": figures, "protocol": block}))
+        systems = dict(zip(figures, names, strict=True))
+        print(write_results(arguments.out, _results(arguments, systems, figures, settings, len(classes))))
     return 0
+
+
+def _results(
+    arguments: argparse.Namespace,
+    systems: dict[str, str],
+    figures: dict[str, dict[str, Any]],
+    settings: dict[str, dict[str, Any]],
+    classes: int,
+) -> dict[str, Any]:
+    """One run for each model, as `unitok report` reads them. How a model wants its images is the model's own."""
+    from unitok.eval.compare import figures_as_metrics
+    from unitok.eval.results import protocol, run_results
+
+    images = next(iter(figures.values()))["num_images"]
+    names = ("source", "train", "templates", "classes", "captions", "probe_c", "limit")
+    details = {name: getattr(arguments, name) for name in names}
+    block = protocol("zeroshot", arguments.seed, {"images": images, "num_classes": classes}, **details)
+    runs = {}
+    for short, path in systems.items():
+        own = [_counted(metric, figures[short]) for metric in figures_as_metrics(figures[short], images)]
+        checkpoint = Path(path) if Path(path).exists() else None
+        runs[short] = run_results("zeroshot", own, block, [arguments.seed], checkpoint) | {"system": settings[short]}
+    return {"systems": figures, "protocol": block | {"models": settings}, "runs": runs}
+
+
+def _counted(metric: Any, figures: dict[str, Any]) -> Any:
+    """Recall is over images, or captions, of the data with captions."""
+    if "_recall" not in metric.name:
+        return metric
+    return replace(metric, n=figures["num_caption_images" if metric.name.startswith("image") else "num_captions"])
 
 
 def _one(
@@ -87,9 +118,10 @@ def _plan(arguments: argparse.Namespace, names: list[str]) -> int:
     print(f"would measure: zero-shot classification of {arguments.source} by {', '.join(names)}")
     hints = [(arguments.source, "images in class folders, such as ImageNet's val (https://image-net.org)")]
     hints += [(arguments.train, "images of the linear probe in the same class folders")] if arguments.train else []
+    hints += [(arguments.captions, "images with captions, such as Flickr30k's")] if arguments.captions else []
     hints += [(name, "train it, or convert a release") for name in names if not name.startswith("open_clip:")]
     for path, hint in hints:
-        if not Path(path).exists():
+        if not path.startswith("shapes") and not Path(path).exists():
             print(f"missing: {path}: {hint}")
     return 0
 
