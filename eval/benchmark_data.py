@@ -4,6 +4,7 @@ Local: `<data>/<benchmark>/data.jsonl` (rows with the hub's field names, picture
 snapshot of the hub's data set (`hf download NAME --repo-type dataset --local-dir <data>/<benchmark>`).
 """
 
+import io
 import json
 import os
 import re
@@ -32,6 +33,8 @@ def data_folder(name: str, data: str | None = None) -> Path | None:
 def missing_data(name: str, data: str | None = None) -> str | None:
     """One line on what is missing and where it comes from; None where a local folder is there."""
     folder, hub = data_folder(name, data), benchmark(name).hub
+    if benchmark(name).generated:
+        return None
     if folder is None:
         return f"from the hub: {hub} (set {DATA_VARIABLE} to a folder to use local data)"
     if folder.is_dir():
@@ -49,6 +52,8 @@ def load_documents(name: str, data: str | None = None) -> Any:
         DataError: the data are missing or lack a field; the message says where they come from.
     """
     rule, folder = benchmark(name), data_folder(name, data)
+    if rule.generated and not (folder is not None and folder.is_dir()):
+        return _drawn(name, rule)
     if folder is not None and not folder.is_dir():
         raise DataError(f"{name}: {missing_data(name, data)}")
     if folder is not None and (folder / DATA_FILE).is_file():
@@ -66,6 +71,29 @@ def load_documents(name: str, data: str | None = None) -> Any:
     if rule.rotations is not None:
         documents = _rotated(documents, rule)
     return documents.add_column("benchmark", [name] * len(documents))
+
+
+def _drawn(name: str, rule: Benchmark) -> Any:
+    """The questions of `unitok eval vqa` on a generated source, in their order."""
+    from datasets import Dataset
+
+    from unitok.data.source import open_source
+    from unitok.eval.vqa import choose_questions
+
+    source = open_source(rule.hub)
+    asked = choose_questions(source)
+    encoded = {index: _png(source[index].image) for index in {one.index for one in asked}}
+    rows = [
+        {"question": one.text, "answer": one.answer, "type": one.type, "image": {"bytes": encoded[one.index]}}
+        for one in asked
+    ]
+    return Dataset.from_list(rows).add_column("benchmark", [name] * len(rows))
+
+
+def _png(image: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def _rotated(documents: Any, rule: Benchmark) -> Any:

@@ -45,6 +45,7 @@ class Benchmark:
     keep: Callable[[Doc], bool] | None = None
     rotations: Callable[[Doc], int] | None = None
     image_config: tuple[str, str] | None = None  # (configuration of the pictures, field that names one)
+    generated: bool = False  # `hub` is a source of ours that needs no data
 
 
 def score(name: str, doc: Doc, answer: str) -> dict[str, Any]:
@@ -181,6 +182,14 @@ def _exact(rule: Callable[[Doc, str], bool]) -> dict[str, Metric]:
 
 _QUESTION = ("question", "answer")
 BENCHMARKS: dict[str, Benchmark] = {
+    "shapes": Benchmark(
+        "shapes:val?num=500",
+        "val",
+        _QUESTION,
+        lambda doc: doc["question"],
+        _exact(lambda doc, answer: soft_accuracy(answer, [doc["answer"]]) == 1.0),
+        generated=True,
+    ),
     "vqav2": Benchmark("lmms-lab/VQAv2", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}),
     "gqa": Benchmark(
         "lmms-lab/GQA",

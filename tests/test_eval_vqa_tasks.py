@@ -18,6 +18,7 @@ MME = {"category": "count", **PICTURE}
 MMMU = {"answer": "B", "image_1": "red.png", "image_2": "blue.png"}
 SEED = {"choice_a": "red", "choice_b": "blue", "choice_c": "pink", "choice_d": "black", **PICTURE}
 DOCUMENTS = {
+    "shapes": [VQA | {"answer": "Red"}, VQA | {"answer": "blue"}, VQA | {"answer": "red"}],
     "vqav2": [
         VQA | {"answers": [{"answer": text} for text in ["red"] * 2 + ["blue"] * 8]},
         VQA | {"answers": [{"answer": "The red."}] * 10},
@@ -105,6 +106,7 @@ ANSWERS = {
     "Who?": "A",
 }
 EXPECTED = {
+    "shapes": {"accuracy": 2 / 3},
     "vqav2": {"accuracy": (0.6 + 1) / 2},
     "gqa": {"accuracy": 0.5},
     "textvqa": {"accuracy": 0.5},
@@ -275,7 +277,7 @@ def test_missing_data_say_where_they_come_from(tmp_path, monkeypatch):
     with pytest.raises(DataError, match="line 1"):
         load_documents("gqa", str(tmp_path))
     (tmp_path / "pope").mkdir()
-    with pytest.raises(DataError, match="pope: cannot read .* hf download lmms-lab/POPE"):
+    with pytest.raises(DataError, match="pope: cannot read .*hf download lmms-lab/POPE"):
         load_documents("pope", str(tmp_path))
     with pytest.raises(DataError, match="known are"):
         benchmark("vqa")
@@ -308,6 +310,19 @@ def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path, colors)
     found = [pictures(doc)[0].getpixel((0, 0)) for doc in documents]
     assert found == [ImageColor.getrgb(color) for color in reversed(colors)]
     assert question(documents[1]) == f"who?\n{SHORT}"
+
+
+def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
+    from unitok.data.source import open_source
+    from unitok.eval.vqa import choose_questions
+
+    documents = load_documents("shapes", str(tmp_path))
+    source = open_source(benchmark("shapes").hub)
+    asked = choose_questions(source)
+    assert [(doc["question"], doc["answer"]) for doc in documents] == [(one.text, one.answer) for one in asked]
+    assert question(documents[7]) == asked[7].text
+    (picture,) = pictures(documents[7])
+    assert list(picture.getdata()) == list(source[asked[7].index].image.getdata())
 
 
 def test_a_damaged_picture_is_named(data):
