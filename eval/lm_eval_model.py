@@ -9,6 +9,7 @@ B rows, T positions, V text vocabulary, N positions of a continuation.
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,7 @@ class UniTokLM(HFLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Answers of (context, settings) and, about pictures, (context, settings, {"visual": pictures})."""
         answers = [""] * len(requests)
+        generators = self._generators(requests)
         groups: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             groups.setdefault(json.dumps(request.args[1], sort_keys=True, default=str), []).append(index)
@@ -131,12 +133,21 @@ class UniTokLM(HFLM):
             for rows in progress(batches(len(indices), self.batch_size), "answering"):
                 part = [indices[row] for row in rows]
                 prompts = self._prompts([requests[index].args for index in part], new)
-                generators = [torch_rng("lm-eval", self.seed, index) for index in part]
-                found = self._continue(prompts, new, sampling, generators, until)
+                found = self._continue(prompts, new, sampling, [generators[index] for index in part], until)
                 for index, text in zip(part, found, strict=True):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return answers
+
+    def _generators(self, requests: Sequence[Instance]) -> list[torch.Generator]:
+        """One for each request, by its task, document and repetition: the same on any number of ranks."""
+        seen: Counter[tuple] = Counter()
+        out = []
+        for request in requests:
+            place = (request.task_name or "", request.doc_id or 0, request.idx)
+            out.append(torch_rng("lm-eval", self.seed, *place, seen[place]))
+            seen[place] += 1
+        return out
 
     def _prompts(self, arguments: Sequence[tuple], new: int) -> list[Prompt]:
         """Ids, and codes of pictures. A text is cut at its beginning where it is too long, as `hf` does; a question
