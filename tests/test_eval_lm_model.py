@@ -31,16 +31,20 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def pipe(tmp_path_factory):
+def make_pipeline(folder):
     visual = make_tokenizer()
-    text = make_text_tokenizer(tmp_path_factory.mktemp("text"))
+    text = make_text_tokenizer(folder)
     settings = UniTokMLLMSettings(visual_width=24, visual_num_heads=2, visual_mlp_ratio=1.5, depth_num_layers=1)
     torch.manual_seed(0)
     model = roughen(build_model(settings, BackboneConfig(config=BACKBONE), text, visual)).eval()
     with torch.no_grad():  # our answers never hold image marks, those of `hf` could: make them unlikely
         model.lm_head.weight[model.suppressed_ids()] = 0
     return UniTokPipeline(model, UniTokProcessor(text, model.config, visual.config.image_size), visual)
+
+
+@pytest.fixture(scope="module")
+def pipe(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
