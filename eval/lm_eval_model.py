@@ -32,6 +32,8 @@ from unitok.mllm.pipeline import UniTokPipeline
 _LOGGER = logging.getLogger(__name__)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _NO_LIMIT = 2048  # positions, where a backbone names no limit: lm-eval's own default
+_HF_OPTIONS = {"add_bos_token", "prefix_token_id", "truncation", "logits_cache", "softmax_dtype"}
+_OPTION_NAMES = ", ".join(["pretrained", "dtype", "max_length", "seed", *sorted(_HF_OPTIONS)])
 _SAMPLING = ("top_k", "top_p")
 
 
@@ -43,13 +45,14 @@ class UniTokLM(HFLM):
         batch_size: rows decoded or scored together; a number.
         dtype: of the unified model: float32, bfloat16 or float16.
         seed: of drawn answers (`do_sample`); each request has a generator of its own.
+        options: those of `hf` that are about texts.
     """
 
     MULTIMODAL = True
 
     def __init__(
         self,
-        pretrained: str | UniTokPipeline,
+        pretrained: str | UniTokPipeline | None = None,
         batch_size: int | str = 32,
         device: str | None = None,
         dtype: str = "float32",
@@ -58,6 +61,10 @@ class UniTokLM(HFLM):
         max_batch_size: int | None = None,  # lm-eval gives it always; it belongs to batch_size=auto
         **options: Any,
     ) -> None:
+        if pretrained is None:
+            raise UserError("--model_args has no pretrained=DIR: name the export folder of a unified model")
+        if unknown := sorted(set(options) - _HF_OPTIONS):
+            raise UserError(f"--model_args {unknown[0]}={options[unknown[0]]}: unknown; known are {_OPTION_NAMES}")
         if not str(batch_size).isdigit() or int(batch_size) < 1:
             raise UserError(f"batch_size={batch_size}: expected a whole number of at least 1")
         if dtype not in _DTYPES:

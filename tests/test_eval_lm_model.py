@@ -191,7 +191,13 @@ def test_what_cannot_be_asked(lm, arguments, words):
 def test_what_cannot_be_made_or_scored(pipe, lm, samples):
     from unitok.eval.lm_eval_model import UniTokLM
 
-    for options, words in (({"batch_size": "auto"}, "batch_size=auto"), ({"dtype": "int3"}, "dtype=int3")):
+    with pytest.raises(UserError, match="pretrained=DIR"):
+        UniTokLM()
+    for options, words in (
+        ({"parallelise": True}, "parallelise=True: unknown"),
+        ({"batch_size": "auto"}, "batch_size=auto"),
+        ({"dtype": "int3"}, "dtype=int3"),
+    ):
         with pytest.raises(UserError, match=words):
             UniTokLM(pipe, **options)
     with pytest.raises(DataError, match="pictures"):
@@ -283,6 +289,12 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
     assert results["results"]["shapes_text"]["acc,none"] == pytest.approx(right / len(rows))
     kept = [json.loads(line) for line in next(out.rglob("samples_shapes_vqa_*.jsonl")).read_text().splitlines()]
     assert [one["resps"][0][0].strip() for one in kept] == [text.strip() for text in said]
+
+
+def test_an_unknown_task_is_one_line(capsys):
+    assert main(["lm-eval", "--tasks", "nonsense", "--model_args", "pretrained=x"]) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("unitok: error: Tasks not found: nonsense")
 
 
 def test_the_command_lists_missing_data(tmp_path, capsys, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 
 from unitok.core.errors import UserError
 
+_USER_MISTAKES = ("Tasks not found", "No tasks specified")  # what lm-eval says, as a plain ValueError
 _BATCH_SIZE = "32"  # lm-eval's default is 1
 
 
@@ -17,6 +18,10 @@ def add_lm_eval_command(commands: Any) -> None:
     commands.add_parser(
         "lm-eval",
         add_help=False,
+        usage="unitok lm-eval ARGS...",
+        description="lm-eval's own command line, where --model unitok (the default) is the unified model in "
+        "--model_args pretrained=DIR, and the tasks unitok_* are VQA benchmarks on $UNITOK_DATA. --dry-run lists them "
+        "and what data they lack; --help is lm-eval's.",
         help="lm-eval's command line with the unified model (--model unitok) and VQA tasks; --dry-run lists their data",
     )
 
@@ -55,7 +60,12 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     harness = HarnessCLI()
     parsed = harness.parse_args()
     parsed.include_path = task_folders(getattr(parsed, "include_path", None))
-    harness.execute(parsed)
+    try:
+        harness.execute(parsed)
+    except ValueError as error:
+        if not str(error).startswith(_USER_MISTAKES):
+            raise
+        raise UserError(f"{error} (`unitok lm-eval ls tasks` lists all, `unitok lm-eval --dry-run` ours)") from None
     if several:
         shutdown_distributed()
     return 0
