@@ -1,8 +1,11 @@
 """`unitok lm-eval ...`: lm-eval's own command line with our model and task files; `unitok eval rescore`."""
 
 import argparse
+import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -17,6 +20,8 @@ def add_lm_eval_command(commands: Any) -> None:
     commands.add_parser(
         "lm-eval",
         add_help=False,
+        description="All options are lm-eval's (`unitok lm-eval run --help`). Our model is --model unitok --model_args "
+        "pretrained=DIR, our tasks are listed by `unitok lm-eval ls tasks`; --dry-run lists the data that they need.",
         help="lm-eval's command line with the unified model (--model unitok) and VQA tasks; --dry-run lists their data",
     )
 
@@ -36,6 +41,16 @@ def add_rescore_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=("lm_eval", "rescore"))
 
 
+@contextmanager
+def _loggers_kept() -> Iterator[None]:
+    """lm-eval's set-up of logging silences every logger that exists; ours say which samples are bad."""
+    known = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
+    silent = [one.disabled for one in known]
+    yield
+    for one, disabled in zip(known, silent, strict=True):
+        one.disabled = disabled
+
+
 def lm_eval(arguments: argparse.Namespace) -> int:
     """Register the model, add the task folder, run lm-eval."""
     if "--dry-run" in arguments.arguments:
@@ -49,7 +64,8 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun every rank answers its share
     if several:
         init_distributed()
-    setup_logging()
+    with _loggers_kept():
+        setup_logging()
     sys.argv = ["unitok lm-eval", *_with_defaults(arguments.arguments)]
     harness = HarnessCLI()
     parsed = harness.parse_args()
