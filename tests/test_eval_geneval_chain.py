@@ -61,7 +61,7 @@ def test_plain_records_score_as_the_official_scorer_says():
 
 
 def test_every_tag_is_scored_right_and_the_summary_reads_it(tmp_path, capsys):
-    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, and what the official summary computes."""
+    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, and the official summary's figures."""
     import pandas
 
     expected = write_folder(tmp_path / "images")
