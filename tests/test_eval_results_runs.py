@@ -15,10 +15,10 @@ from unitok.eval.paper import PAPER
 from unitok.eval.results import (
     Metric,
     checkpoint_hash,
-    mean_metric,
     protocol_differences,
     read_results,
     run_results,
+    share,
     write_run,
 )
 
@@ -31,12 +31,12 @@ def write(path, overall=0.5, benchmark="geneval", seed=0, protocol=PROTOCOL, **m
 
 
 def test_means_and_standard_errors_by_hand():
-    metric = mean_metric("accuracy", [True, True, False, True])
+    metric = share("accuracy", [True, True, False, True])
     assert (metric.value, metric.n) == (0.75, 4)
     assert metric.standard_error == pytest.approx(math.sqrt(0.25 / 4))  # variance 3/4 * 1/4 * 4/3 = 1/4
-    assert mean_metric("one", [1.0]).standard_error is None
+    assert share("one", [1.0]).standard_error is None
     with pytest.raises(DataError, match="nothing was scored"):
-        mean_metric("none", [])
+        share("none", [])
 
 
 def test_a_run_says_how_it_can_be_repeated(tmp_path, monkeypatch):
