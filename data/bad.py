@@ -2,25 +2,43 @@
 
 import logging
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from unitok.core.errors import DataError, UserError
 
 _LOGGER = logging.getLogger(__name__)
+_ENOUGH_READ = 1000  # samples from which on the share of bad ones among those read tells something about all
 T = TypeVar("T")
 
 
-class BadSamples:
-    """Base of map-style readers: a bad sample is logged with its key and replaced by the next good one.
+class SampleError(DataError):
+    """One sample cannot be used. `kind` is the short name that reports count it under."""
 
-    Which one stands in does not depend on what was read before. When the share of bad samples found by this process
-    exceeds `max_bad_fraction`, reading stops.
+    def __init__(self, message: str, kind: str = "other") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+def kind_of(error: Exception) -> str:
+    """The kind that a sample's error is counted under."""
+    return getattr(error, "kind", "file" if isinstance(error, OSError) else "other")
+
+
+class BadSamples:
+    """Base of map-style readers: a bad sample is logged with its place and replaced by the next good one.
+
+    Which one stands in does not depend on what was read before. Reading stops when the bad samples found by this
+    process are more than `max_bad_fraction` of all, or clearly more than that of those it has read (no process ever
+    reads a noticeable share of a billion).
     """
 
     def __init__(self, name: str, max_bad_fraction: float = 0.01) -> None:
         self.name, self.max_bad_fraction = name, max_bad_fraction
         self.bad: dict[int, str] = {}  # index -> what is wrong
+        self.lost: dict[str, str] = {}  # place -> why what stood there has no index (a shard that is cut off)
+        self.num_lost = 0  # how many samples that is, as far as one can tell
+        self._num_read = 0
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -28,6 +46,10 @@ class BadSamples:
     @abstractmethod
     def key(self, index: int) -> str:
         """The name of sample `index`."""
+
+    def place(self, index: int) -> str:
+        """Where sample `index` stands, for messages: its key, with the shard or file where there is one."""
+        return self.key(index)
 
     def first_good(self, index: int, read: Callable[[int], T], always_bad: bool = True) -> T:
         """`read(index)`, or of the next index for which it raises neither UserError nor OSError.
@@ -39,6 +61,7 @@ class BadSamples:
             candidate = (index + step) % len(self)
             if always_bad and candidate in self.bad:
                 continue
+            self._num_read += 1
             try:
                 return read(candidate)
             except (UserError, OSError) as error:
@@ -48,10 +71,28 @@ class BadSamples:
 
     def _report_bad(self, index: int, error: Exception) -> None:
         self.bad[index] = str(error)
-        _LOGGER.warning("%s: sample %s left out: %s", self.name, self.key(index), error)
-        share = len(self.bad) / len(self)
-        if share > self.max_bad_fraction:
-            raise DataError(
-                f"{self.name}: {len(self.bad)} of {len(self)} samples are bad, more than max_bad_fraction="
-                f"{self.max_bad_fraction}; the last one: {error}"
-            )
+        _LOGGER.warning("%s: sample %s left out: %s", self.name, self.place(index), error)
+        self._stop_if_too_many(str(error))
+
+    def report_lost(self, reasons: Mapping[str, str], count: int) -> None:
+        """Counts what is missing without having an index: `count` samples, named by `reasons` (place -> reason)."""
+        self.lost.update(reasons)
+        self.num_lost += count
+        for place, reason in reasons.items():
+            _LOGGER.warning("%s: %s: %s", self.name, place, reason)
+        if reasons:
+            place, reason = list(reasons.items())[-1]
+            self._stop_if_too_many(f"{place}: {reason}")
+
+    def _stop_if_too_many(self, last: str) -> None:
+        bad, total = len(self.bad) + self.num_lost, len(self) + self.num_lost
+        allowed = self.max_bad_fraction * self._num_read
+        # four standard deviations of what chance brings into as many draws, and a few
+        if self._num_read >= _ENOUGH_READ and len(self.bad) > allowed + 4 * allowed**0.5 + 3:
+            bad, total = len(self.bad), self._num_read
+        elif bad <= self.max_bad_fraction * total:
+            return
+        raise DataError(
+            f"{self.name}: {bad} of {total} samples are bad, more than max_bad_fraction={self.max_bad_fraction}; "
+            f"the last one: {last}"
+        )

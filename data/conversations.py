@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from unitok.core.errors import DataError
+from unitok.data.bad import SampleError
 
 IMAGE_MARK = "<image>"
 BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
@@ -27,6 +28,13 @@ class Turn(NamedTuple):
 Conversation = list[Turn]
 
 
+class ConversationError(SampleError):
+    """A conversation that cannot be learnt from."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, "conversation")
+
+
 def parse_conversations(data: Any, where: str) -> list[Conversation]:
     """Reads one conversation or a list of several, in LLaVA's (from, value) or the chat (role, content) form.
 
@@ -36,7 +44,7 @@ def parse_conversations(data: Any, where: str) -> list[Conversation]:
         DataError: the form is unknown or a conversation cannot be learnt from; the message begins with `where`.
     """
     if not isinstance(data, list) or not data:
-        raise DataError(f"{where}: conversations is {_short(data)}; expected a list of turns")
+        raise ConversationError(f"{where}: conversations is {_short(data)}; expected a list of turns")
     several = data if isinstance(data[0], list) else [data]
     found = []
     for turns in several:
@@ -51,15 +59,15 @@ def parse_conversations(data: Any, where: str) -> list[Conversation]:
 
 def _parse_turns(data: Any, where: str) -> Conversation:
     if not isinstance(data, list) or not data:
-        raise DataError(f"{where}: a conversation is {_short(data)}; expected a list of turns")
+        raise ConversationError(f"{where}: a conversation is {_short(data)}; expected a list of turns")
     turns, system = [], ""
     for number, item in enumerate(data):
         if not isinstance(item, dict):
-            raise DataError(f"{where}: turn {number} is {_short(item)}; expected an object with role and content")
+            raise ConversationError(f"{where}: turn {number} is {_short(item)}; expected an object of role and content")
         role = _ROLES.get(str(item.get("from", item.get("role"))))
         content = item.get("value", item.get("content"))
         if role is None or not isinstance(content, str):
-            raise DataError(
+            raise ConversationError(
                 f"{where}: turn {number} is {_short(item)}; expected role (user, assistant) and content, or from "
                 "(human, gpt) and value"
             )
@@ -69,7 +77,7 @@ def _parse_turns(data: Any, where: str) -> Conversation:
         turns.append(Turn(role, system + content))
         system = ""
     if not turns:
-        raise DataError(f"{where}: a conversation holds a system turn only; expected a question and an answer")
+        raise ConversationError(f"{where}: a conversation holds a system turn only; expected a question and an answer")
     return turns
 
 
@@ -79,20 +87,26 @@ def validate_conversation(turns: Sequence[Turn], num_images: int, where: str = "
     roles = [turn.role for turn in turns]
     expected = ["user", "assistant"] * (len(turns) // 2)
     if not turns or roles != expected:
-        raise DataError(f"{where}: roles are {_short(roles)}; expected user, assistant in turn, ending with assistant")
+        raise ConversationError(
+            f"{where}: roles are {_short(roles)}; expected user, assistant in turn, ending with assistant"
+        )
     for number, turn in enumerate(turns):
         if not turn.content.replace(IMAGE_MARK, "").strip() and not (turn.role == "user" and turn.content.strip()):
-            raise DataError(f"{where}: turn {number} ({turn.role}) is empty; expected text")
+            raise ConversationError(f"{where}: turn {number} ({turn.role}) is empty; expected text")
         for mark in (BEGIN_IMAGE, END_IMAGE):
             if mark in turn.content:
-                raise DataError(
+                raise ConversationError(
                     f"{where}: turn {number} holds {mark}, which only the model's layout may set; take it out"
                 )
         if turn.role == "assistant" and IMAGE_MARK in turn.content:
-            raise DataError(f"{where}: turn {number} holds {IMAGE_MARK} in an answer; expected it in user turns only")
+            raise ConversationError(
+                f"{where}: turn {number} holds {IMAGE_MARK} in an answer; expected it in user turns only"
+            )
     marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)
     if marks != num_images:
-        raise DataError(f"{where}: {marks} x {IMAGE_MARK} in the turns and {num_images} images; expected as many")
+        raise ConversationError(
+            f"{where}: {marks} x {IMAGE_MARK} in the turns and {num_images} images; expected as many"
+        )
 
 
 def import_llava(json_path: Path | str, images: Path | str, out: Path | str) -> tuple[Path, int, int]:
@@ -133,8 +147,8 @@ def import_llava(json_path: Path | str, images: Path | str, out: Path | str) -> 
 
 def _load_llava(json_path: Path) -> list[Any]:
     try:
-        records = json.loads(json_path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        records = json.loads(json_path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
         raise DataError(f"{json_path} cannot be read as JSON ({type(error).__name__}); give a LLaVA .json") from None
     if not isinstance(records, list):
         raise DataError(f"{json_path} holds {_short(records)}; expected a list of records with conversations")

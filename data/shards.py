@@ -5,12 +5,18 @@ Members of one sample share the key (the path up to the first dot of the file na
 
 import glob
 import os
-import tarfile
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal
+
+import numpy as np
 
 from unitok.core.errors import DataError
+from unitok.data.shard_index import index_shards
+from unitok.data.tar_table import TarTable
+
+_OPEN_TABLES = 256  # views of mapped files, a few hundred bytes each
 
 
 def write_shards(
@@ -38,12 +44,12 @@ def write_shards(
     if next(out.glob(f"{prefix}-*.tar"), None) is not None:
         raise DataError(f"{out} already holds {prefix}-*.tar; remove them or give another folder")
     shards: list[Path] = []
-    writer = _ShardFile(out, prefix)
+    writer = _ShardFile(out / f"{prefix}-00000.tar")
     try:
         for sample in samples:
             if writer.count == max_per_shard:
                 shards.append(writer.finish())
-                writer = _ShardFile(out, prefix, len(shards))
+                writer = _ShardFile(out / f"{prefix}-{len(shards):05d}.tar")
             writer.write(sample)
         if writer.count:
             shards.append(writer.finish())
@@ -54,15 +60,32 @@ def write_shards(
     return shards
 
 
+def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Writes one shard, which appears when it is complete, over an older one; the number of its samples."""
+    writer = _ShardFile(path)
+    try:
+        for sample in samples:
+            writer.write(sample)
+        writer.finish()
+    finally:
+        writer.discard()
+    return writer.count
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file of that name until it is complete."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 class _ShardFile:
     """One tar under a temporary name until `finish`."""
 
-    def __init__(self, out: Path, prefix: str, number: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         import webdataset
 
-        self.path = out / f"{prefix}-{number:05d}.tar"
+        self.path = path
         self.count = 0
-        self._temporary = out / f".{self.path.name}.tmp"
+        self._temporary = temporary_name(path)
         self._stream = open(self._temporary, "wb")
         self._tar = webdataset.TarWriter(self._stream, mtime=0, user="user", group="group")
 
@@ -85,53 +108,126 @@ class _ShardFile:
         self._temporary.unlink(missing_ok=True)
 
 
-class _Member(NamedTuple):
-    offset: int
-    size: int
+class Keys(Sequence[str]):
+    """The samples' keys, read when they are asked for."""
 
+    def __init__(self, reader: "ShardReader") -> None:
+        self._reader = reader
 
-class _Entry(NamedTuple):
-    key: str
-    path: Path
-    members: dict[str, _Member]
+    def __len__(self) -> int:
+        return len(self._reader)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return [self[number] for number in range(*index.indices(len(self)))]
+        table, number = self._reader.place(index)
+        return table.key(number)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 class ShardReader:
     """Samples of tar shards by index: `reader[i] -> {"png": bytes, "txt": bytes, ...}`, `reader.keys[i]`.
 
-    The headers are scanned once; a sample is then one seek. No file stays open, so a reader may be forked or pickled.
+    Headers are read once and kept in an index file (see `shard_index`); a sample is then one seek. A reader may be
+    forked or pickled. `sizes`: samples of each shard of `paths`.
 
     Args:
         spec: a folder, a glob, a brace pattern ("shard-{00000..00003}.tar"), or a list of tar files.
+        on_bad: "raise", or "skip" to go on without what is broken: `bad_shards` (shard -> what is wrong with it; its
+            whole samples before the cut are kept) and `bad_samples` ("SHARD:KEY" -> why that sample is left out).
 
     Raises:
-        DataError: no shard is found, or one is not a whole tar file.
+        DataError: no shard is found or none holds a sample; with "raise" also where one is not a whole tar file or
+            holds a key twice.
     """
 
-    def __init__(self, spec: Path | str | Sequence[Path | str]) -> None:
+    def __init__(self, spec: Path | str | Sequence[Path | str], on_bad: Literal["raise", "skip"] = "raise") -> None:
         self.paths = expand_shards(spec)
-        self._entries = [entry for path in self.paths for entry in _scan(path)]
-        if not self._entries:
-            raise DataError(f"{spec} holds no sample in {len(self.paths)} shards; write them again")
-        self.keys = [entry.key for entry in self._entries]
+        self.on_bad = on_bad
+        self.bad_shards: dict[Path, str] = {}
+        self.bad_samples: dict[str, str] = {}
+        self._places = index_shards(self.paths)
+        self.sizes = [
+            len(place) if isinstance(place, TarTable) else int(place[0].rows["samples"][place[1]])
+            for place in self._places
+        ]
+        self._ends = np.cumsum(self.sizes)
+        self._tables: dict[int, TarTable] = {}  # those read last
+        self._note_what_is_bad()
+        if len(self) == 0:
+            why = next((f"; {path}: {problem}" for path, problem in self.bad_shards.items()), "")
+            raise DataError(f"{spec} holds no sample in {len(self.paths)} shards{why}; write them again")
+        self.keys = Keys(self)
+
+    def _note_what_is_bad(self) -> None:
+        for path, place in zip(self.paths, self._places, strict=True):
+            if isinstance(place, TarTable):
+                problem, bad = place.problem, place.bad
+            else:
+                index, row = place
+                problem, bad = index.problems.get(path.name, ""), index.bad.get(path.name, {})
+            if problem:
+                self.bad_shards[path] = problem
+            self.bad_samples |= {f"{path}:{key}": reason for key, reason in bad.items()}
+        if self.on_bad == "raise":
+            for path, problem in self.bad_shards.items():
+                raise DataError(f"{path} is not a whole tar file ({problem}); copy or write it again")
+            for name, reason in self.bad_samples.items():
+                raise DataError(f"{name}: {reason}; write the shard again")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.paths, self.on_bad)  # to be mapped there, not sent
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return int(self._ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, bytes]:
         return self.read(index)
 
+    def place(self, index: int) -> tuple[TarTable, int]:
+        """The table of the shard that holds sample `index`, and its number in there."""
+        shard, number = self._shard(index)
+        return self.table(shard), number
+
+    def _shard(self, index: int) -> tuple[int, int]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index = index % len(self)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return shard, index - int(self._ends[shard]) + self.sizes[shard]
+
+    def table(self, shard: int) -> TarTable:
+        """What stands where in shard number `shard`."""
+        table = self._tables.get(shard)
+        if table is None:
+            if len(self._tables) >= _OPEN_TABLES:
+                self._tables.pop(next(iter(self._tables)), None)
+            place = self._places[shard]
+            table = self._tables[shard] = place if isinstance(place, TarTable) else place[0].table(place[1])
+        return table
+
     def read(self, index: int, names: Iterable[str] | None = None) -> dict[str, bytes]:
         """The members of sample `index`; only those called `names`, where given."""
-        entry = self._entries[index]
-        wanted = set(entry.members) if names is None else set(names)
+        shard, number = self._shard(index)
+        wanted = None if names is None else set(names)
         out = {}
-        with open(entry.path, "rb") as stream:
-            for name, member in entry.members.items():
-                if name in wanted:
-                    stream.seek(member.offset)
-                    out[name] = stream.read(member.size)
+        with open(self.paths[shard], "rb", buffering=0) as stream:
+            for name, offset, size in self.table(shard).members_of(number):
+                if wanted is None or name in wanted:
+                    out[name] = os.pread(stream.fileno(), size, offset)
+                    if len(out[name]) != size:
+                        raise DataError(f"{self.paths[shard]} is shorter than it was; copy or write it again")
         return out
+
+
+def reader_of(source: Any) -> ShardReader | None:
+    """The reader of a source of samples whose numbers are those of its shards; None of any other source."""
+    reader = getattr(source, "reader", None)
+    return reader if isinstance(reader, ShardReader) and len(reader) == len(source) else None
 
 
 def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:
@@ -155,36 +251,3 @@ def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:
     if not paths:
         raise DataError(f"{spec} matches no .tar file; expected a folder, a glob or a brace pattern of shards")
     return paths
-
-
-def _scan(path: Path) -> list[_Entry]:
-    entries: list[_Entry] = []
-    size = path.stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for info in tar:
-                if info.isfile():
-                    _add_member(entries, path, info, size)
-            # tarfile takes a file cut at a header for a shorter archive; a whole one goes on with a block of zeros.
-            tar.fileobj.seek(tar.offset)
-            if tar.fileobj.read(tarfile.BLOCKSIZE) != tarfile.NUL * tarfile.BLOCKSIZE:
-                raise tarfile.ReadError("its end is missing")
-    except tarfile.TarError as error:
-        raise DataError(f"{path} is not a whole tar file ({error}); copy or write it again") from None
-    return entries
-
-
-def _add_member(entries: list[_Entry], path: Path, info: tarfile.TarInfo, file_size: int) -> None:
-    folder, _, name = info.name.rpartition("/")
-    stem, _, extension = name.partition(".")
-    if not stem or not extension:
-        return
-    if info.offset_data + info.size > file_size:
-        raise DataError(f"{path} ends inside {info.name}; copy or write it again")
-    key = f"{folder}/{stem}" if folder else stem
-    if not entries or entries[-1].key != key:
-        entries.append(_Entry(key, path, {}))
-    extension = extension.lower()
-    if extension in entries[-1].members:
-        raise DataError(f"{path} holds {info.name} twice; keys must be unique")
-    entries[-1].members[extension] = _Member(info.offset_data, info.size)

@@ -1,68 +1,35 @@
-"""Sources of images with words, all read the same way: `source[i] -> Sample`, in any order, from any process.
+"""Opens sources of images with words by their names: generated scenes, tar shards, folders of images and others.
 
-`open_source` knows generated shapes scenes, folders of tar shards, folders of image files, and JSON lines.
+What a source is stands in `samples`; JSON records, parquet files and mixtures have files of their own.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from statistics import median
 from urllib.parse import parse_qsl
 
-from PIL import Image
+import numpy as np
 
 from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
-from unitok.data.bad import BadSamples
+from unitok.data.bad import SampleError
 from unitok.data.captions import caption, questions, whole_captions
+from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, Decoded, Shrink
+from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
+from unitok.data.parquet import ParquetSource
+from unitok.data.records import open_records
+from unitok.data.samples import Sample, ShrinkOf, Source
+from unitok.data.samples import good_samples as good_samples
 from unitok.data.shapes import BASE_SIZE, MIN_SIZE, SPLITS, Scene, render, sample_scene
 from unitok.data.shards import ShardReader
-from unitok.data.transforms import IMAGE_EXTENSIONS, decode_image, load_image
-from unitok.data.words import Words, load_json_object, parse_words, words_from_json
+from unitok.data.urls import is_url, local_files, suffix_of
+from unitok.data.words import Words, parse_words
 
 SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
 _KNOWN_FORMS = (
-    'expected "shapes:train?num=8000&seed=0", a folder of .tar shards or a pattern of them, a folder of image files '
-    "with .txt beside them, or a .jsonl file"
+    'expected "shapes:train?num=8000&seed=0", a folder, pattern or URL of .tar shards or .parquet files, a folder of '
+    'image files with .txt beside them, a .jsonl or a LLaVA .json file, or "mix:WEIGHT=SOURCE;WEIGHT=SOURCE"'
 )
-
-
-@dataclass(kw_only=True)
-class Sample(Words):
-    """An RGB image and what is said about it; `key` names it within its source."""
-
-    key: str
-    image: Image.Image
-
-
-class Source(BadSamples, ABC):
-    """Map-style source that survives bad samples (unreadable image, malformed text)."""
-
-    @abstractmethod
-    def _read_words(self, index: int) -> Words:
-        """Captions, questions, conversations and meta of a sample; UserError when malformed."""
-
-    @abstractmethod
-    def _read_image(self, index: int) -> Image.Image:
-        """The image of a sample; UserError when unreadable."""
-
-    def read(self, index: int) -> Sample:
-        """Sample `index` itself; UserError or OSError when it is bad."""
-        return Sample(**vars(self._read_words(index)), key=self.key(index), image=self._read_image(index))
-
-    def __getitem__(self, index: int) -> Sample:
-        if not 0 <= index < len(self):
-            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        return self.first_good(index, self.read)
-
-    def words(self, index: int) -> Words:
-        """Like `source[index]` without its image. A bad image is not noticed here."""
-        return self.first_good(index, self._read_words)
-
-    def texts(self, index: int) -> list[str]:
-        """The captions of a sample, read without its image."""
-        return self.words(index).captions
 
 
 class ShapesSource(Source):
@@ -88,16 +55,34 @@ class ShapesSource(Source):
         captions = [text, *(other for other in whole_captions(scene) if other != text)]
         return Words(captions, questions(scene), [], {"scene": scene, "geneval": metadata})
 
-    def _read_image(self, index: int) -> Image.Image:
-        return render(self.scene(index))
+    def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        image = render(self.scene(index))
+        return Decoded(image, image.size)
 
 
 class ShardSource(Source):
-    """Tar shards with an image, and optionally a txt (one caption a line) and a json, per sample."""
+    """Tar shards with an image, and optionally a txt (one caption a line) and a json, per sample.
+
+    A shard that is cut off or empty counts for the samples that it should hold by the other shards' sizes.
+    """
 
     def __init__(self, spec: str, max_bad_fraction: float) -> None:
         super().__init__(spec, max_bad_fraction)
-        self.reader = ShardReader(spec)
+        self.reader = ShardReader(local_files(spec) if is_url(spec) else spec, on_bad="skip")
+        self._ends = np.cumsum(self.reader.sizes)
+        self.report_lost(self.reader.bad_samples, len(self.reader.bad_samples))
+        self.report_lost(
+            {str(path): f"the shard is broken: {problem}" for path, problem in self.reader.bad_shards.items()},
+            self._lost_with_shards(),
+        )
+
+    def _lost_with_shards(self) -> int:
+        """How many samples broken shards have lost: what they have less than whole ones; all without these."""
+        bad, sizes = self.reader.bad_shards, dict(zip(self.reader.paths, self.reader.sizes, strict=True))
+        whole = [size for path, size in sizes.items() if path not in bad]
+        if not whole:
+            return len(self.reader)
+        return sum(max(1, round(median(whole)) - sizes[path]) for path in bad)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -105,15 +90,31 @@ class ShardSource(Source):
     def key(self, index: int) -> str:
         return self.reader.keys[index]
 
-    def _read_words(self, index: int) -> Words:
-        members = self.reader.read(index, ("txt", "json"))
-        return parse_words(members.get("txt"), members.get("json"), self.key(index))
+    def place(self, index: int) -> str:
+        shard = self.reader.paths[int(np.searchsorted(self._ends, index, side="right"))]
+        return f"{shard}:{self.key(index)}"
 
-    def _read_image(self, index: int) -> Image.Image:
-        members = self.reader.read(index, IMAGE_EXTENSIONS)
-        if not members:
-            raise DataError(f"{self.key(index)} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}")
-        return decode_image(next(iter(members.values())), self.key(index))
+    def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        members = self.reader.read(index, (*IMAGE_EXTENSIONS, "txt", "json"))  # all in one go
+        words, key = self._words_in(members, index), self.key(index)
+        image = self._image_in(members, index, shrink_of(key) if shrink_of else None)
+        return Sample(**vars(words), key=key, image=image.image, full_size=image.full_size)
+
+    def _read_words(self, index: int) -> Words:
+        return self._words_in(self.reader.read(index, ("txt", "json")), index)
+
+    def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        return self._image_in(self.reader.read(index, IMAGE_EXTENSIONS), index, shrink)
+
+    def _words_in(self, members: dict[str, bytes], index: int) -> Words:
+        return parse_words(members.get("txt"), members.get("json"), self.place(index))
+
+    def _image_in(self, members: dict[str, bytes], index: int, shrink: Shrink | None) -> Decoded:
+        data = next((members[name] for name in members if name in IMAGE_EXTENSIONS), None)
+        if data is None:
+            message = f"{self.place(index)} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}"
+            raise SampleError(message, "missing image")
+        return self._decode(data, index, shrink)
 
 
 def _is_image(path: Path) -> bool:
@@ -141,84 +142,72 @@ class FolderSource(Source):
         beside = [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
         return parse_words(*(path.read_bytes() if path.is_file() else None for path in beside), str(self.files[index]))
 
-    def _read_image(self, index: int) -> Image.Image:
-        return load_image(self.files[index])
+    def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        return self._load(self.files[index], shrink)
 
 
-class JsonlSource(Source):
-    """JSON lines {"image", "id"?, "caption"?, "captions"?, "questions"?, "conversations"?}; image paths are relative
-    to the file."""
-
-    def __init__(self, path: Path, max_bad_fraction: float) -> None:
-        super().__init__(str(path), max_bad_fraction)
-        self.path = path
-        try:
-            self.lines = [line for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"cannot read {path} ({type(error).__name__}); expected JSON lines in UTF-8") from None
-        if not self.lines:
-            raise DataError(f"{path} holds no record; expected one JSON object a line with image and caption")
-
-    def __len__(self) -> int:
-        return len(self.lines)
-
-    def key(self, index: int) -> str:
-        try:
-            name = self._record(index).get("id")
-        except DataError:
-            name = None
-        return str(name) if isinstance(name, str | int) else f"{self.path.stem}-{index:06d}"
-
-    def _record(self, index: int) -> dict[str, Any]:
-        return load_json_object(self.lines[index], f"{self.path}: record {index}")
-
-    def _read_words(self, index: int) -> Words:
-        return words_from_json(self._record(index), f"{self.path}: record {index}")
-
-    def _read_image(self, index: int) -> Image.Image:
-        name = self._record(index).get("image")
-        if not isinstance(name, str):
-            raise DataError(f"{self.path}: record {index} has no image path; expected a string under image")
-        return load_image(self.path.parent / name)
-
-
-def good_samples(source: Any, limit: int | None = None) -> Iterator[tuple[int, Any]]:
-    """(index, sample) of the readable ones of the first `limit` samples: no stand-in for a bad one."""
-    for index in range(len(source) if limit is None else min(limit, len(source))):
-        sample = source[index]
-        if index not in getattr(source, "bad", {}):
-            yield index, sample
-
-
-def open_source(spec: str | Path, split: str | None = None, max_bad_fraction: float = 0.01) -> Source:
-    """Opens a source by its name.
+def open_source(
+    spec: "str | Path | Sequence[SourceShare]",
+    split: str | None = None,
+    max_bad_fraction: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
+    seed: int = 0,
+) -> Source:
+    """Opens a source by its name; `docs/data.md` shows all forms.
 
     Args:
-        spec: "shapes:SPLIT?num=&seed=&size=" for generated scenes; a folder, glob or brace pattern of .tar shards; a
-            folder of images; or a .jsonl file.
+        spec: "shapes:SPLIT?num=&seed=&size=" for generated scenes; a folder, glob, brace pattern or URL of .tar or
+            of .parquet files; a folder of images; a .jsonl file or LLaVA's .json (FILE?images=DIR); "mix:..." or a
+            list for a mixture.
         split: "train" or "val" in place of the one in a shapes spec; for folders the sub-folder of that name, if any.
         max_bad_fraction: share of unreadable samples above which reading stops.
+        max_pixels: images of more are bad samples.
+        seed: of a mixture's order.
 
     Raises:
         DataError: the spec is of no known form or nothing is there.
     """
-    text = str(spec)
+    shares = parse_mixture(spec)
+    if shares is not None:
+        members = [open_source(share.source, split, max_bad_fraction, max_pixels) for share in shares]
+        return MixtureSource(members, shares, seed)
+    assert isinstance(spec, str | Path)
+    source = _open_one(str(spec), split, max_bad_fraction)
+    source.max_pixels = max_pixels
+    return source
+
+
+def _open_one(text: str, split: str | None, max_bad_fraction: float) -> Source:
     if text.startswith("shapes:") or text == "shapes":
         return _open_shapes(text, split)
+    suffix = suffix_of(text)
+    if is_url(text) and suffix not in (".tar", ".parquet"):
+        raise DataError(f"data source {text!r}: URLs are read of .tar and .parquet files; fetch others yourself")
+    if suffix in (".json", ".jsonl"):
+        return open_records(text, max_bad_fraction)
+    if suffix == ".parquet":
+        return ParquetSource(text, max_bad_fraction)
     path = Path(text)
     if split is not None and (path / split).is_dir():
         path = path / split
-    if path.suffix == ".jsonl":
-        return JsonlSource(path, max_bad_fraction)
     if path.is_dir():
-        if next(path.glob("*.tar"), None) is not None:
-            return ShardSource(str(path), max_bad_fraction)
-        if not any(item.is_file() for item in path.iterdir()) and (path / "train").is_dir():
-            raise DataError(f"{path} holds splits; name one, such as {path / 'train'}")
-        return FolderSource(path, max_bad_fraction)
-    if path.suffix == ".tar":
+        return _open_folder(path, split, max_bad_fraction)
+    if suffix == ".tar":
         return ShardSource(text, max_bad_fraction)
     raise DataError(f"data source {text!r} does not exist or is of no known form; {_KNOWN_FORMS}")
+
+
+def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Source:
+    if next(path.glob("*.tar"), None) is not None:  # img2dataset writes notes in .parquet beside them
+        return ShardSource(str(path), max_bad_fraction)
+    tables = sorted(path.glob("*.parquet"))
+    if tables:
+        # the datasets library names its files SPLIT-00000-of-00002.parquet
+        wanted = f"{split}-*.parquet" if split and any(p.name.startswith(f"{split}-") for p in tables) else "*.parquet"
+        return ParquetSource(str(path / wanted), max_bad_fraction)
+    if not any(item.is_file() for item in path.iterdir()) and (path / "train").is_dir():
+        raise DataError(f"{path} holds splits; name one, such as {path / 'train'}")
+    return FolderSource(path, max_bad_fraction)
 
 
 def _open_shapes(spec: str, split: str | None) -> ShapesSource:

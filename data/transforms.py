@@ -1,14 +1,19 @@
 """Between PIL images and pixels: float32 [3, H, W] in [-1, 1], channels first."""
 
-import io
 import math
-from pathlib import Path
+from collections.abc import Sequence
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 from unitok.core.errors import UserError
+from unitok.data.decoding import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from unitok.data.decoding import decode_image as decode_image
+from unitok.data.decoding import load_image as load_image
+from unitok.data.decoding import to_rgb
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
 
 # What the released code does before its tokenizer: the shorter side becomes int(ratio * size), then a centre crop.
 RELEASED_PREPROCESS = {
@@ -17,49 +22,6 @@ RELEASED_PREPROCESS = {
     "clip_val": (1.0, Image.Resampling.BICUBIC),  # zero-shot classification
 }
 VQA_BACKGROUND = (122, 116, 104)  # what the released chat pads images with: CLIP's mean colour
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
-# What PIL raises on broken or oversized files, beside OSError (which UnidentifiedImageError is).
-_DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
-
-
-def load_image(path: Path | str) -> Image.Image:
-    """Reads an image file as RGB; UserError naming the file when it is missing or not an image."""
-    path = Path(path)
-    try:
-        data = path.read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a path with a null byte
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot read image {str(path)!r}: {reason}; give an existing image file") from None
-    return decode_image(data, str(path))
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decodes an image file's bytes as RGB: upright by its EXIF tag, transparency laid over white.
-
-    Raises:
-        UserError: the bytes are not an image; the message begins with `name`.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as file:
-            file.load()
-            return to_rgb(ImageOps.exif_transpose(file))
-    except _DECODE_ERRORS as error:
-        raise UserError(f"{name} is not a readable image ({type(error).__name__}); give a png, jpg or webp") from None
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; what is transparent becomes white, and 16 bits become 8. ValueError for floating point."""
-    if image.mode == "RGB":
-        return image
-    if image.mode == "F":
-        raise ValueError("an image of floating point numbers has no range of its own; convert it to 8 or 16 bits")
-    if image.mode.startswith("I"):  # PIL would cut everything above 255
-        grey = np.asarray(image, dtype=np.float64) / 257
-        return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
 
 
 def eval_transform(image: Image.Image, size: int, preprocess: str = "plain") -> torch.Tensor:
@@ -68,15 +30,15 @@ def eval_transform(image: Image.Image, size: int, preprocess: str = "plain") -> 
     `preprocess` names one of RELEASED_PREPROCESS instead, for the numbers of the released tokenizer.
     """
     image = to_rgb(image)
-    if preprocess != "plain":
-        return _released(image, size, preprocess)
-    width, height = image.size
-    if (width, height) != (size, size):
-        # The crop is taken in the source, in one resampling, so that no side is rounded.
-        side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        image = _resize(image, size, (left, top, left + side, top + side))
-    return to_pixels(image)
+    return to_pixels(centred(image, size)) if preprocess == "plain" else _released(image, size, preprocess)
+
+
+def centred(image: Image.Image, size: int) -> Image.Image:
+    """The largest centred square of an RGB image at `size` pixels a side."""
+    if image.size == (size, size):
+        return image
+    # The crop is taken in the source, in one resampling, so that no side is rounded.
+    return _resize(image, size, _centred_square(*image.size))
 
 
 def _released(image: Image.Image, size: int, preprocess: str) -> torch.Tensor:
@@ -97,10 +59,15 @@ def _shorter_side(image: Image.Image, size: int, preprocess: str) -> Image.Image
 
 
 def released_train_transform(image: Image.Image, size: int, rng: np.random.Generator) -> torch.Tensor:
-    """As "vae_val" of RELEASED_PREPROCESS, but the crop may lie anywhere. [3, size, size]"""
+    """`released_crop` as pixels. [3, size, size]"""
+    return to_pixels(released_crop(image, size, rng))
+
+
+def released_crop(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
+    """As "vae_val" of RELEASED_PREPROCESS, but the crop may lie anywhere."""
     image = _shorter_side(to_rgb(image), size, "vae_val")
     left, top = (int(rng.integers(side - size + 1)) for side in image.size)
-    return to_pixels(image.crop((left, top, left + size, top + size)))
+    return image.crop((left, top, left + size, top + size))
 
 
 def pad_to_square(image: Image.Image, background: tuple[int, int, int] = VQA_BACKGROUND) -> Image.Image:
@@ -127,16 +94,41 @@ def train_transform(
 
     Not for captions that tell left from right: pass `flip=False` there.
     """
+    return to_pixels(random_crop(image, size, rng, min_area, flip))
+
+
+def random_crop(
+    image: Image.Image,
+    size: int,
+    rng: np.random.Generator,
+    min_area: float = 0.5,
+    flip: bool = True,
+    full_size: tuple[int, int] | None = None,
+) -> Image.Image:
+    """`train_transform` as an image.
+
+    full_size: of the image in its file, where it was decoded smaller; the crop shows the same part of it.
+    """
     image = to_rgb(image)
-    box = _random_box(*image.size, rng, min_area)
+    full_width, full_height = full_size or image.size
+    left, top, right, bottom = random_box(full_width, full_height, rng, min_area)
     mirrored = flip and rng.random() < 0.5
-    pixels = to_pixels(_resize(image, size, box))
-    return pixels.flip(-1) if mirrored else pixels
+    x, y = image.width / full_width, image.height / full_height
+    image = _resize(image, size, (left * x, top * y, min(right * x, image.width), min(bottom * y, image.height)))
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if mirrored else image
 
 
-def _random_box(
-    width: int, height: int, rng: np.random.Generator, min_area: float
-) -> tuple[float, float, float, float]:
+def shrink_for_crop(
+    width: int, height: int, size: int, rng: np.random.Generator, min_area: float = 0.5, surplus: float = 1.0
+) -> int:
+    """How much smaller (1, 2, 4 or 8 times) an image may be decoded so that the box that `random_crop` takes with
+    an equal `rng` still has `surplus` x `size` pixels a side."""
+    left, top, right, bottom = random_box(width, height, rng, min_area)
+    ratio = min(right - left, bottom - top) / (surplus * size)
+    return max((factor for factor in (2, 4, 8) if factor <= ratio), default=1)
+
+
+def random_box(width: int, height: int, rng: np.random.Generator, min_area: float) -> Box:
     """A box of random area and aspect ratio (3:4 to 4:3); the largest centred square if ten tries do not fit."""
     for _ in range(10):
         area = rng.uniform(min_area, 1.0) * width * height
@@ -145,12 +137,16 @@ def _random_box(
         if box_width <= width and box_height <= height:
             left, top = rng.uniform(0, width - box_width), rng.uniform(0, height - box_height)
             return left, top, left + box_width, top + box_height
+    return _centred_square(width, height)
+
+
+def _centred_square(width: int, height: int) -> Box:
     side = min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 
 
-def _resize(image: Image.Image, size: int, box: tuple[float, float, float, float]) -> Image.Image:
+def _resize(image: Image.Image, size: int, box: Box) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC, box=box)
 
 
@@ -158,6 +154,22 @@ def to_pixels(image: Image.Image) -> torch.Tensor:
     """RGB image -> float32 [3, H, W] in [-1, 1], without resizing."""
     array_HW3 = np.asarray(image, dtype=np.float32) / 127.5 - 1
     return torch.from_numpy(np.ascontiguousarray(array_HW3.transpose(2, 0, 1)))
+
+
+def to_levels(images: Sequence[Image.Image]) -> torch.Tensor:
+    """RGB images of one size -> uint8 [B, 3, H, W]: a quarter of the pixels' memory until they are needed."""
+    width, height = images[0].size
+    levels_BHW3 = np.empty((len(images), height, width, 3), dtype=np.uint8)
+    for row, image in zip(levels_BHW3, images, strict=True):
+        row[...] = np.asarray(image)
+    return torch.from_numpy(levels_BHW3).permute(0, 3, 1, 2)
+
+
+def as_pixels(images: torch.Tensor) -> torch.Tensor:
+    """uint8 -> float32 in [-1, 1], channels first in memory, equal to `to_pixels` bit for bit; floats as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return images.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def to_pil(pixels: torch.Tensor, truncate: bool = False) -> Image.Image:

@@ -1,13 +1,18 @@
 """What is said about an image, and how it is read from and written to text and JSON."""
 
 import json
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from unitok.core.errors import DataError
+from unitok.data.bad import SampleError
 from unitok.data.captions import QA
 from unitok.data.conversations import MARKS, Conversation, parse_conversations
 from unitok.data.shapes import Scene, is_scene_dict, scene_from_dict
+
+MAX_TEXT = 2**16  # characters of a caption, a question or a turn; more is a whole document, or damage
+MAX_BYTES = 2**24  # of a sample's txt or json
+_LINES = re.compile(r"\r\n|\n|\r")
 
 
 @dataclass
@@ -22,14 +27,23 @@ class Words:
 
 def parse_words(text: bytes | None, data: bytes | None, where: str) -> Words:
     """Words from a sample's txt (one caption a line) and json; DataError when one is malformed."""
+    lines = _LINES.split(text_of(text, where)) if text else []
+    words = words_from_json(load_json_object(text_of(data, where), where), where) if data else Words()
+    found = [line.strip() for line in lines if line.strip()]
+    # A caption may stand in both files; it counts once. img2dataset's may have several lines, which belong together.
+    if len(found) < 2 or " ".join(found).split() not in [caption.split() for caption in words.captions]:
+        words.captions = list(dict.fromkeys(found + words.captions))
+    return _checked(words, where)
+
+
+def text_of(data: bytes, where: str) -> str:
+    """UTF-8 text without a byte order mark; DataError beginning with `where` when it is none."""
+    if len(data) > MAX_BYTES:
+        raise SampleError(f"{where}: text of {len(data)} bytes; expected at most {MAX_BYTES}", "too long")
     try:
-        lines = text.decode("utf-8-sig").splitlines() if text else []
-        words = words_from_json(load_json_object(data.decode("utf-8-sig"), where), where) if data else Words()
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{where}: text is not UTF-8") from None
-    # A caption may stand in both files; it counts once.
-    words.captions = list(dict.fromkeys([line.strip() for line in lines if line.strip()] + words.captions))
-    return _without_marks(words, where)
+        raise SampleError(f"{where}: text is not UTF-8", "not UTF-8") from None
 
 
 def load_json_object(text: str, where: str) -> dict[str, Any]:
@@ -37,50 +51,77 @@ def load_json_object(text: str, where: str) -> dict[str, Any]:
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON ({error.msg} at character {error.pos})") from None
+        raise SampleError(f"{where} is not JSON ({error.msg} at character {error.pos})", "not JSON") from None
     except RecursionError:
-        raise DataError(f"{where} is JSON nested too deeply to be read") from None
+        raise SampleError(f"{where} is JSON nested too deeply to be read", "not JSON") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise SampleError(f"{where} is JSON that cannot be read ({str(error)[:80]})", "not JSON") from None
     if not isinstance(data, dict):
-        raise DataError(f"{where} is a JSON {type(data).__name__}; expected an object")
+        raise SampleError(f"{where} is a JSON {type(data).__name__}; expected an object", "wrong type")
     return data
 
 
 def words_from_json(data: dict[str, Any], where: str) -> Words:
-    """Words from a sample's JSON; keys that are not words become its meta."""
-    several = data.get("captions", [])
-    if not isinstance(several, list):
-        raise DataError(f"{where}: captions is {str(several)[:80]!r}; expected a list of texts")
+    """Words from a sample's JSON; keys that are not words become its meta. null is as good as absent."""
+    several = _list_of(data, "captions", where)
     # null and blank text are no caption, as an empty .txt is none
-    captions = [item for item in (data.get("caption"), *several) if item is not None and item != ""]
+    captions = [item for item in (data.get("caption"), *several) if item is not None]
     if not all(isinstance(item, str) for item in captions):
-        raise DataError(f"{where}: captions are {str(captions)[:80]!r}; expected texts")
-    captions = [item for item in captions if item.strip()]
-    asked = data.get("questions", [])
-    if not isinstance(asked, list):
-        raise DataError(f"{where}: questions is {str(asked)[:80]!r}; expected a list")
+        raise SampleError(f"{where}: captions are {str(captions)[:80]!r}; expected texts", "wrong type")
+    captions = list(dict.fromkeys(item.strip() for item in captions if item.strip()))
+    asked = [_question(item, where) for item in _list_of(data, "questions", where)]
     talks = parse_conversations(data["conversations"], where) if data.get("conversations") else []
     reserved = ("caption", "captions", "questions", "conversations", "image")
     meta = {key: value for key, value in data.items() if key not in reserved}
     if is_scene_dict(meta.get("scene")):  # the word is common: another data set may mean something else by it
         meta["scene"] = scene_from_dict(meta["scene"])
-    return _without_marks(Words(list(captions), [_question(item, where) for item in asked], talks, meta), where)
+    return _checked(Words(captions, asked, talks, meta), where)
 
 
-def _without_marks(words: Words, where: str) -> Words:
-    """DataError when captions or questions hold a mark: it would be read as an image that is not there."""
-    texts = [*words.captions, *(text for item in words.questions for text in (item.question, item.answer))]
-    for text in texts:
+def _list_of(data: dict[str, Any], name: str, where: str) -> list[Any]:
+    value = data.get(name)
+    if value is None:
+        return []
+    if not isinstance(value, list):
+        raise SampleError(f"{where}: {name} is {str(value)[:80]!r}; expected a list", "wrong type")
+    return value
+
+
+def _checked(words: Words, where: str) -> Words:
+    """SampleError when a text cannot be learnt from, or holds a mark, which would be read as an image."""
+    marked = [*words.captions, *(text for item in words.questions for text in (item.question, item.answer))]
+    for text in marked:
         for mark in MARKS:
             if mark in text:
-                raise DataError(f"{where}: {text[:80]!r} holds {mark}, which stands for images; take it out")
+                message = f"{where}: {text[:80]!r} holds {mark}, which stands for images; take it out"
+                raise SampleError(message, "mark in text")
+    for text in [*marked, *(turn.content for talk in words.conversations for turn in talk)]:
+        if len(text) > MAX_TEXT:
+            raise SampleError(f"{where}: a text of {len(text)} characters; expected at most {MAX_TEXT}", "too long")
+        if "\0" in text:
+            message = f"{where}: {text[:80]!r} holds a NUL character; is it UTF-16? Write it as UTF-8"
+            raise SampleError(message, "not UTF-8")
+        if not _is_unicode(text):
+            raise SampleError(f"{where}: {ascii(text[:80])} holds half a surrogate pair; write it anew", "not UTF-8")
     return words
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _question(item: Any, where: str) -> QA:
     names = ("type", "question", "answer")
     if not isinstance(item, dict) or not all(isinstance(item.get(name), str) and item[name] for name in names):
-        raise DataError(
-            f"{where}: a question is {str(item)[:80]!r}; expected an object of texts type, question, answer"
+        raise SampleError(
+            f"{where}: a question is {str(item)[:80]!r}; expected an object of texts type, question, answer",
+            "wrong type",
         )
     return QA(*(item[name] for name in names))
 

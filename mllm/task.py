@@ -97,6 +97,10 @@ class MllmTask(Task):
     def num_samples(self) -> int:
         return len(self.source)
 
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        return self.source.reader.sizes
+
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tiny import PlainEngine, assert_same_gradients, gradients, make_tokenizer, random_pixels
 
 from unitok.core.errors import ConfigError
+from unitok.data.transforms import as_pixels
 from unitok.tokenizer.adversarial import Discriminator, PatchDiscriminator, adaptive_weight
 from unitok.tokenizer.gan_losses import hinge
 from unitok.tokenizer.losses import contrastive_loss, reconstruction_loss
@@ -154,7 +155,7 @@ def test_one_step_equals_the_naive_losses(networks, step, adaptive):
     )
     tokenizer, discriminator = networks
     batch = task.load_batch([0, 4], epoch=0)
-    pixels = batch["pixels"]
+    pixels = as_pixels(batch["pixels"])
     engines = {"tokenizer": PlainEngine(tokenizer), "discriminator": PlainEngine(Discriminator(discriminator))}
     task.model = tokenizer
     metrics = task.micro_step(engines, batch, 0, step)

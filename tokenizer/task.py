@@ -16,6 +16,8 @@ from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Replaced, Task
 from unitok.data.images import ImageBatches
 from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
+from unitok.data.shards import reader_of
+from unitok.data.transforms import as_pixels
 from unitok.tokenizer.adversarial import (
     Augmentation,
     adaptive_weight,
@@ -57,6 +59,11 @@ class TokenizerTask(Task):
     @property
     def num_samples(self) -> int:
         return len(self.batches)
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        reader = reader_of(self.batches.source)
+        return None if reader is None else reader.sizes
 
     # ---- networks
 
@@ -126,7 +133,7 @@ class TokenizerTask(Task):
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
     ) -> dict[str, Tensor]:
         weights, generator = self.config.loss, engines["tokenizer"]
-        pixels = batch["pixels"].to(generator.device, non_blocking=True)
+        pixels = as_pixels(batch["pixels"].to(generator.device, non_blocking=True))
         text_ids = batch["text_ids"].to(generator.device) if weights.contrastive > 0 else None
         out = generator(
             pixels,
@@ -156,7 +163,8 @@ class TokenizerTask(Task):
                 )
             engines["discriminator"].backward(loss)
             metrics |= judged
-        return self._finish(metrics, out, target)
+        counts = self.batches.count_sources(batch, world_size() * self.config.engine.accumulation_steps)
+        return self._finish(metrics, out, target) | counts
 
     def _drop_draws(self, pixels: Tensor, micro_index: int, step: int) -> Tensor | None:
         """Draws for stochastic depth, by an image's place in the global micro-batch."""

@@ -59,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parsed arguments. Optional positional ones may also stand after options, which argparse alone does not manage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["lm-eval"]:  # another program's command line
+        from unitok.commands.lm_eval import lm_eval_namespace
+
+        return lm_eval_namespace(argv[1:])
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     target = getattr(arguments, "positional", None)
@@ -86,6 +91,8 @@ def _quiet_libraries() -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from unitok.commands.lm_eval import add_lm_eval_command
+
     parser = _Parser(
         prog="unitok",
         description="Train and use unified multimodal models on discrete visual tokens. Start with `unitok demo`.",
@@ -97,8 +104,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_checkpoint_arguments(commands.add_parser("checkpoint", help="convert checkpoints of training"))
     _add_train(commands)
     _add_use(commands)
+    _add_serve(commands)
     _add_eval(commands)
+    add_lm_eval_command(commands)
     _add_convert(commands)
+    _add_plan(commands)
     report = commands.add_parser("report", help="the HTML report of a run folder, or results files side by side")
     report.add_argument("paths", nargs="+", metavar="DIR|FILE", help="folder of a demo run, or results.json files")
     report.add_argument("--html", metavar="OUT", help="results files: also write the tables as a page")
@@ -124,6 +134,8 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.data import add_check_arguments, add_codes_arguments, add_index_arguments
+
     data = commands.add_parser("data", help="make, encode, check and import data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     shapes = kinds.add_parser("shapes", help="write the shapes world as webdataset shards (png, txt, json)")
@@ -133,18 +145,10 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
     shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
     shapes.set_defaults(run=("data", "shapes"))
-    codes = kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two")
-    codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
-    codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
-    codes.add_argument("--out", required=True, metavar="DIR")
-    codes.add_argument("--batch-size", type=positive_int, default=64)
-    codes.add_argument(
-        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
-    )
-    codes.set_defaults(run=("data", "codes"))
+    add_codes_arguments(kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two"))
+    add_index_arguments(kinds.add_parser("index", help="read the headers of shards ahead: runs then open at once"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
-    check.add_argument("source", metavar="SOURCE", help="shards, image folder or JSONL file")
-    check.set_defaults(run=("data", "check"))
+    add_check_arguments(check)
     llava = kinds.add_parser("import-llava", help="turn a LLaVA instruction file into a JSONL source")
     llava.add_argument("json", metavar="JSON")
     llava.add_argument("--images", required=True, metavar="DIR", help="folder that the file's image names refer to")
@@ -168,6 +172,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     train.set_defaults(run=("train", "train"), positional="overrides")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.plan import add_plan_arguments
+
+    add_plan_arguments(commands.add_parser("plan", help="memory, hours and cost of a run before it is started"))
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
@@ -208,6 +218,15 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.set_defaults(run=("use", "chat"), positional="question")
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.serve import add_serve_arguments
+
+    serve = commands.add_parser("serve", help="chat and pictures over HTTP, in OpenAI's form, and a web page")
+    serve.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    add_serve_arguments(serve)
+    _add_precision(serve)
+
+
 def _add_precision(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     command.add_argument("--weights", choices=("int8", "int4"), help="smaller weights, by torchao (unitok[quantized])")
@@ -239,7 +258,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.lm_eval import add_rescore_arguments
     from unitok.commands.reconstruction import add_reconstruction_arguments
+    from unitok.commands.zeroshot import add_zeroshot_arguments
 
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -264,8 +285,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
+    zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
+    add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
     _add_generation_benchmarks(kinds)
     _add_speed(kinds)
+    rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
+    add_rescore_arguments(rescore)
 
 
 def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:

@@ -30,7 +30,7 @@ from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
 from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
-from unitok.core.sampling import SampleOrder, batches
+from unitok.core.sampling import batches, order_of
 from unitok.core.signals import StopSignals
 from unitok.core.task import Task
 from unitok.core.watchdog import Watchdog
@@ -92,7 +92,7 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
     config, task = run.config, run.task
     accumulation = config.engine.accumulation_steps
     per_step = run.global_micro_batch * accumulation
-    order = SampleOrder(task.num_samples, config.seed)
+    order = order_of(task, config.seed, config.shuffle_window)
     stream = batches(
         task, order, run.samples, config.steps * per_step, config.engine.micro_batch_size, config.num_workers
     )

@@ -23,6 +23,7 @@ from unitok.core.reshard import RUN_FILES
 from unitok.core.rng import derive_seed
 from unitok.core.runlog import RunLog, Tracker
 from unitok.core.same_run import check_same_run
+from unitok.core.sampling import check_same_order, order_of
 from unitok.core.task import Network, Task
 
 
@@ -31,6 +32,7 @@ class TrainConfig(Config):
 
     save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay; those of
     steps that keep_every (in steps, 0 = none) divides stay for good.
+    shuffle_window: shards shuffled together, where reading at random is slow (see docs/scale.md); 0 = all samples are.
     resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
     resume_fallback: where the newest checkpoint is corrupt, set it aside and take the newest that is whole.
     non_finite: a step whose loss or gradient is not finite is an error ("stop") or left out on all ranks ("skip"), as
@@ -50,6 +52,7 @@ class TrainConfig(Config):
     eval_every: int = Field(0, ge=0)
     tracker: Tracker = "none"
     num_workers: int = Field(0, ge=0)
+    shuffle_window: int = Field(0, ge=0)
     resume: str = "auto"
     resume_fallback: bool = False
     non_finite: Literal["stop", "skip"] = "stop"
@@ -154,6 +157,7 @@ def resume(run: Run) -> None:
         path = run.last_checkpoint
         present, incidental = identity(run), run.task.incidental
         checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, incidental))
+        checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.skipped = Skipped(**state.get("skipped", {}))
@@ -218,5 +222,6 @@ def identity(run: Run) -> dict[str, Any]:
         "world_size": world_size(),
         "global_micro_batch": run.global_micro_batch,
         "num_samples": run.task.num_samples,
+        "order": order_of(run.task, run.config.seed, run.config.shuffle_window).kind,
         "code_version": unitok.__version__,
     }

@@ -50,6 +50,11 @@ class Task(ABC):
     def num_samples(self) -> int:
         """Number of training samples; one epoch."""
 
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        """Samples of each shard, in the order of their numbers; None where the data are no shards."""
+        return None
+
     @abstractmethod
     def load_batch(self, indices: list[int], epoch: int) -> Any:
         """One micro-batch of this rank: a pure function of (seed, indices, epoch), without hidden state.

@@ -1,0 +1,175 @@
+"""Several sources as one, each with its share of every epoch.
+
+An epoch of a mixture has as many samples as its members together; member k gets its weight's share of them. Members
+go round: none of their samples comes again before all the others had their turn, over all epochs. In the order of
+`unitok.core.sampling` the members' places are shuffled.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from pydantic import Field, ValidationError
+
+from unitok.core.config import Config
+from unitok.core.errors import DataError
+from unitok.core.rng import derive_seed
+from unitok.core.sampling import SampleOrder
+from unitok.data.decoding import Decoded, Shrink
+from unitok.data.samples import Sample, ShrinkOf, Source
+from unitok.data.words import Words
+
+_PREFIX = "mix:"
+_WEIGHTED = re.compile(r"^\s*(\d+\.?\d*|\.\d+)=(.+)$", re.DOTALL)
+_YAML = (".yaml", ".yml")
+
+
+class SourceShare(Config):
+    """A member of a mixture. `weight`: its share of the samples, relative to the others' (default: its own number of
+    samples). `name`: what the log calls it."""
+
+    source: str
+    weight: float | None = Field(None, gt=0, allow_inf_nan=False)
+    name: str | None = None
+
+
+class MixtureSource(Source):
+    """Place `index` of epoch `epoch` takes the sample that `turn(index, epoch)` says: a pure function of the seed and
+    both. As a plain source, `mixture[index]` is that of epoch 0.
+
+    counts: samples of each member in an epoch. names: of the members, for the log.
+
+    Raises:
+        DataError: weights are given for some members only, or one is too small for a single sample.
+    """
+
+    def __init__(self, members: Sequence[Source], shares: Sequence[SourceShare], seed: int = 0) -> None:
+        super().__init__(" + ".join(member.name for member in members), 1.0)  # members watch over their own
+        self.parts = list(members)
+        given = [share.weight for share in shares if share.weight is not None]
+        if given and len(given) < len(shares):
+            raise DataError(f"{self.name}: {len(given)} of {len(shares)} sources have a weight; give it to all or none")
+        weights = given or [len(member) for member in members]
+        self.names = _names([share.name or share.source for share in shares])
+        self.counts = _divide(sum(map(len, members)), weights)
+        for name, count, weight in zip(self.names, self.counts, weights, strict=True):
+            if count < 1:
+                raise DataError(
+                    f"source {name} with weight {weight} gets no sample of {len(self)}; give it more or drop it"
+                )
+        self._ends = np.cumsum(self.counts)
+        self._orders = [SampleOrder(len(member), derive_seed("mixture", seed, k)) for k, member in enumerate(members)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    def member(self, index: int) -> int:
+        """The number of the member that place `index` belongs to, in every epoch."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
+    def turn(self, index: int, epoch: int) -> tuple[Source, int]:
+        k = self.member(index)
+        position = epoch * self.counts[k] + index - (int(self._ends[k - 1]) if k else 0)
+        return self.parts[k].turn(self._orders[k].index(position), self._orders[k].epoch(position))
+
+    def describe(self) -> str:
+        """One line: what an epoch is made of."""
+        rows = zip(self.names, self.counts, self.parts, strict=True)
+        passes = ", ".join(f"{name} {count} ({count / len(member):.3g} passes)" for name, count, member in rows)
+        return f"an epoch of {len(self)} samples: {passes}"
+
+    def key(self, index: int) -> str:
+        source, number = self.turn(index, 0)
+        return source.key(number)
+
+    def place(self, index: int) -> str:
+        source, number = self.turn(index, 0)
+        return source.place(number)
+
+    def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        source, number = self.turn(index, 0)
+        return source.read(number, shrink_of)
+
+    def get(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        source, number = self.turn(index, 0)
+        sample = source.get(number, shrink_of)
+        if number in source.bad:
+            self.bad[index] = source.bad[number]
+        return sample
+
+    def words(self, index: int) -> Words:
+        source, number = self.turn(index, 0)
+        return source.words(number)
+
+    def _read_words(self, index: int) -> Words:
+        source, number = self.turn(index, 0)
+        return source._read_words(number)
+
+    def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        source, number = self.turn(index, 0)
+        return source._read_image(number, shrink)
+
+
+def parse_mixture(spec: Any) -> list[SourceShare] | None:
+    """The members of a mixture: of a list of {source, weight}, "mix:WEIGHT=SOURCE;WEIGHT=SOURCE", or a YAML file that
+    holds such a list. None if `spec` is no mixture.
+
+    Raises:
+        DataError: it is one, but not of that form.
+    """
+    if isinstance(spec, str | Path):
+        text = str(spec)
+        if text.startswith(_PREFIX):
+            spec = [_parse_part(part, text) for part in text.removeprefix(_PREFIX).split(";") if part.strip()]
+        elif text.lower().endswith(_YAML):
+            spec = _read_yaml(Path(text))
+        else:
+            return None
+        where = text
+    else:
+        where = "the mixture"
+    if not isinstance(spec, list) or not spec:
+        raise DataError(f"{where}: expected a list of {{source, weight}} or {_PREFIX}WEIGHT=SOURCE;WEIGHT=SOURCE")
+    try:
+        return [SourceShare.model_validate(item) for item in spec]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"]))
+        raise DataError(f"{where}: {field or 'a member'}: {problem['msg']}; expected {{source, weight}}") from None
+
+
+def _parse_part(part: str, text: str) -> dict[str, Any]:
+    found = _WEIGHTED.match(part)
+    if found is None:
+        return {"source": part.strip()}
+    return {"source": found[2].strip(), "weight": float(found[1])}
+
+
+def _read_yaml(path: Path) -> Any:
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{path} cannot be read as YAML ({type(error).__name__}); expected a list of sources") from None
+
+
+def _divide(total: int, weights: Sequence[float]) -> list[int]:
+    """`total` in whole parts as the weights say; the largest remainders get what rounding left over."""
+    exact = [total * weight / sum(weights) for weight in weights]
+    parts = [int(share) for share in exact]
+    by_remainder = sorted(range(len(parts)), key=lambda k: parts[k] - exact[k])
+    for k in by_remainder[: total - sum(parts)]:
+        parts[k] += 1
+    return parts
+
+
+def _names(names: Sequence[str]) -> list[str]:
+    """Distinct short names: the last two parts of a path, and a number where they are equal."""
+    short = [
+        name if "://" not in name and "/" not in name else "/".join(name.rstrip("/").split("/")[-2:]) for name in names
+    ]
+    return [name if short.count(name) == 1 else f"{name}#{number}" for number, name in enumerate(short)]

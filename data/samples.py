@@ -1,0 +1,89 @@
+"""What a source of images with words is: `source[i] -> Sample`, in any order, from any process."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unitok.data.bad import BadSamples
+from unitok.data.decoding import MAX_PIXELS, Decoded, Shrink, decode, read_file
+from unitok.data.words import Words
+
+ShrinkOf = Callable[[str], Shrink]  # of a sample's key
+
+
+@dataclass(kw_only=True)
+class Sample(Words):
+    """An RGB image and what is said about it; `key` names it within its source.
+
+    `full_size`: width and height of the upright image in its file, which may have been decoded smaller.
+    """
+
+    key: str
+    image: Image.Image
+    full_size: tuple[int, int] | None = None
+
+
+class Source(BadSamples, ABC):
+    """Map-style source that survives bad samples (unreadable image, malformed text).
+
+    `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise).
+    """
+
+    max_pixels: int = MAX_PIXELS
+    parts: "list[Source]" = []  # noqa: RUF012 - never changed
+
+    @abstractmethod
+    def _read_words(self, index: int) -> Words:
+        """Captions, questions, conversations and meta of a sample; UserError when malformed."""
+
+    @abstractmethod
+    def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        """The image of a sample; UserError when unreadable."""
+
+    def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        """Sample `index` itself; UserError or OSError when it is bad.
+
+        shrink_of: how much smaller its image may be decoded (see `decode_image`).
+        """
+        words, key = self._read_words(index), self.key(index)
+        image = self._read_image(index, shrink_of(key) if shrink_of else None)
+        return Sample(**vars(words), key=key, image=image.image, full_size=image.full_size)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.get(index)
+
+    def get(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        """Sample `index`, or the one that stands in for it."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
+        return self.first_good(index, lambda candidate: self.read(candidate, shrink_of))
+
+    def turn(self, index: int, epoch: int) -> "tuple[Source, int]":
+        """The source and its sample that place `index` of an epoch takes: other ones every epoch, in a mixture."""
+        return self, index
+
+    def words(self, index: int) -> Words:
+        """Like `source[index]` without its image. A bad image is not noticed here."""
+        return self.first_good(index, self._read_words)
+
+    def texts(self, index: int) -> list[str]:
+        """The captions of a sample, read without its image."""
+        return self.words(index).captions
+
+    def _decode(self, data: bytes, index: int, shrink: Shrink | None) -> Decoded:
+        return decode(data, self.place(index), self.max_pixels, shrink)
+
+    def _load(self, path: Path, shrink: Shrink | None) -> Decoded:
+        return decode(read_file(path), str(path), self.max_pixels, shrink)
+
+
+def good_samples(source: Any, limit: int | None = None) -> Iterator[tuple[int, Any]]:
+    """(index, sample) of the readable ones of the first `limit` samples: no stand-in for a bad one."""
+    for index in range(len(source) if limit is None else min(limit, len(source))):
+        sample = source[index]
+        if index not in getattr(source, "bad", {}):
+            yield index, sample
