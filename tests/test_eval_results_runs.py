@@ -9,7 +9,7 @@ import pytest
 
 from unitok.cli import main
 from unitok.core.errors import CheckpointError, DataError, UserError
-from unitok.eval.compare import as_html, as_text, compare, figures_as_metrics
+from unitok.eval.compare import as_html, as_text, compare
 from unitok.eval.geneval_score import TAGS
 from unitok.eval.paper import PAPER
 from unitok.eval.results import (
@@ -21,6 +21,7 @@ from unitok.eval.results import (
     share,
     write_run,
 )
+from unitok.eval.run_form import figures_as_metrics
 
 PROTOCOL = {"sampler": {"guidance_scale": 5.0, "top_k": 0}, "embedder_cache": "consistent", "num_prompts": 553}
 
@@ -154,3 +155,26 @@ def test_the_papers_data_is_well_formed():
                 assert all(0 < value < 1 for value in row.metrics.values()), benchmark
     tags = {name: value for name, value in PAPER["geneval"][0].metrics.items() if name != "overall"}
     assert sum(tags.values()) / 6 == pytest.approx(PAPER["geneval"][0].metrics["overall"], abs=0.006)
+
+
+def test_every_command_writes_that_form(tmp_path, capsys):
+    """Reconstruction of one and of two systems: `unitok report` reads what the command wrote."""
+    from tiny import make_tokenizer
+
+    folders = []
+    for seed in (0, 1):
+        make_tokenizer(seed).save_pretrained(tmp_path / f"tokenizer{seed}")
+        folders += ["--tokenizer", str(tmp_path / f"tokenizer{seed}")]
+    source = ["--source", "shapes:val?num=4&size=32", "--limit", "4"]
+    one, two = (str(tmp_path / name) for name in ("one.json", "two.json"))
+    assert main(["eval", "reconstruction", *folders[:2], *source, "--out", one]) == 0
+    assert main(["eval", "reconstruction", *folders, *source, "--out", two]) == 0
+    capsys.readouterr()
+    assert main(["report", one, two]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[1:] for line in lines if str(tmp_path) in line}
+    assert rows[one] == rows[f"{two}:tokenizer0"] != rows[f"{two}:tokenizer1"]
+    written = read_results(one)
+    psnr = next(row for row in written["metrics"] if row["metric"] == "psnr_db")
+    assert psnr["n"] == 4 and psnr["standard_error"] == pytest.approx(written["psnr_db_se"])
+    assert written["checkpoint"]["sha256"] == checkpoint_hash(tmp_path / "tokenizer0")
