@@ -50,7 +50,7 @@ class Metric:
     n: int
 
 
-def mean_metric(name: str, outcomes: Sequence[float | bool]) -> Metric:
+def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
     """Mean of outcomes (right or wrong, or scores) with the standard error of the mean, sd / sqrt(n)."""
     n = len(outcomes)
     if not n:

@@ -61,7 +61,7 @@ def test_plain_records_score_as_the_official_scorer_says():
 
 
 def test_every_tag_is_scored_right_and_the_summary_reads_it(tmp_path, capsys):
-    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, what the official summary computes."""
+    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, and the official summary's figures."""
     import pandas
 
     expected = write_folder(tmp_path / "images")
@@ -142,10 +142,10 @@ def test_processes_share_the_scoring(tmp_path):
     write_folder(tmp_path / "images")
     alone = score_run(tmp_path / "images", shapes_detector(), tmp_path / "alone.jsonl")
     out, calls = tmp_path / "shared.jsonl", [[], [], []]
-    parts = [score_run(tmp_path / "images", counting_detector(calls[i]), out, share=(i, 3)) for i in (2, 0, 1)]
+    parts = [score_run(tmp_path / "images", counting_detector(calls[i]), out, part=(i, 3)) for i in (2, 0, 1)]
     assert parts[:2] == [None, None] and parts[2] == alone == rows_of(out)
     assert sorted(map(len, calls)) == [4, 5, 5]
-    other = [score_run(tmp_path / "images", counting_detector([]), out, share=(i, 2)) for i in (0, 1)]
+    other = [score_run(tmp_path / "images", counting_detector([]), out, part=(i, 2)) for i in (0, 1)]
     assert other == [alone, alone], "another number of processes finds all scored"
     first = score_run(tmp_path / "images", shapes_detector(), tmp_path / "first.jsonl", limit=2)
     assert first == alone[:4]

@@ -163,21 +163,18 @@ def _runs(
     metrics: list[Any] | None,
 ) -> dict[str, Any]:
     """One run's results; several systems are `runs` of one file. What names a system is no part of its protocol."""
-    from unitok.eval.compare import figures_as_metrics
     from unitok.eval.results import run_results
+    from unitok.eval.run_form import figures_as_metrics, system_runs
 
     n, seeds = next(iter(counts.values())), [arguments.seed]
     paths = block.pop("systems", None) or [getattr(arguments, "model", None) or arguments.tokenizer]
     if isinstance(block.get("preprocess"), dict):
         (block["preprocess"],) = set(block["preprocess"].values())
-    checkpoints = [Path(path) if Path(path).exists() else None for path in paths]
-    if "systems" not in figures:
-        return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoints[0])
-    runs = {
-        name: run_results(what, figures_as_metrics(own, n), block, seeds, checkpoint)
-        for (name, own), checkpoint in zip(figures["systems"].items(), checkpoints, strict=True)
-    }
-    return {"protocol": block | {"systems": paths}, "runs": runs}
+    if "systems" in figures:
+        runs = system_runs(what, figures["systems"], n, block, seeds, paths)
+        return {"protocol": block | {"systems": paths}, "runs": runs}
+    checkpoint = Path(paths[0]) if Path(paths[0]).exists() else None
+    return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoint)
 
 
 def _text(value: Any) -> str:

@@ -38,6 +38,7 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     from unitok.eval.autoencoders import system_names
     from unitok.eval.image_text import open_image_text
     from unitok.eval.results import print_table, protocol, write_results
+    from unitok.eval.run_form import system_runs
     from unitok.eval.zeroshot import class_folders, load_names, load_templates
 
     names = arguments.model or [arguments.default_model]
@@ -65,7 +66,9 @@ def zeroshot(arguments: argparse.Namespace) -> int:
         details = {"source": arguments.source, "train": arguments.train, "templates": arguments.templates}
         details |= {"probe_c": arguments.probe_c, "models": settings}
         block = protocol("zeroshot", arguments.seed, counts, **details)
-        print(write_results(arguments.out, {"systems": figures, "protocol": block}))
+        shared = {key: value for key, value in block.items() if key != "models"}
+        runs = system_runs("zeroshot", figures, counts["images"], shared, [arguments.seed], names)
+        print(write_results(arguments.out, {"systems": figures, "protocol": block, "runs": runs}))
     return 0
 
 
