@@ -1,11 +1,8 @@
 """`unitok lm-eval ...`: lm-eval's own command line with our model and task files; `unitok eval rescore`."""
 
 import argparse
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -41,16 +38,6 @@ def add_rescore_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=("lm_eval", "rescore"))
 
 
-@contextmanager
-def _loggers_kept() -> Iterator[None]:
-    """lm-eval's set-up of logging silences every logger that exists; ours say which samples are bad."""
-    known = [one for one in logging.root.manager.loggerDict.values() if isinstance(one, logging.Logger)]
-    silent = [one.disabled for one in known]
-    yield
-    for one, disabled in zip(known, silent, strict=True):
-        one.disabled = disabled
-
-
 def lm_eval(arguments: argparse.Namespace) -> int:
     """Register the model, add the task folder, run lm-eval."""
     if "--dry-run" in arguments.arguments:
@@ -64,8 +51,7 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun every rank answers its share
     if several:
         init_distributed()
-    with _loggers_kept():
-        setup_logging()
+    setup_logging()
     sys.argv = ["unitok lm-eval", *_with_defaults(arguments.arguments)]
     harness = HarnessCLI()
     parsed = harness.parse_args()
