@@ -161,8 +161,8 @@ BAD = {
     "empty picture": (shown("data:image/png;base64,"), 400, "invalid_image", "readable"),
     "half a picture": (shown(url_of(cut_png())), 400, "invalid_image", "readable"),
     "image by the assistant": (
-        chat(messages=[{"role": "user", "content": "red"}, question("x", data_url(picture()))[0] | {"role": "assistant"},
-                       {"role": "user", "content": "red"}]), 400, "invalid_message", "user messages only",
+        chat(messages=[*question("red"), question("x", data_url(picture()))[0] | {"role": "assistant"},
+                       *question("red")]), 400, "invalid_message", "user messages only",
     ),
     "reconstruct a path": ((RECONSTRUCT, {"image": "/etc/passwd"}), 400, "invalid_image_url", "image:"),
     # bombs
