@@ -63,8 +63,8 @@ class ImageBatches:
         return [text for source in sources for index in range(len(source)) for text in source.texts(index)]
 
     def load(self, indices: list[int], epoch: int) -> dict[str, Any]:
-        """`pixels` uint8 `[B, 3, H, W]`, to be made floats by `as_pixels` where they are used, and one caption per image
-        ("" where it has none); of a mixture also `sources`, int64 `[B]`: the member that each one came from."""
+        """`pixels` uint8 `[B, 3, H, W]`, to be made floats by `as_pixels` where they are used, and one caption per
+        image ("" where it has none); of a mixture also `sources`, int64 `[B]`: the member that each one came from."""
         images, captions = zip(*(self._one(index, epoch) for index in indices), strict=True)
         batch: dict[str, Any] = {"pixels": to_levels(images), "captions": list(captions)}
         if isinstance(self.source, MixtureSource):

@@ -1,8 +1,8 @@
 """Several sources as one, each with its share of every epoch.
 
-An epoch of a mixture has as many samples as its members have together; member k gets its weight's share of them. Members
-go round: none of their samples comes again before all the others had their turn, over all epochs. In the order of
-`unitok.core.sampling` the members' places are shuffled.
+An epoch of a mixture has as many samples as its members have together; member k gets its weight's share of them, an
+equal number in every epoch. Each member goes round: counted after any number of epochs, none of its samples has come
+more than once oftener than another. The order of `unitok.core.sampling` shuffles the members' places.
 """
 
 import re

@@ -121,8 +121,8 @@ def random_crop(
 def shrink_for_crop(
     width: int, height: int, size: int, rng: np.random.Generator, min_area: float = 0.5, surplus: float = 1.0
 ) -> int:
-    """How much smaller (1, 2, 4 or 8 times) an image may be decoded so that the box which `random_crop` takes of it with
-    an equal `rng` still has `surplus` x `size` pixels a side."""
+    """How much smaller (1, 2, 4 or 8 times) an image may be decoded so that the box which `random_crop` takes of it
+    with an equal `rng` still has `surplus` x `size` pixels a side."""
     left, top, right, bottom = random_box(width, height, rng, min_area)
     ratio = min(right - left, bottom - top) / (surplus * size)
     return max((factor for factor in (2, 4, 8) if factor <= ratio), default=1)
