@@ -93,11 +93,11 @@ class MixtureSource(Source):
         source, number = self.turn(index, 0)
         return source.read(number, shrink_of)
 
-    def get(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
         source, number = self.turn(index, 0)
-        sample = source.get(number, shrink_of)
+        sample = source[number]
         if number in source.bad:
             self.bad[index] = source.bad[number]
         return sample

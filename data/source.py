@@ -77,7 +77,7 @@ class ShardSource(Source):
         )
 
     def _lost_with_shards(self) -> int:
-        """How many samples broken shards have lost: what they have less than whole ones; as many as are left without."""
+        """How many samples broken shards have lost: their lack against whole ones, or else as many as are left."""
         bad, sizes = self.reader.bad_shards, dict(zip(self.reader.paths, self.reader.sizes, strict=True))
         whole = [size for path, size in sizes.items() if path not in bad]
         if not whole:
