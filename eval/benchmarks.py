@@ -181,9 +181,7 @@ def _exact(rule: Callable[[Doc, str], bool]) -> dict[str, Metric]:
 
 _QUESTION = ("question", "answer")
 BENCHMARKS: dict[str, Benchmark] = {
-    "vqav2": Benchmark(
-        "lmms-lab/VQAv2", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}
-    ),
+    "vqav2": Benchmark("lmms-lab/VQAv2", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}),
     "gqa": Benchmark(
         "lmms-lab/GQA",
         "testdev",

@@ -63,8 +63,8 @@ FORMULAS = {
     "ema": "4 P where there is an average, 4 P / N under ZeRO 3",
     "frozen": "4 x parameters of LPIPS, DINO and teacher, whole on every GPU; and buffers (codebooks)",
     "buckets": "under ZeRO 4 x 5e8 (bf16: none under 1, 2 x 5e8 under 2), twice under 1 and 2 (communication beside "
-    "computation), for each network under 3 and under 1 with accumulation; and a copy of what is reduced: 4 min(T, 5e8), "
-    "under 1 and 2 / N",
+    "computation), for each network under 3 and under 1 with accumulation; and a copy of what is reduced: "
+    "4 min(T, 5e8), under 1 and 2 / N",
     "gathered": "ZeRO 3: b min(P, 1.05e9) held whole around the layer at work",
     "activations": "traced: the most that forward and backward pass of one micro-batch hold at a time, autocast's bf16 "
     "copies of weights and one chunk of logits included",
