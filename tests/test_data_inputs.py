@@ -1,4 +1,4 @@
-"""Where samples come from: img2dataset's shards, LLaVA's JSON, parquet, URLs, mixtures; and the batches made of them."""
+"""Where samples come from: img2dataset shards, LLaVA JSON, parquet, URLs, mixtures; and the batches made of them."""
 
 import functools
 import http.server
