@@ -421,3 +421,25 @@ def test_input_benchmark_runs(tmp_path, capsys, monkeypatch):
     assert "webdataset + torchvision" in capsys.readouterr().out
     photo = Image.open(io.BytesIO(benchmark_input.photo(96, 64, numpy_rng(0))))
     assert photo.size == (96, 64) and photo.format == "JPEG"
+
+
+@pytest.mark.slow
+def test_mixture_over_ranks_workers_and_a_kill(tmp_path):
+    """Two ranks log what one logs, members' counts included; killed and resumed with workers is straight."""
+    from equal_runs import check_equal
+    from ranks import run_ranks
+    from stages import COMMON, run_stage, tokenizer_values
+
+    values = {**COMMON, **tokenizer_values(), "output_dir": "unset", "steps": 10, "save_every": 4}
+    values["data"] = {"source": SHARES, "augment": "crop"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    straight = run_ranks(1, run_stage, "tokenizer", file, tmp_path / "straight", 1)[0]
+    assert sum(record["samples/seven"] for record in straight) == pytest.approx(20, abs=4) and len(straight) == 10
+    check_equal(run_ranks(2, run_stage, "tokenizer", file, tmp_path / "two", 2)[0], straight)
+    run_ranks(1, run_stage, "tokenizer", file, tmp_path / "killed", 1, [], (6, 0), may_die=True)
+    resumed = run_stage("tokenizer", file, tmp_path / "killed", 1, ["num_workers=2"])  # a rank may have no children
+    assert [record["step"] for record in resumed] == list(range(1, 11))
+    for name in ("samples/seven", "samples/three"):
+        assert [record[name] for record in resumed] == [record[name] for record in straight]
+    check_equal(resumed, straight)
