@@ -90,7 +90,7 @@ def test_batches_of_the_corpus(shard, augment, caplog):
     """Every bad sample is replaced by the next good one and logged with shard, key and reason."""
     config = ImageDataConfig(source=str(shard), augment=augment, max_bad_fraction=1.0)
     batches = ImageBatches(config, 16, seed=0)
-    indices = [n for n in range(len(SAMPLES)) if SAMPLES[n].name != "20000 x 1" or augment == "none"]
+    indices = list(range(len(SAMPLES)))
     batch = batches.load(indices, epoch=0)
     assert batch["pixels"].dtype == torch.uint8 and batch["pixels"].shape == (len(indices), 3, 16, 16)
     bad = {number for number, row in enumerate(SAMPLES) if row.bad}
@@ -102,6 +102,15 @@ def test_batches_of_the_corpus(shard, augment, caplog):
         assert batches.source[number].key == f"{stand_in:05d}"
     with pytest.raises(DataError, match=f"of {len(SAMPLES)} samples are bad, more than max_bad_fraction=0.3"):
         ImageBatches(config.model_copy(update={"max_bad_fraction": 0.3}), 16, seed=0).load(indices, epoch=0)
+
+
+def test_an_image_too_long_for_the_released_crop_is_a_bad_sample(shard):
+    """At 288 pixels of its shorter side it would have 1.7 thousand million."""
+    config = ImageDataConfig(source=str(shard), augment="released", max_bad_fraction=1.0)
+    batches = ImageBatches(config, 256, seed=0)
+    number = number_of("20000 x 1")
+    assert batches.load([number], 0)["pixels"].shape == (1, 3, 256, 256)
+    assert "20000x1" in batches.source.bad[number]
 
 
 def test_training_on_the_corpus(shard, tmp_path, capsys, caplog):
