@@ -28,6 +28,7 @@ SIZES = {
     "mllm": [
         "backbone.config.hidden_size=128", "backbone.config.intermediate_size=256",
         "backbone.config.num_hidden_layers=4", "data.pack=true",
+        "data.mixture={text_to_image: 1, caption: 0, chat: 0}", "data.unconditional=0",
     ],
 }  # fmt: skip
 WITHIN = 0.15

@@ -63,8 +63,8 @@ FORMULAS = {
     "ema": "4 P where there is an average, 4 P / N under ZeRO 3",
     "frozen": "4 x parameters of LPIPS, DINO and teacher, whole on every GPU; and buffers (codebooks)",
     "buckets": "under ZeRO 4 x 5e8 (bf16: none under 1, 2 x 5e8 under 2), twice under 1 and 2 (communication beside "
-    "computation), for each network under 3 and under 1 with accumulation; and a copy of what is reduced: 4 min(T, 5e8), "
-    "under 1 and 2 / N",
+    "computation), for each network under 3 and under 1 with accumulation; and a copy of what is reduced: "
+    "4 min(T, 5e8), under 1 and 2 / N",
     "gathered": "ZeRO 3: b min(P, 1.05e9) held whole around the layer at work",
     "activations": "traced: the most that forward and backward pass of one micro-batch hold at a time, autocast's bf16 "
     "copies of weights and one chunk of logits included",
@@ -257,16 +257,17 @@ class Lengths:
 
 
 def works(config: MllmTrainConfig, positions: int, lengths: Lengths) -> dict[str, Work]:
-    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers."""
+    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers; with a caption
+    begin, begin-of-image and end-of-image are given, with a drawn image its two marks and the end are learnt."""
     most = config.data.max_length
     caption, chat = (min(ids, most - positions) for ids in (lengths.caption, lengths.chat))
     document = min(lengths.document or most, most)
     if caption < 1 or chat < 1:
         raise ConfigError(f"data.max_length={most} leaves no ids beside the {positions} positions of an image")
     every = {
-        "text_to_image": Work(caption + positions, 1, 1, positions),
-        "caption": Work(caption + positions, 1, caption, 0),
-        "plain": Work(caption + positions, 1, caption, 0),
+        "text_to_image": Work(caption + positions, 1, min(3, caption), positions),
+        "caption": Work(caption + positions, 1, max(1, caption - 3), 0),
+        "plain": Work(caption + positions, 1, max(1, caption - 3), 0),
         "chat": Work(chat + positions, 1, chat // 2, 0),
         "text": Work(document, 0, document - 1, 0),
     }
