@@ -257,16 +257,17 @@ class Lengths:
 
 
 def works(config: MllmTrainConfig, positions: int, lengths: Lengths) -> dict[str, Work]:
-    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers."""
+    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers; with a caption
+    begin, begin-of-image and end-of-image are given, with a drawn image its two marks and the end are learnt."""
     most = config.data.max_length
     caption, chat = (min(ids, most - positions) for ids in (lengths.caption, lengths.chat))
     document = min(lengths.document or most, most)
     if caption < 1 or chat < 1:
         raise ConfigError(f"data.max_length={most} leaves no ids beside the {positions} positions of an image")
     every = {
-        "text_to_image": Work(caption + positions, 1, 1, positions),
-        "caption": Work(caption + positions, 1, caption, 0),
-        "plain": Work(caption + positions, 1, caption, 0),
+        "text_to_image": Work(caption + positions, 1, min(3, caption), positions),
+        "caption": Work(caption + positions, 1, max(1, caption - 3), 0),
+        "plain": Work(caption + positions, 1, max(1, caption - 3), 0),
         "chat": Work(chat + positions, 1, chat // 2, 0),
         "text": Work(document, 0, document - 1, 0),
     }
