@@ -181,9 +181,7 @@ def _exact(rule: Callable[[Doc, str], bool]) -> dict[str, Metric]:
 
 _QUESTION = ("question", "answer")
 BENCHMARKS: dict[str, Benchmark] = {
-    "vqav2": Benchmark(
-        "lmms-lab/VQAv2", "validation", ("question", "answers"), _short, {"soft_accuracy": Metric(_soft)}
-    ),
+    "vqav2": Benchmark("lmms-lab/VQAv2", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}),
     "gqa": Benchmark(
         "lmms-lab/GQA",
         "testdev",
@@ -194,14 +192,14 @@ BENCHMARKS: dict[str, Benchmark] = {
         image_config=("testdev_balanced_images", "imageId"),
     ),
     "textvqa": Benchmark(
-        "lmms-lab/textvqa", "validation", ("question", "answers"), _short, {"soft_accuracy": Metric(_soft)}
+        "lmms-lab/textvqa", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}
     ),
     "textvqa_ocr": Benchmark(
         "lmms-lab/textvqa",
         "validation",
         ("question", "answers", "ocr_tokens"),
         _short_with_ocr,
-        {"soft_accuracy": Metric(_soft)},
+        {"accuracy": Metric(_soft)},
     ),
     "pope": Benchmark(
         "lmms-lab/POPE",

@@ -63,14 +63,14 @@ def rescore_samples(
     groups: list[tuple[str, str, float]] = []
     if judge is not None:
         scores = judged(samples, load_judge(judge))
-        metrics.append(share("judged", scores))
+        metrics.append(share("score", scores))
         pairs = [
             (capability, value)
             for sample, value in zip(samples, scores, strict=True)
             for capability in str(sample["doc"].get("capability") or "").split(",")
             if capability
         ]
-        groups += [("judged", group, value) for group, value in by_group(pairs).items()]
+        groups += [("score", group, value) for group, value in by_group(pairs).items()]
     return metrics, groups
 
 

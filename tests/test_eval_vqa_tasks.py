@@ -104,10 +104,10 @@ ANSWERS = {
     "Who?": "A",
 }
 EXPECTED = {
-    "vqav2": {"soft_accuracy": (0.6 + 1) / 2},
+    "vqav2": {"accuracy": (0.6 + 1) / 2},
     "gqa": {"accuracy": 0.5},
-    "textvqa": {"soft_accuracy": 0.5},
-    "textvqa_ocr": {"soft_accuracy": 0.5},
+    "textvqa": {"accuracy": 0.5},
+    "textvqa_ocr": {"accuracy": 0.5},
     "pope": {"accuracy": 0.5, "precision": 0.5, "recall": 1, "f1": 2 / 3, "yes_ratio": 1, "f1_mean": 0.5},
     "mme": {"perception": 200, "cognition": 0, "acc": 1, "acc_plus": 1},
     "seed": {"accuracy": 0.5},
@@ -228,10 +228,10 @@ def test_rescoring_by_a_judge(run, tmp_path, monkeypatch, capsys):
     path, out = write_samples(run, "mmvet", tmp_path / "samples.jsonl"), tmp_path / "out.json"
     assert main(["eval", "rescore", str(path), "--judge", "my_judge:score", "--out", str(out)]) == 0
     written = json.loads(out.read_text())
-    assert {one["metric"]: one["value"] for one in written["metrics"]} == {"answered": 1.0, "judged": 0.5}
+    assert {one["metric"]: one["value"] for one in written["metrics"]} == {"answered": 1.0, "score": 0.5}
     assert written["protocol"]["judge"] == "my_judge:score"
     shown = capsys.readouterr().out
-    assert "judged of math" in shown and "judged of rec" in shown
+    assert "score of math" in shown and "score of rec" in shown
     assert main(["eval", "rescore", str(path), "--judge", "my_judge:nothing"]) == 2
     assert "my_judge:nothing" in capsys.readouterr().err
     assert main(["eval", "rescore", str(path), "--limit", "0"]) == 2

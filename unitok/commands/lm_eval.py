@@ -17,6 +17,8 @@ def add_lm_eval_command(commands: Any) -> None:
     commands.add_parser(
         "lm-eval",
         add_help=False,
+        description="All options are lm-eval's (`unitok lm-eval run --help`). Our model is --model unitok --model_args "
+        "pretrained=DIR, our tasks are listed by `unitok lm-eval ls tasks`; --dry-run lists the data that they need.",
         help="lm-eval's command line with the unified model (--model unitok) and VQA tasks; --dry-run lists their data",
     )
 
