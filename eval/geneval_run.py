@@ -261,9 +261,7 @@ def _scored(parts: Path, digests: Mapping[str, str]) -> dict[str, dict[str, Any]
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                raise DataError(
-                    f"{file}:{number} is not JSON; delete that line or the folder, and score again"
-                ) from None
+                raise DataError(f"{file}:{number} is not JSON; delete that line, and score again") from None
             if row.pop(_DIGEST) == digests.get(row["filename"]):
                 known[row["filename"]] = row
     return known

@@ -11,7 +11,8 @@ def reconstruction(arguments: argparse.Namespace) -> int:
     """Figures of one autoencoder, or of several side by side."""
     from unitok.commands.reconstruction import compare
 
-    return compare(arguments, _open(arguments), _finish)
+    source = _open(arguments)
+    return 0 if source is None else compare(arguments, source, _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
@@ -19,7 +20,9 @@ def retrieval(arguments: argparse.Namespace) -> int:
     from unitok.eval.retrieval import evaluate_retrieval
 
     source = _open(arguments)
-    if _only_planned(arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"):
+    if source is None or _only_planned(
+        arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"
+    ):
         return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
@@ -32,7 +35,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
-    if _only_planned(arguments, f"visual question answering on {source.name}"):
+    if source is None or _only_planned(arguments, f"visual question answering on {source.name}"):
         return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
@@ -51,6 +54,10 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
+    if arguments.dry_run:
+        _list_missing(arguments)
+        if arguments.prompts and not Path(arguments.prompts).is_file():
+            return 0
     if arguments.prompts:
         metadata = load_prompts(arguments.prompts)[: arguments.limit]
     else:
@@ -95,11 +102,29 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> Any:
+    """The source; None in a dry run that does not find it, which is then told."""
     from unitok.data.source import open_source
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected at least 1")
-    return open_source(arguments.source)
+    if not arguments.dry_run:
+        return open_source(arguments.source)
+    _list_missing(arguments)
+    try:
+        return open_source(arguments.source)
+    except UserError as error:  # what a dry run is for
+        print(f"missing: {error}")
+        return None
+
+
+def _list_missing(arguments: argparse.Namespace) -> None:
+    """What a dry run does not find, and where it comes from."""
+    made = "train it (unitok demo), convert a release (unitok convert), or name another"
+    prompts = "GenEval's prompts; from github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+    for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
+        path = getattr(arguments, name, None)
+        if isinstance(path, str) and not Path(path).exists():
+            print(f"missing: {path}: {hint}")
 
 
 def _count(arguments: argparse.Namespace, available: int) -> int:
