@@ -193,7 +193,7 @@ def owlv2_detector(
             for i in kept
         ]  # fmt: skip
 
-    settings = {"detector_weights": weights_name(path), "query": "a photo of a ...", "nms_iou": OWLV2_NMS}
+    settings = {"detector_weights": weights_name(path), "queries": queries, "nms_iou": OWLV2_NMS}
     return Detector("owlv2", detect, rule, frozenset(classes), settings)
 
 

@@ -18,6 +18,7 @@ def reconstruction(arguments: argparse.Namespace) -> int:
 def retrieval(arguments: argparse.Namespace) -> int:
     """Top-1 and top-5 of the image's own caption among the distinct captions, with chance."""
     from unitok.eval.retrieval import evaluate_retrieval
+    from unitok.eval.run_form import with_errors
 
     source = _open(arguments)
     if source is None or _only_planned(
@@ -26,12 +27,14 @@ def retrieval(arguments: argparse.Namespace) -> int:
         return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
+    figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
     return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
 
 
 def vqa(arguments: argparse.Namespace) -> int:
     """Accuracy by type of question, beside always giving the most frequent answer."""
     from unitok.data.captions import paraphrase
+    from unitok.eval.run_form import with_errors
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
@@ -42,6 +45,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     size = arguments.batch_size
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
+    figures = with_errors(figures, ("accuracy",), figures["num_questions"])
     return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
 
 
