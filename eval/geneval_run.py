@@ -257,8 +257,11 @@ def _scored(parts: Path, digests: Mapping[str, str]) -> dict[str, dict[str, Any]
     known = {}
     for file in sorted(parts.glob("*.jsonl")):
         content = file.read_text(encoding="utf-8")
-        for line in content[: content.rfind("\n") + 1].splitlines():
-            row = json.loads(line)
+        for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                raise DataError(f"{file}:{number} is not JSON; delete that line, and score again") from None
             if row.pop(_DIGEST) == digests.get(row["filename"]):
                 known[row["filename"]] = row
     return known

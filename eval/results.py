@@ -91,8 +91,13 @@ def run_results(
         "seeds": list(seeds),
         "checkpoint": None if checkpoint is None else {"path": str(checkpoint), "sha256": checkpoint_hash(checkpoint)},
         "versions": _versions(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "unitok" if name == "__main__.py" else name  # python -m unitok
 
 
 def checkpoint_hash(checkpoint: Path | str) -> str:

@@ -22,6 +22,15 @@ def figures_as_metrics(figures: Mapping[str, Any], n: int) -> list[Metric]:
     return out
 
 
+def with_errors(figures: Mapping[str, Any], names: Sequence[str], n: int) -> dict[str, Any]:
+    """Figures with "NAME_se" for shares of `n` items that are right or wrong: sqrt(p (1 - p) / (n - 1))."""
+    errors = {}
+    for name in names:
+        if isinstance(figures.get(name), float) and n > 1:
+            errors[f"{name}_se"] = (figures[name] * (1 - figures[name]) / (n - 1)) ** 0.5
+    return {**figures, **errors}
+
+
 def system_runs(
     benchmark: str,
     figures: Mapping[str, Mapping[str, Any]],

@@ -217,6 +217,17 @@ def test_scores_tell_how_the_images_were_made(export, tmp_path, capsys):
     assert "sampler.guidance_scale 3.0, now it is 4.0" in capsys.readouterr().err
 
 
+def test_both_ways_of_the_embedded_world_agree(export, tmp_path):
+    """`unitok eval geneval` in one go, and `geneval-score` on the folder that it kept: the same figures."""
+    words = ["--model", str(export / "model"), "--limit", "6", "--samples", "2", "--images", str(tmp_path / "images")]
+    assert main(["eval", "geneval", *words, "--out", str(tmp_path / "one.json")]) == 0
+    assert main(["eval", "geneval-score", str(tmp_path / "images"), "--detector", "shapes"]) == 0
+    one, two = read_results(tmp_path / "one.json"), read_results(tmp_path / "images" / "results.json")
+    assert one["metrics"] == two["metrics"] and one["protocol"]["scoring"] == two["protocol"]["scoring"]
+    assert one["protocol"]["embedder_cache"] == "consistent" and one["protocol"]["sampler"]["top_k"] == 12
+    assert one["seeds"] == [0] and one["checkpoint"]["sha256"]
+
+
 def test_rewriting_is_named_and_whole(export, tmp_path, capsys):
     rewrite = tmp_path / "words.json"
     rewrite.write_text(json.dumps({entry["prompt"]: entry["prompt"].replace("a photo of", "red") for entry in PROMPTS}))
@@ -250,6 +261,11 @@ def test_a_folder_of_other_prompts_is_refused(export, tmp_path):
          ["/nowhere/images: images in GenEval's layout", "mask2former-swin-small-coco-instance", "CLIP"]),
         (["geneval-score", "/nowhere/images", "--detector", "owlv2", "--clip", "/nowhere/clip.pt"],
          ["owlv2-base", "missing: /nowhere/clip.pt"]),
+        (["geneval", "--prompts", "/nowhere/e.jsonl", "--model", "/nowhere/m"],
+         ["/nowhere/e.jsonl: GenEval's prompts", "missing: /nowhere/m"]),
+        (["vqa", "--source", "/nowhere/images", "--model", "/nowhere/m"], ["/nowhere/images", "missing: /nowhere/m"]),
+        (["retrieval", "--source", "/nowhere/images"], ["/nowhere/images", "runs/demo/model/visual_tokenizer"]),
+        (["reconstruction", "--source", "/nowhere/images"], ["/nowhere/images"]),
         (["t2i", "--bench", "mjhq", "--prompts", "/nowhere/meta.json", "--out", "x"],
          ["playgroundai/MJHQ-30K", "--reference", "--inception"]),
     ],

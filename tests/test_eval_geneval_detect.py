@@ -168,6 +168,7 @@ def test_owlv2_scores_a_folder_in_the_official_layout(owlv2, tmp_path):
     rows = score_run(tmp_path, detector, tmp_path / "results.jsonl")
     kinds = {kind for row in rows for kind in json.loads(row["details"])}
     assert kinds and kinds <= {"circle", "square"} and detector.protocol()["nms_iou"] == 0.5
+    assert detector.protocol()["queries"] == ["a photo of a circle", "a photo of a square"]
     boxes = [(found.kind, found.bbox) for found in detector.detect(scene(("circle", "red", (32, 32))))]
     for index, (kind, a) in enumerate(boxes):
         assert all(overlap(a, b) <= 0.5 + 1e-6 for other, b in boxes[:index] if other == kind)
@@ -243,3 +244,16 @@ def test_weights_that_are_not_there_are_one_line(mask2former, tmp_path):
     with pytest.raises(UserError, match="--clip=/nowhere does not exist; expected CLIP ViT-L/14"):
         ClipColors.from_file("/nowhere")
     assert math.isfinite(mask2former_detector(mask2former).rule.threshold)
+
+
+def test_the_command_runs_owlv2(owlv2, tmp_path):
+    """The queries are those of the whole folder, whatever part of it is scored."""
+    cases = [case for case in CASES if "color" not in case[0]["tag"]]
+    write_folder(tmp_path, cases)
+    words = ["--detector", "owlv2", "--detector-weights", str(owlv2), "--threshold", "0", "--counting-threshold", "0"]
+    assert main(["eval", "geneval-score", str(tmp_path), *words, "--limit", "1"]) == 0
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 2
+    assert main(["eval", "geneval-score", str(tmp_path), *words]) == 0
+    assert len((tmp_path / "results.jsonl").read_text().splitlines()) == 10
+    scoring = read_results(tmp_path / "results.json")["protocol"]["scoring"]
+    assert scoring["queries"] == ["a photo of a circle", "a photo of a square"] and scoring["threshold"] == 0.0

@@ -21,7 +21,7 @@ from unitok.eval.results import (
     share,
     write_run,
 )
-from unitok.eval.run_form import figures_as_metrics
+from unitok.eval.run_form import figures_as_metrics, with_errors
 
 PROTOCOL = {"sampler": {"guidance_scale": 5.0, "top_k": 0}, "embedder_cache": "consistent", "num_prompts": 553}
 
@@ -131,6 +131,12 @@ def test_several_systems_of_one_file_are_rows(tmp_path):
 def test_figures_become_metrics():
     figures = {"psnr_db": 25.0, "psnr_db_se": 0.5, "agreement": None, "by": [1], "kept": True, "num_images": 3}
     assert figures_as_metrics(figures, 3) == [Metric("psnr_db", 25.0, 0.5, 3)]
+
+
+def test_errors_of_shares_are_those_of_the_outcomes():
+    outcomes = [True] * 3 + [False] * 5
+    found = with_errors({"top1": 3 / 8, "top5": None}, ("top1", "top5"), 8)
+    assert found["top1_se"] == pytest.approx(share("top1", outcomes).standard_error) and "top5_se" not in found
 
 
 def test_files_of_another_form_are_named(tmp_path, capsys):

@@ -11,34 +11,41 @@ def reconstruction(arguments: argparse.Namespace) -> int:
     """Figures of one autoencoder, or of several side by side."""
     from unitok.commands.reconstruction import compare
 
-    return compare(arguments, _open(arguments), _finish)
+    source = _open(arguments)
+    return 0 if source is None else compare(arguments, source, _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
     """Top-1 and top-5 of the image's own caption among the distinct captions, with chance."""
     from unitok.eval.retrieval import evaluate_retrieval
+    from unitok.eval.run_form import with_errors
 
     source = _open(arguments)
-    if _only_planned(arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"):
+    if source is None or _only_planned(
+        arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"
+    ):
         return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
+    figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
     return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
 
 
 def vqa(arguments: argparse.Namespace) -> int:
     """Accuracy by type of question, beside always giving the most frequent answer."""
     from unitok.data.captions import paraphrase
+    from unitok.eval.run_form import with_errors
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
-    if _only_planned(arguments, f"visual question answering on {source.name}"):
+    if source is None or _only_planned(arguments, f"visual question answering on {source.name}"):
         return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
     size = arguments.batch_size
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
+    figures = with_errors(figures, ("accuracy",), figures["num_questions"])
     return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
 
 
@@ -51,6 +58,10 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
+    if arguments.dry_run:
+        _list_missing(arguments)
+        if arguments.prompts and not Path(arguments.prompts).is_file():
+            return 0
     if arguments.prompts:
         metadata = load_prompts(arguments.prompts)[: arguments.limit]
     else:
@@ -95,11 +106,29 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> Any:
+    """The source; None in a dry run that does not find it, which is then told."""
     from unitok.data.source import open_source
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected at least 1")
-    return open_source(arguments.source)
+    if not arguments.dry_run:
+        return open_source(arguments.source)
+    _list_missing(arguments)
+    try:
+        return open_source(arguments.source)
+    except UserError as error:  # what a dry run is for
+        print(f"missing: {error}")
+        return None
+
+
+def _list_missing(arguments: argparse.Namespace) -> None:
+    """What a dry run does not find, and where it comes from."""
+    made = "train it (unitok demo), convert a release (unitok convert), or name another"
+    prompts = "GenEval's prompts; from github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+    for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
+        path = getattr(arguments, name, None)
+        if isinstance(path, str) and not Path(path).exists():
+            print(f"missing: {path}: {hint}")
 
 
 def _count(arguments: argparse.Namespace, available: int) -> int:
