@@ -455,3 +455,80 @@ def test_an_unforeseen_error_costs_its_batch_only(pipe, stream, caplog):
         caplog.clear()
         scheduler.model = good
         assert httpx.post(address + path, json=body).status_code == 200
+
+
+class EchoModel:
+    """Says what it was asked, in two pieces; may stop between them."""
+
+    def __init__(self):
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def run(self, jobs):
+        texts = [job.messages[0]["content"] for job in jobs]
+        for job, text in zip(jobs, texts, strict=True):
+            job.emit("delta", (0, text[:3]))
+        self.gate.wait(10)
+        for job, text in zip(jobs, texts, strict=True):
+            job.emit("delta", (0, text[3:]))
+            job.emit("done", (1, 2, ["stop"]))
+
+
+@pytest.fixture
+def echo(pipe):
+    with running(pipe, name="tiny", request_seconds=1.0, max_queue=200) as (address, server):
+        server.service.scheduler.model = model = EchoModel()
+        yield address, server, model
+        model.gate.set()
+
+
+def test_many_at_once_each_get_their_own(echo):
+    import asyncio
+
+    async def ask(client, number):
+        path, body = chat(messages=[{"role": "user", "content": f"question {number}"}], stream=number % 2 == 0)
+        response = await client.post(path, json=body)
+        if number % 2:
+            return response.json()["choices"][0]["message"]["content"]
+        events = [line[6:] for line in response.text.split("\n\n") if line]
+        assert events[-1] == "[DONE]"
+        return "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events[:-1])
+
+    async def ask_all():
+        async with httpx.AsyncClient(base_url=echo[0], timeout=30) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(120)))
+
+    assert asyncio.run(ask_all()) == [f"question {number}" for number in range(120)]
+
+
+def test_an_error_within_a_stream_is_its_last_event(echo):
+    import openai
+
+    address, _, model = echo
+    model.gate.clear()
+    client = openai.OpenAI(base_url=f"{address}/v1", api_key="x", max_retries=0)
+    pieces = []
+    with pytest.raises(openai.APIError, match="no answer within 1 seconds"):
+        for chunk in client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": "red circle"}], stream=True
+        ):
+            pieces.append(chunk.choices[0].delta.content)
+    assert pieces == ["", "red"]
+
+
+def test_openais_client_knows_our_errors(server, pipe):
+    import openai
+
+    def ask(key=KEY, **changes):
+        client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key=key, max_retries=0)
+        return client.chat.completions.create(**chat(**changes)[1])
+
+    for error, changes in (
+        (openai.AuthenticationError, {"key": "wrong-key-of-tests"}),
+        (openai.NotFoundError, {"model": "other"}),
+        (openai.BadRequestError, {"messages": question("what?", "file:///etc/passwd")}),
+        (openai.UnprocessableEntityError, {"temperature": 99}),
+    ):
+        with pytest.raises(error) as caught:
+            ask(**changes)
+        assert caught.value.code and caught.value.body["message"]
