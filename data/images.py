@@ -30,7 +30,7 @@ class ImageDataConfig(Config):
     `source` is one source or a list of {source, weight} (see docs/data.md). `augment: crop` takes a random resized crop
     with flip (natural images); `released` resizes a little larger and crops anywhere, without flip; `none` takes a
     centre crop, which shows the whole scene. `cache` holds decoded images in memory (only with `none`). `draft`: with
-    `crop`, JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where the crop still has `image_size` pixels.
+    `crop`, JPEG files are decoded at 1/2, 1/4 or 1/8 of their size where the crop still has 1.25 x `image_size` pixels.
     Images of more than `max_pixels` are bad samples.
     """
 
@@ -63,8 +63,8 @@ class ImageBatches:
         return [text for source in sources for index in range(len(source)) for text in source.texts(index)]
 
     def load(self, indices: list[int], epoch: int) -> dict[str, Any]:
-        """`pixels` uint8 `[B, 3, H, W]`, to be made floats by `as_pixels` where they are used; one caption per image
-        ("" where it has none); of a mixture also `sources`, int64 `[B]`: the member that each one came from."""
+        """`pixels` uint8 `[B, 3, H, W]`, to be made floats by `as_pixels` where they are used, and one caption per
+        image ("" where it has none); of a mixture also `sources`, int64 `[B]`: the member that each one came from."""
         images, captions = zip(*(self._one(index, epoch) for index in indices), strict=True)
         batch: dict[str, Any] = {"pixels": to_levels(images), "captions": list(captions)}
         if isinstance(self.source, MixtureSource):
@@ -90,21 +90,26 @@ class ImageBatches:
 
     def _read(self, index: int, epoch: int) -> tuple[Image.Image, list[str]]:
         source, number = self.source.turn(index, epoch)
-        if self.config.augment == "crop":
-            sample = source.get(number, (lambda key: self._shrink(key, epoch)) if self.config.draft else None)
-            rng = numpy_rng("augment", self.seed, epoch, sample.key)
-            return random_crop(sample.image, self.image_size, rng, full_size=sample.full_size), sample.captions
-        if self.config.augment == "released":
-            sample = source.get(number)
-            rng = numpy_rng("augment", self.seed, epoch, sample.key)
-            return released_crop(sample.image, self.image_size, rng), sample.captions
         if (source.name, number) in self._cache:
             return self._cache[source.name, number]
-        sample = source.get(number)
-        image = centred(sample.image, self.image_size), sample.captions
-        if self.config.cache:
-            self._cache[source.name, number] = image
-        return image
+        found = source.first_good(number, lambda candidate: self._cut(source, candidate, epoch))
+        if self.config.cache and self.config.augment == "none":
+            self._cache[source.name, number] = found
+        return found
+
+    def _cut(self, source: Source, number: int, epoch: int) -> tuple[Image.Image, list[str]]:
+        """Sample `number` itself, cut to size; UserError or OSError when it is bad."""
+        if self.config.augment == "none":
+            sample = source.read(number)
+            return centred(sample.image, self.image_size), sample.captions
+        crop = self.config.augment == "crop"
+        sample = source.read(number, (lambda key: self._shrink(key, epoch)) if crop and self.config.draft else None)
+        rng = numpy_rng("augment", self.seed, epoch, sample.key)
+        if crop:
+            image = random_crop(sample.image, self.image_size, rng, full_size=sample.full_size)
+        else:
+            image = released_crop(sample.image, self.image_size, rng)
+        return image, sample.captions
 
     def _shrink(self, key: str, epoch: int) -> Shrink:
         """How much smaller a sample may be decoded: its crop is drawn here as `random_crop` will draw it."""

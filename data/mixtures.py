@@ -1,8 +1,8 @@
 """Several sources as one, each with its share of every epoch.
 
-An epoch of a mixture has as many samples as its members together; member k gets its weight's share of them. Members
-go round: none of their samples comes again before all the others had their turn, over all epochs. In the order of
-`unitok.core.sampling` the members' places are shuffled.
+An epoch of a mixture has as many samples as its members have together; member k gets its weight's share of them, an
+equal number in every epoch. Each member goes round: counted after any number of epochs, none of its samples has come
+more than once oftener than another. The order of `unitok.core.sampling` shuffles the members' places.
 """
 
 import re
@@ -93,11 +93,11 @@ class MixtureSource(Source):
         source, number = self.turn(index, 0)
         return source.read(number, shrink_of)
 
-    def get(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+    def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
         source, number = self.turn(index, 0)
-        sample = source.get(number, shrink_of)
+        sample = source[number]
         if number in source.bad:
             self.bad[index] = source.bad[number]
         return sample

@@ -47,7 +47,7 @@ class ParquetSource(Source):
         self.image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
         if self.image_column is None:
             raise DataError(
-                f"{self.files[0]} has columns {', '.join(names)}; expected images in one of {', '.join(IMAGE_COLUMNS)}"
+                f"{self.files[0]} has columns {', '.join(names)}; expected images in {', '.join(IMAGE_COLUMNS)}"
             )
         self._kept: OrderedDict[int, Any] = OrderedDict()  # the row groups read last
 

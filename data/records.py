@@ -1,6 +1,6 @@
 """Sources of JSON records that name image files: JSON lines, and LLaVA's instruction files.
 
-Text of records is held as bytes or left in the file, so workers share it; a record is parsed when it is its turn.
+Text of records is held as bytes or left in the file, which worker processes share; a record is parsed when it is read.
 """
 
 import json

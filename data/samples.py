@@ -54,13 +54,9 @@ class Source(BadSamples, ABC):
         return Sample(**vars(words), key=key, image=image.image, full_size=image.full_size)
 
     def __getitem__(self, index: int) -> Sample:
-        return self.get(index)
-
-    def get(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
-        """Sample `index`, or the one that stands in for it."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")
-        return self.first_good(index, lambda candidate: self.read(candidate, shrink_of))
+        return self.first_good(index, self.read)
 
     def turn(self, index: int, epoch: int) -> "tuple[Source, int]":
         """The source and its sample that place `index` of an epoch takes: other ones every epoch, in a mixture."""

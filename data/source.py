@@ -1,4 +1,4 @@
-"""Opens sources of images with words by their names: generated scenes, tar shards, folders of images and others.
+"""Opens sources of images with words by their names; generated scenes, tar shards and folders of image files.
 
 What a source is stands in `samples`; JSON records, parquet files and mixtures have files of their own.
 """
@@ -77,7 +77,7 @@ class ShardSource(Source):
         )
 
     def _lost_with_shards(self) -> int:
-        """How many samples broken shards have lost: what they have less than whole ones; all without these."""
+        """How many samples broken shards have lost: their lack against whole ones, or else as many as are left."""
         bad, sizes = self.reader.bad_shards, dict(zip(self.reader.paths, self.reader.sizes, strict=True))
         whole = [size for path, size in sizes.items() if path not in bad]
         if not whole:
@@ -156,8 +156,8 @@ def open_source(
     """Opens a source by its name; `docs/data.md` shows all forms.
 
     Args:
-        spec: "shapes:SPLIT?num=&seed=&size=" for generated scenes; a folder, glob, brace pattern or URL of .tar or
-            of .parquet files; a folder of images; a .jsonl file or LLaVA's .json (FILE?images=DIR); "mix:..." or a
+        spec: "shapes:SPLIT?num=&seed=&size=" for generated scenes; a folder, glob, brace pattern or URL of .tar shards
+            or of .parquet files; a folder of images; a .jsonl file or LLaVA's .json (FILE?images=DIR); "mix:..." or a
             list for a mixture.
         split: "train" or "val" in place of the one in a shapes spec; for folders the sub-folder of that name, if any.
         max_bad_fraction: share of unreadable samples above which reading stops.

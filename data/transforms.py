@@ -8,10 +8,11 @@ import torch
 from PIL import Image
 
 from unitok.core.errors import UserError
+from unitok.data.bad import SampleError
 from unitok.data.decoding import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
+from unitok.data.decoding import MAX_PIXELS, to_rgb
 from unitok.data.decoding import decode_image as decode_image
 from unitok.data.decoding import load_image as load_image
-from unitok.data.decoding import to_rgb
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -21,6 +22,9 @@ RELEASED_PREPROCESS = {
     "vae_val": (1.125, Image.Resampling.LANCZOS),  # reconstruction measures (rFID) during training
     "clip_val": (1.0, Image.Resampling.BICUBIC),  # zero-shot classification
 }
+# An image decoded at a part of its size keeps at least so many times the pixels that a crop needs. At 1.25 crops of two
+# photographs differ by 2.4 of 255 levels on average (35 dB) from those of the whole image.
+DRAFT_SURPLUS = 1.25
 VQA_BACKGROUND = (122, 116, 104)  # what the released chat pads images with: CLIP's mean colour
 
 
@@ -55,6 +59,13 @@ def _shorter_side(image: Image.Image, size: int, preprocess: str) -> Image.Image
     from torchvision.transforms import functional as tv
 
     ratio, resampling = RELEASED_PREPROCESS[preprocess]
+    width, height = image.size
+    if max(width, height) / min(width, height) * (ratio * size) ** 2 > MAX_PIXELS:
+        raise SampleError(
+            f"an image of {width}x{height} pixels is too long for {preprocess!r}, which makes its shorter side "
+            f"{int(ratio * size)}; leave it out",
+            "too many pixels",
+        )
     return tv.resize(image, int(ratio * size), InterpolationMode(resampling.name.lower()))
 
 
@@ -119,10 +130,10 @@ def random_crop(
 
 
 def shrink_for_crop(
-    width: int, height: int, size: int, rng: np.random.Generator, min_area: float = 0.5, surplus: float = 1.0
+    width: int, height: int, size: int, rng: np.random.Generator, min_area: float = 0.5, surplus: float = DRAFT_SURPLUS
 ) -> int:
-    """How much smaller (1, 2, 4 or 8 times) an image may be decoded so that the box that `random_crop` takes with
-    an equal `rng` still has `surplus` x `size` pixels a side."""
+    """How much smaller (1, 2, 4 or 8 times) an image may be decoded so that the box which `random_crop` takes of it
+    with an equal `rng` still has `surplus` x `size` pixels a side."""
     left, top, right, bottom = random_box(width, height, rng, min_area)
     ratio = min(right - left, bottom - top) / (surplus * size)
     return max((factor for factor in (2, 4, 8) if factor <= ratio), default=1)

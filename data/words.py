@@ -88,7 +88,7 @@ def _list_of(data: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def _checked(words: Words, where: str) -> Words:
-    """SampleError when a text cannot be learnt from, or holds a mark, which would be read as an image."""
+    """SampleError when a text is damaged, or holds a mark, which would be read as an image that is not there."""
     marked = [*words.captions, *(text for item in words.questions for text in (item.question, item.answer))]
     for text in marked:
         for mark in MARKS:

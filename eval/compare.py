@@ -12,7 +12,7 @@ from typing import Any
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.paper import paper_rows
-from unitok.eval.results import Metric, format_table, protocol_differences, read_results
+from unitok.eval.results import format_table, protocol_differences, read_results
 
 # What a protocol block may hold that does not belong to the protocol: the same measurement elsewhere or once more.
 _NOT_PROTOCOL = frozenset({"versions", "machine", "seed", "seeds"})
@@ -39,21 +39,6 @@ class Table:
     headers: list[str]
     rows: list[list[str]]
     notes: list[str]
-
-
-def figures_as_metrics(figures: Mapping[str, Any], n: int) -> list[Metric]:
-    """The plain numbers among an evaluation's figures; `NAME_se` is the standard error of NAME."""
-    out = []
-    for name, value in figures.items():
-        if (
-            name.endswith("_se")
-            or name.startswith("num_")
-            or isinstance(value, bool)
-            or not isinstance(value, int | float)
-        ):
-            continue
-        out.append(Metric(name, float(value), figures.get(f"{name}_se"), n))
-    return out
 
 
 def read_runs(path: Path | str) -> list[Run]:

@@ -130,28 +130,6 @@ def score_images(
     return summarise(rows) | {"rows": rows}
 
 
-def score_folder(folder: Path | str, detect: Detect, rule: GenEvalRule = OFFICIAL_RULE) -> dict[str, Any]:
-    """Scores a folder in the official format and writes its `results.jsonl`; returns what `score_images` does.
-
-    Raises:
-        DataError: the folder holds no sample, or the metadata of one cannot be read.
-    """
-    folder = Path(folder)
-    samples = list_samples(folder)
-    if not samples:
-        raise DataError(f"{folder} holds no GenEval sample; expected NNNNN/metadata.jsonl and NNNNN/samples/NNNNN.png")
-    rows = []
-    for path, metadata in progress(samples, "scoring images"):
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError:
-            raise DataError(f"{path} is not a readable image; generate it again or remove it") from None
-        rows.append(result_row(image, metadata, detect, rule, path.relative_to(folder).as_posix()))
-    write_rows(folder / "results.jsonl", rows)
-    return summarise(rows) | {"rows": rows}
-
-
 def list_samples(folder: Path, limit: int | None = None) -> list[tuple[Path, Metadata]]:
     """(image, its prompt's metadata) of a folder in the official layout, of the first `limit` prompts."""
     prompt_folders = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())

@@ -193,7 +193,7 @@ def owlv2_detector(
             for i in kept
         ]  # fmt: skip
 
-    settings = {"detector_weights": weights_name(path), "query": "a photo of a ...", "nms_iou": OWLV2_NMS}
+    settings = {"detector_weights": weights_name(path), "queries": queries, "nms_iou": OWLV2_NMS}
     return Detector("owlv2", detect, rule, frozenset(classes), settings)
 
 
@@ -206,8 +206,11 @@ def weights_name(path: str | Path) -> str:
 
 def _load(model_class: Any, processor_class: Any, path: str | Path, default: str) -> tuple[Any, Any]:
     """A detector of transformers and its processor, with nothing of another kind taken for it."""
+    from transformers.utils import logging
+
     from unitok.core.pretrained import checked
 
+    logging.disable_progress_bar()
     hint = f"give --detector-weights the folder of {default}, as `hf download {default} --local-dir DIR` makes it"
     if Path(path).is_dir() and not list(Path(path).glob("*.safetensors")):
         raise CheckpointError(f"{path}: no *.safetensors in it; {hint}")

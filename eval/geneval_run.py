@@ -16,7 +16,7 @@ from unitok.core.errors import DataError, UserError
 from unitok.eval.geneval import list_samples, make_grid, result_row, sample_seed
 from unitok.eval.geneval_score import summarise
 from unitok.eval.progress import progress
-from unitok.eval.results import Metric, checkpoint_hash, mean_metric, protocol_differences, write_results
+from unitok.eval.results import Metric, checkpoint_hash, protocol_differences, share, write_results
 
 if TYPE_CHECKING:
     from unitok.eval.geneval_detect import Detector
@@ -182,7 +182,7 @@ def score_run(
     detector: "Detector",
     out: Path,
     limit: int | None = None,
-    share: tuple[int, int] = (0, 1),
+    part: tuple[int, int] = (0, 1),
 ) -> list[dict[str, Any]] | None:
     """Scores this process's share (number, of how many) of a folder in the official layout.
 
@@ -206,13 +206,13 @@ def score_run(
     names = {path: path.relative_to(folder).as_posix() for path, _ in samples}
     digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items()}
     known = _scored(parts, digests)
-    first, step = share
+    first, step = part
     own = [(path, metadata) for path, metadata in samples[first::step] if names[path] not in known]
-    with _open_part(parts / f"{first}.jsonl") as part:
+    with _open_part(parts / f"{first}.jsonl") as lines:
         for path, metadata in progress(own, "scoring images"):
             row = result_row(_read(path), metadata, detector.detect, detector.rule, names[path])
-            part.write(json.dumps(row | {_DIGEST: digests[names[path]]}) + "\n")
-            part.flush()
+            lines.write(json.dumps(row | {_DIGEST: digests[names[path]]}) + "\n")
+            lines.flush()
     known = _scored(parts, digests)
     if len(known) < len(digests):
         return None
@@ -257,8 +257,11 @@ def _scored(parts: Path, digests: Mapping[str, str]) -> dict[str, dict[str, Any]
     known = {}
     for file in sorted(parts.glob("*.jsonl")):
         content = file.read_text(encoding="utf-8")
-        for line in content[: content.rfind("\n") + 1].splitlines():
-            row = json.loads(line)
+        for number, line in enumerate(content[: content.rfind("\n") + 1].splitlines(), 1):
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError:
+                raise DataError(f"{file}:{number} is not JSON; delete that line, and score again") from None
             if row.pop(_DIGEST) == digests.get(row["filename"]):
                 known[row["filename"]] = row
     return known
@@ -277,10 +280,10 @@ def geneval_metrics(rows: Sequence[Mapping[str, Any]]) -> list[Metric]:
         by_prompt.setdefault(row["tag"], {}).setdefault(identity, []).append(bool(row["correct"]))
     tasks = []
     for tag, value in scores["by_tag"].items():
-        over_prompts = mean_metric(tag, [sum(own) / len(own) for own in by_prompt[tag].values()])
+        over_prompts = share(tag, [sum(own) / len(own) for own in by_prompt[tag].values()])
         tasks.append(Metric(tag, value, over_prompts.standard_error, over_prompts.n))
     errors = [task.standard_error for task in tasks]
     error = None if None in errors else sum(one**2 for one in errors) ** 0.5 / len(errors)
     overall = Metric("overall", scores["overall"], error, scores["num_prompts"])
     right = [any(own) for task in by_prompt.values() for own in task.values()]
-    return [overall, *tasks, mean_metric("prompt_accuracy", right)]
+    return [overall, *tasks, share("prompt_accuracy", right)]

@@ -65,12 +65,12 @@ PAPER: dict[str, tuple[PaperRow, ...]] = {
         PaperRow(_UNIFIED, {"fid": 7.46}, "released script: guidance 7, images saved as JPEG"),
         PaperRow("the same, measured by UniCompress", {"fid": 16.14}, "not stated", "CVPR 2026"),
     ),
-    "vqav2": (PaperRow(_UNIFIED, {"accuracy": 0.768}),),
+    "vqav2": (PaperRow(_UNIFIED, {"soft_accuracy": 0.768}),),
     "gqa": (PaperRow(_UNIFIED, {"accuracy": 0.611}),),
-    "textvqa": (PaperRow(_UNIFIED, {"accuracy": 0.516}, "OCR hints not stated"),),
-    "pope": (PaperRow(_UNIFIED, {"f1": 0.832}, "average over the three splits; accuracy or F1 not stated"),),
+    "textvqa": (PaperRow(_UNIFIED, {"soft_accuracy": 0.516}, "OCR hints not stated"),),
+    "pope": (PaperRow(_UNIFIED, {"f1_mean": 0.832}, "over the three splits; accuracy or F1 not stated"),),
     "mme": (PaperRow(_UNIFIED, {"perception": 1448.0}),),
-    "mmvet": (PaperRow(_UNIFIED, {"score": 0.339}, "judged by GPT-4"),),
+    "mmvet": (PaperRow(_UNIFIED, {"judged": 0.339}, "judged by GPT-4"),),
 }
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.benchmarks import benchmark, score, totals
-from unitok.eval.results import Metric, mean_metric, run_results
+from unitok.eval.results import Metric, run_results, share
 from unitok.eval.vqa_metrics import by_group, mean
 
 Judge = Callable[[str, str, str], float]  # (question, reference, answer) -> score in [0, 1]
@@ -73,7 +73,7 @@ def rescore_samples(
     groups: list[tuple[str, str, float]] = []
     if judge is not None:
         scores = judged(samples, load_judge(judge))
-        metrics.append(mean_metric("score", scores))
+        metrics.append(share("score", scores))
         pairs = [
             (capability, value)
             for sample, value in zip(samples, scores, strict=True)
@@ -87,7 +87,7 @@ def rescore_samples(
 def _metric(name: str, value: float, items: Sequence[Any]) -> Metric:
     """With a standard error where the figure is the mean of the items."""
     if all(isinstance(item, float | bool) for item in items) and abs(mean(items) - value) < 1e-12:
-        return mean_metric(name, items)
+        return share(name, items)
     return Metric(name, value, None, len(items))
 
 

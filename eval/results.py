@@ -50,7 +50,7 @@ class Metric:
     n: int
 
 
-def mean_metric(name: str, outcomes: Sequence[float | bool]) -> Metric:
+def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
     """Mean of outcomes (right or wrong, or scores) with the standard error of the mean, sd / sqrt(n)."""
     n = len(outcomes)
     if not n:
@@ -91,8 +91,13 @@ def run_results(
         "seeds": list(seeds),
         "checkpoint": None if checkpoint is None else {"path": str(checkpoint), "sha256": checkpoint_hash(checkpoint)},
         "versions": _versions(),
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
     }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "unitok" if name == "__main__.py" else name  # python -m unitok
 
 
 def checkpoint_hash(checkpoint: Path | str) -> str:

@@ -11,7 +11,7 @@ from unitok.core.errors import DataError
 from unitok.eval.codes import evaluation_mode, images_to_pixels
 from unitok.eval.image_text import BATCH_OF_TEXTS, ImageText
 from unitok.eval.progress import batches, sample_batches
-from unitok.eval.results import mean_metric
+from unitok.eval.results import share
 
 
 def evaluate_retrieval(
@@ -100,7 +100,7 @@ def recalls(
     out: dict[str, Any] = {}
     for name, ranks in _both_ranks(torch.cat(features) @ torch.cat(words).T, torch.tensor(owners)).items():
         for k in (1, 5, 10):
-            found = mean_metric(f"{name}_recall{k}", [bool(rank < k) for rank in ranks])
+            found = share(f"{name}_recall{k}", [bool(rank < k) for rank in ranks])
             out |= {found.name: found.value}
             out |= {} if found.standard_error is None else {f"{found.name}_se": found.standard_error}
     return out | {"num_caption_images": images, "num_captions": len(texts)}

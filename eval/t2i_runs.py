@@ -198,9 +198,8 @@ def fidelity_metrics(
 
     generated, real = Features(network), Features(network)
     theirs = [_reference_file(reference, item) for item in items]
-    device = next(iter([*network.parameters(), *network.buffers()]), torch.zeros(())).device
-    _add(generated, [official_file(out, "mjhq", item) for item in items], batch_size, device, "features, generated")
-    _add(real, theirs, batch_size, device, "features, reference")
+    add_files(generated, [official_file(out, "mjhq", item) for item in items], batch_size, "features, generated")
+    add_files(real, theirs, batch_size, "features, reference")
     found = distances(generated.gathered(), real.gathered(), seed)
     names = ("fid", "kid", "isc", "precision", "recall")
     return [Metric(name, float(found[name]), None, len(items)) for name in names]
@@ -217,8 +216,17 @@ def _reference_file(reference: Path, item: Item) -> Path:
     )
 
 
-def _add(features: Any, files: Sequence[Path], batch_size: int, device: torch.device, label: str) -> None:
-    """Features of image files; neighbours of one size go in one batch."""
+def device_of(features: Any) -> torch.device:
+    """Where the network of `Features` expects its images."""
+    return next(iter([*features.network.parameters(), *features.network.buffers()]), torch.zeros(())).device
+
+
+def add_files(features: Any, files: Sequence[Path], batch_size: int, label: str) -> None:
+    """Takes the features of image files as they are, 8-bit RGB; neighbours of one size go in one batch.
+
+    `features`: `unitok.eval.fidelity.Features`. DataError where a file is no image.
+    """
+    device = device_of(features)
     waiting: list[torch.Tensor] = []
     for file in progress(files, label):
         try:

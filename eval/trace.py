@@ -31,13 +31,21 @@ _CPU = torch.device("cpu")
 class Trace:
     """Of one micro-batch, forward and backward.
 
-    flops: products as executed. activations: the most bytes that tensors made in it held at a time, without gradients
-    of parameters. with_gradients: the same with the gradients that have been made until then.
+    flops: products as executed. course: bytes of the parameters' gradients made so far, and the most bytes that all
+    other tensors made in it then held at a time.
     """
 
     flops: int
-    activations: int
-    with_gradients: int
+    course: tuple[tuple[int, int], ...]
+
+    @property
+    def activations(self) -> int:
+        """The most bytes at a time without gradients of parameters."""
+        return max(held for _, held in self.course)
+
+    def peak(self, share: float) -> float:
+        """The most bytes at a time with this share of every gradient that is there."""
+        return max(held + share * gradients for gradients, held in self.course)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -48,7 +56,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.now = self.gradients = self.peak = self.peak_with_gradients = 0
+        self.now = self.gradients = self.peak = 0
+        self.course: list[tuple[int, int]] = []  # see `Trace`, but for the last stretch
+        self._stretch = 0  # the most since the last gradient
         self._known: dict[int, tuple[Any, int]] = {}
 
     def __torch_dispatch__(
@@ -57,16 +67,22 @@ class LiveBytes(TorchDispatchMode):
         if func is _aten._local_scalar_dense.default and isinstance(args[0], torch._subclasses.FakeTensor):
             return 0.5 if args[0].is_floating_point() else 0  # a draw that decides something: likely enough
         out = func(*_without_masks(func, args), **(kwargs or {}))
+        given: set[int] | None = None  # views of what was there, and what is changed in place, are nothing new
         for value in tree_iter(out):
-            if isinstance(value, Tensor):
-                self._see(value)
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known:
+                if given is None:
+                    given = {
+                        one.untyped_storage()._cdata
+                        for one in tree_iter((args, kwargs))
+                        if isinstance(one, Tensor) and one.layout == torch.strided
+                    }
+                if value.untyped_storage()._cdata not in given:
+                    self._see(value)
         return out
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
 
         def gone(_: Any) -> None:
             if self._known.pop(key, None) is not None:
@@ -74,17 +90,17 @@ class LiveBytes(TorchDispatchMode):
 
         self._known[key] = (weakref.ref(storage, gone), size)
         self.now += size
-        self.peak = max(self.peak, self.now)
-        self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
+        self.peak, self._stretch = max(self.peak, self.now), max(self._stretch, self.now)
 
     def take_gradient(self, parameter: Tensor) -> None:
         """Count a parameter's finished gradient as one, and let go of it (as ZeRO does, or in the next step)."""
         assert parameter.grad is not None
+        self.course.append((self.gradients, self._stretch))
         storage = parameter.grad.untyped_storage()
         if self._known.pop(storage._cdata, None) is not None:
             self.now -= storage.nbytes()
         self.gradients += storage.nbytes()
-        self.peak_with_gradients = max(self.peak_with_gradients, self.now + self.gradients)
+        self._stretch = self.now
         parameter.grad = None
 
 
@@ -156,7 +172,7 @@ def trace(function: Callable[[], object], modules: Iterable[nn.Module], mode: An
     live = LiveBytes()
     with mode, _gradients_taken(parameters, live), live, FlopCount() as count:
         function()
-    return Trace(count.total, live.peak, live.peak_with_gradients)
+    return Trace(count.total, (*live.course, (live.gradients, live._stretch)))
 
 
 def fake_mode() -> Any:

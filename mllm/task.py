@@ -13,6 +13,7 @@ from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
+from unitok.data.classes import ClassSource
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
@@ -85,7 +86,10 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
+        if data.classes is None:
+            self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
+        else:
+            self.source = ClassSource(data.codes, data.classes, expected, data.max_bad_fraction)
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
         share = data.mixture.text / data.mixture.total
         self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None

@@ -61,7 +61,7 @@ def test_plain_records_score_as_the_official_scorer_says():
 
 
 def test_every_tag_is_scored_right_and_the_summary_reads_it(tmp_path, capsys):
-    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, what the official summary computes."""
+    """Right, wrong colour, wrong count, swapped position: rows, counts by tag, and the official summary's figures."""
     import pandas
 
     expected = write_folder(tmp_path / "images")
@@ -142,10 +142,10 @@ def test_processes_share_the_scoring(tmp_path):
     write_folder(tmp_path / "images")
     alone = score_run(tmp_path / "images", shapes_detector(), tmp_path / "alone.jsonl")
     out, calls = tmp_path / "shared.jsonl", [[], [], []]
-    parts = [score_run(tmp_path / "images", counting_detector(calls[i]), out, share=(i, 3)) for i in (2, 0, 1)]
+    parts = [score_run(tmp_path / "images", counting_detector(calls[i]), out, part=(i, 3)) for i in (2, 0, 1)]
     assert parts[:2] == [None, None] and parts[2] == alone == rows_of(out)
     assert sorted(map(len, calls)) == [4, 5, 5]
-    other = [score_run(tmp_path / "images", counting_detector([]), out, share=(i, 2)) for i in (0, 1)]
+    other = [score_run(tmp_path / "images", counting_detector([]), out, part=(i, 2)) for i in (0, 1)]
     assert other == [alone, alone], "another number of processes finds all scored"
     first = score_run(tmp_path / "images", shapes_detector(), tmp_path / "first.jsonl", limit=2)
     assert first == alone[:4]
@@ -217,6 +217,17 @@ def test_scores_tell_how_the_images_were_made(export, tmp_path, capsys):
     assert "sampler.guidance_scale 3.0, now it is 4.0" in capsys.readouterr().err
 
 
+def test_both_ways_of_the_embedded_world_agree(export, tmp_path):
+    """`unitok eval geneval` in one go, and `geneval-score` on the folder that it kept: the same figures."""
+    words = ["--model", str(export / "model"), "--limit", "6", "--samples", "2", "--images", str(tmp_path / "images")]
+    assert main(["eval", "geneval", *words, "--out", str(tmp_path / "one.json")]) == 0
+    assert main(["eval", "geneval-score", str(tmp_path / "images"), "--detector", "shapes"]) == 0
+    one, two = read_results(tmp_path / "one.json"), read_results(tmp_path / "images" / "results.json")
+    assert one["metrics"] == two["metrics"] and one["protocol"]["scoring"] == two["protocol"]["scoring"]
+    assert one["protocol"]["embedder_cache"] == "consistent" and one["protocol"]["sampler"]["top_k"] == 12
+    assert one["seeds"] == [0] and one["checkpoint"]["sha256"]
+
+
 def test_rewriting_is_named_and_whole(export, tmp_path, capsys):
     rewrite = tmp_path / "words.json"
     rewrite.write_text(json.dumps({entry["prompt"]: entry["prompt"].replace("a photo of", "red") for entry in PROMPTS}))
@@ -250,6 +261,11 @@ def test_a_folder_of_other_prompts_is_refused(export, tmp_path):
          ["/nowhere/images: images in GenEval's layout", "mask2former-swin-small-coco-instance", "CLIP"]),
         (["geneval-score", "/nowhere/images", "--detector", "owlv2", "--clip", "/nowhere/clip.pt"],
          ["owlv2-base", "missing: /nowhere/clip.pt"]),
+        (["geneval", "--prompts", "/nowhere/e.jsonl", "--model", "/nowhere/m"],
+         ["/nowhere/e.jsonl: GenEval's prompts", "missing: /nowhere/m"]),
+        (["vqa", "--source", "/nowhere/images", "--model", "/nowhere/m"], ["/nowhere/images", "missing: /nowhere/m"]),
+        (["retrieval", "--source", "/nowhere/images"], ["/nowhere/images", "runs/demo/model/visual_tokenizer"]),
+        (["reconstruction", "--source", "/nowhere/images"], ["/nowhere/images"]),
         (["t2i", "--bench", "mjhq", "--prompts", "/nowhere/meta.json", "--out", "x"],
          ["playgroundai/MJHQ-30K", "--reference", "--inception"]),
     ],

@@ -236,3 +236,14 @@ def test_rows_are_those_of_generate_answers(pipe):
         pipe.model, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, 20, sampling, [0, 1, 2]
     )
     assert [row.stream.ids for row in rows] == expected
+
+
+def test_the_example_of_the_documentation(server, capsys):
+    from pathlib import Path
+
+    text = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
+    code = text.split("```python\n")[1].split("```")[0]
+    code = code.replace("http://127.0.0.1:8000", server[0]).replace("data:image/png;base64,...", data_url(picture()))
+    names: dict = {}
+    exec(compile(code.replace('model="model"', 'model="tiny"'), "docs/serving.md", "exec"), names)
+    assert capsys.readouterr().out and unpacked(names["made"].data[3].b64_json).size == (32, 32)

@@ -295,10 +295,12 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
 
 def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
     from unitok.commands.geneval import add_generate_arguments, add_score_arguments
+    from unitok.commands.gfid import add_gfid_arguments
     from unitok.commands.t2i import add_t2i_arguments
 
     add_generate_arguments(kinds.add_parser("geneval-generate", help="GenEval's images"), DEFAULT_MODEL)
     add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
+    add_gfid_arguments(kinds.add_parser("gfid", help="class-conditional images and their FID"), DEFAULT_MODEL)
     add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 
 

@@ -62,11 +62,13 @@ FORMULAS = {
     "optimizer": "8 T (AdamW's two averages), 8 T / N under ZeRO 1 to 3",
     "ema": "4 P where there is an average, 4 P / N under ZeRO 3",
     "frozen": "4 x parameters of LPIPS, DINO and teacher, whole on every GPU; and buffers (codebooks)",
-    "buckets": "under ZeRO 4 x 5e8 per network (twice under 1 and 2, beside computation; 2 x 5e8 there where bf16 "
-    "gradients are staged), and for what is being reduced 4 min(T, 5e8), a share 1 / N of it under 1 and 2",
+    "buckets": "under ZeRO 4 x 5e8 (bf16: none under 1, 2 x 5e8 under 2), twice under 1 and 2 (communication beside "
+    "computation), for each network under 3 and under 1 with accumulation; and a copy of what is reduced: "
+    "4 min(T, 5e8), under 1 and 2 / N",
     "gathered": "ZeRO 3: b min(P, 1.05e9) held whole around the layer at work",
     "activations": "traced: the most that forward and backward pass of one micro-batch hold at a time, autocast's bf16 "
     "copies of weights and one chunk of logits included",
+    "total": "the most at a time: without accumulation gradients grow while activations go, so less than the sum",
     "contrastive": "16 G D + 24 B G: features and logits of the global batch (G pairs, B of this GPU, width D)",
     "flops_per_step": "N x accumulation x traced products of a micro-batch: matrix products, convolutions, attention, "
     "a multiply-add as 2; nothing twice for checkpointing",
@@ -160,25 +162,39 @@ def memory(
     parts["buckets"] = _buckets(networks, engine, gpus, zero_stage, bucket, overlap)
     parts["gathered"] = width * min(all_, LIVE) if zero_stage == 3 else 0.0
     parts["activations"] = trace.activations
-    # Without ZeRO gradients come to be while activations go: their common peak is less than the sum, unless gradients
-    # of an earlier micro-batch are there already.
-    early = trace.with_gradients - trace.activations if zero_stage == 0 and engine.accumulation_steps == 1 else None
-    gradients = parts["gradients"] if early is None else max(0, early)
-    standing = sum(parts[name] for name in ("parameters", "master", "optimizer", "ema", "frozen"))
-    backward = standing + gradients + parts["buckets"] + parts["gathered"] + parts["activations"]
+    standing = sum(parts[name] for name in ("parameters", "master", "optimizer", "ema", "frozen", "gathered"))
+    # What a backward pass begins with; the rest comes to be with the gradients, while activations go.
+    early = _buckets(networks, engine, gpus, zero_stage, bucket, overlap, copied=False)
+    if stays:
+        early += 4 * trained
+    elif engine.accumulation_steps > 1 or zero_stage == 3:
+        early += parts["gradients"]
+    late = parts["gradients"] + parts["buckets"] - early
+    backward = standing + early + trace.peak(late / max(1, 4 * trained))
     parts["total"] = max(backward, standing + parts["gradients"])
     return parts
 
 
 def _buckets(
-    networks: Mapping[str, Size], engine: EngineConfig, gpus: int, zero_stage: int, bucket: int, overlap: bool
+    networks: Mapping[str, Size],
+    engine: EngineConfig,
+    gpus: int,
+    zero_stage: int,
+    bucket: int,
+    overlap: bool,
+    copied: bool = True,
 ) -> float:
-    """Bytes of DeepSpeed's reduce buckets, and of the copy that is communicated."""
+    """Bytes of DeepSpeed's reduce buckets and, if `copied`, of what is communicated out of them."""
+    if zero_stage == 0:
+        return 0.0
+    if zero_stage == 1 and engine.precision == "bf16":  # gradients are added up in fp32, and reduced from there
+        bucket = 0
     trained = [size.trained for size in networks.values() if size.trained]
     width = 2 if zero_stage == 2 and engine.precision == "bf16" else 4
-    standing = width * bucket * (2 if overlap and zero_stage < 3 else 1) * len(trained)
-    copied = 4 * min(max(trained, default=0), BUCKET) * (1 if zero_stage == 3 else 1 / gpus)
-    return standing + copied if zero_stage else 0.0
+    lasting = zero_stage == 3 or (zero_stage == 1 and engine.accumulation_steps > 1)  # else let go after each backward
+    standing = width * bucket * (2 if overlap and zero_stage < 3 else 1) * (len(trained) if lasting else 1)
+    copy = 4 * min(max(trained, default=0), BUCKET) * (1 if zero_stage == 3 else 1 / gpus)
+    return standing + (copy if copied else 0.0)
 
 
 def stage_of(file: Path | str, overrides: list[str]) -> TrainConfig:
@@ -241,16 +257,17 @@ class Lengths:
 
 
 def works(config: MllmTrainConfig, positions: int, lengths: Lengths) -> dict[str, Work]:
-    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers."""
+    """What a sample of each kind of the mixture asks for. Of a conversation half the ids are answers; with a caption
+    begin, begin-of-image and end-of-image are given, with a drawn image its two marks and the end are learnt."""
     most = config.data.max_length
     caption, chat = (min(ids, most - positions) for ids in (lengths.caption, lengths.chat))
     document = min(lengths.document or most, most)
     if caption < 1 or chat < 1:
         raise ConfigError(f"data.max_length={most} leaves no ids beside the {positions} positions of an image")
     every = {
-        "text_to_image": Work(caption + positions, 1, 1, positions),
-        "caption": Work(caption + positions, 1, caption, 0),
-        "plain": Work(caption + positions, 1, caption, 0),
+        "text_to_image": Work(caption + positions, 1, min(3, caption), positions),
+        "caption": Work(caption + positions, 1, max(1, caption - 3), 0),
+        "plain": Work(caption + positions, 1, max(1, caption - 3), 0),
         "chat": Work(chat + positions, 1, chat // 2, 0),
         "text": Work(document, 0, document - 1, 0),
     }

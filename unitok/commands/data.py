@@ -143,13 +143,10 @@ def add_check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def check(arguments: argparse.Namespace) -> int:
     """Read a whole source and print what is in it; exit code 1 when samples are bad."""
-    import logging
-
     from unitok.data.check import check_opened
     from unitok.data.decoding import MAX_PIXELS
     from unitok.data.source import open_source
 
-    logging.getLogger("unitok.data").setLevel(logging.ERROR)  # what is bad is printed below
     pixels = arguments.max_pixels or MAX_PIXELS
     source = open_source(arguments.source, arguments.split, max_bad_fraction=1.0, max_pixels=pixels)
     report = check_opened(source, arguments.limit)

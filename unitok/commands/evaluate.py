@@ -9,39 +9,43 @@ from unitok.core.errors import UserError
 
 def reconstruction(arguments: argparse.Namespace) -> int:
     """Figures of one autoencoder, or of several side by side."""
-    from unitok.commands.reconstruction import compare, plan
+    from unitok.commands.reconstruction import compare
 
-    if arguments.dry_run:
-        plan(arguments, missing_source(arguments.source))
-        return 0
-    return compare(arguments, _open(arguments), _finish)
+    source = _open(arguments)
+    return 0 if source is None else compare(arguments, source, _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
     """Top-1 and top-5 of the image's own caption among the distinct captions, with chance."""
     from unitok.eval.retrieval import evaluate_retrieval
+    from unitok.eval.run_form import with_errors
 
-    if _planned(arguments, f"caption retrieval on {arguments.source}", arguments.tokenizer):
-        return 0
     source = _open(arguments)
+    if source is None or _only_planned(
+        arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"
+    ):
+        return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
+    figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
     return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
 
 
 def vqa(arguments: argparse.Namespace) -> int:
     """Accuracy by type of question, beside always giving the most frequent answer."""
     from unitok.data.captions import paraphrase
+    from unitok.eval.run_form import with_errors
     from unitok.eval.vqa import evaluate_vqa
 
-    if _planned(arguments, f"visual question answering on {arguments.source}", arguments.model):
-        return 0
     source = _open(arguments)
+    if source is None or _only_planned(arguments, f"visual question answering on {source.name}"):
+        return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
     size = arguments.batch_size
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
+    figures = with_errors(figures, ("accuracy",), figures["num_questions"])
     return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
 
 
@@ -54,6 +58,10 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
+    if arguments.dry_run:
+        _list_missing(arguments)
+        if arguments.prompts and not Path(arguments.prompts).is_file():
+            return 0
     if arguments.prompts:
         metadata = load_prompts(arguments.prompts)[: arguments.limit]
     else:
@@ -98,35 +106,33 @@ def report(arguments: argparse.Namespace) -> int:
 
 
 def _open(arguments: argparse.Namespace) -> Any:
+    """The source; None in a dry run that does not find it, which is then told."""
     from unitok.data.source import open_source
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected at least 1")
-    return open_source(arguments.source)
+    if not arguments.dry_run:
+        return open_source(arguments.source)
+    _list_missing(arguments)
+    try:
+        return open_source(arguments.source)
+    except UserError as error:  # what a dry run is for
+        print(f"missing: {error}")
+        return None
+
+
+def _list_missing(arguments: argparse.Namespace) -> None:
+    """What a dry run does not find, and where it comes from."""
+    made = "train it (unitok demo), convert a release (unitok convert), or name another"
+    prompts = "GenEval's prompts; from github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+    for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
+        path = getattr(arguments, name, None)
+        if isinstance(path, str) and not Path(path).exists():
+            print(f"missing: {path}: {hint}")
 
 
 def _count(arguments: argparse.Namespace, available: int) -> int:
     return available if arguments.limit is None else min(arguments.limit, available)
-
-
-def _planned(arguments: argparse.Namespace, plan: str, folder: str) -> bool:
-    """With --dry-run: tell the plan and what is missing for it."""
-    if not arguments.dry_run:
-        return False
-    print(f"would measure: {plan}, {'all' if arguments.limit is None else arguments.limit} of it")
-    for line in missing_source(arguments.source):
-        print(line)
-    if not Path(folder).is_dir():
-        print(f"missing: {folder}: train it (unitok demo), or convert a release (unitok convert)")
-    return True
-
-
-def missing_source(source: str) -> list[str]:
-    """A line where a source of images is not there. Patterns of shards are looked at by what opens them."""
-    generated = source.partition(":")[0].partition("?")[0] == "shapes"
-    if generated or any(mark in source for mark in "*{[") or Path(source).exists():
-        return []
-    return [f"missing: {source}: a folder of images, shards or a .jsonl file (unitok data shapes writes shards)"]
 
 
 def _only_planned(arguments: argparse.Namespace, plan: str) -> bool:
@@ -186,21 +192,18 @@ def _runs(
     metrics: list[Any] | None,
 ) -> dict[str, Any]:
     """One run's results; several systems are `runs` of one file. What names a system is no part of its protocol."""
-    from unitok.eval.compare import figures_as_metrics
     from unitok.eval.results import run_results
+    from unitok.eval.run_form import figures_as_metrics, system_runs
 
     n, seeds = next(iter(counts.values())), [arguments.seed]
     paths = block.pop("systems", None) or [getattr(arguments, "model", None) or arguments.tokenizer]
     if isinstance(block.get("preprocess"), dict):
         (block["preprocess"],) = set(block["preprocess"].values())
-    checkpoints = [Path(path) if Path(path).exists() else None for path in paths]
-    if "systems" not in figures:
-        return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoints[0])
-    runs = {
-        name: run_results(what, figures_as_metrics(own, n), block, seeds, checkpoint)
-        for (name, own), checkpoint in zip(figures["systems"].items(), checkpoints, strict=True)
-    }
-    return {"protocol": block | {"systems": paths}, "runs": runs}
+    if "systems" in figures:
+        runs = system_runs(what, figures["systems"], n, block, seeds, paths)
+        return {"protocol": block | {"systems": paths}, "runs": runs}
+    checkpoint = Path(paths[0]) if Path(paths[0]).exists() else None
+    return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoint)
 
 
 def _text(value: Any) -> str:

@@ -100,7 +100,6 @@ def generate(arguments: argparse.Namespace) -> int:
 
 def score(arguments: argparse.Namespace) -> int:
     """Score this process's share; the last process writes rows and figures."""
-    from unitok.eval.geneval import list_samples
     from unitok.eval.geneval_run import geneval_metrics, read_generation, score_run
     from unitok.eval.results import print_run, run_results, write_run
     from unitok.mllm.many import own_share
@@ -113,8 +112,7 @@ def score(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _plan_score(arguments, folder)
         return 0
-    samples = list_samples(folder, arguments.limit)
-    detector = _detector(arguments, [metadata for _, metadata in samples])
+    detector = _detector(arguments, folder)
     rows = score_run(folder, detector, out, arguments.limit, own_share())
     if rows is None:
         print(f"{folder}: this process's share is scored; the process that ends last writes {out}")
@@ -154,11 +152,12 @@ def _default_weights(detector: str) -> str:
     return {"mask2former": MASK2FORMER, "owlv2": OWLV2}[detector]
 
 
-def _detector(arguments: argparse.Namespace, metadata: list[dict[str, Any]]) -> Any:
+def _detector(arguments: argparse.Namespace, folder: Path) -> Any:
     from dataclasses import replace
 
     from unitok.core.distributed import inference_device
     from unitok.eval import geneval_detect as detectors
+    from unitok.eval.geneval import list_samples
 
     given = {"threshold": arguments.threshold, "counting_threshold": arguments.counting_threshold}
     given = {name: value for name, value in given.items() if value is not None}
@@ -167,12 +166,13 @@ def _detector(arguments: argparse.Namespace, metadata: list[dict[str, Any]]) -> 
             raise UserError("--detector shapes needs no --detector-weights and no --clip; leave them out")
         return detectors.shapes_detector(replace(detectors.SHAPES_RULE, **given))
     device = inference_device()
-    name_color = _colors(arguments, metadata, device)
+    name_color = _colors(arguments, [metadata for _, metadata in list_samples(folder, arguments.limit)], device)
     path = arguments.detector_weights or _default_weights(arguments.detector)
     if arguments.detector == "mask2former":
         detector = detectors.mask2former_detector(path, device, replace(detectors.OFFICIAL_RULE, **given), name_color)
     else:
-        classes = sorted(detectors.wanted_classes(metadata))
+        # of the whole folder, whatever --limit: the queries compete for a box, so others would give other scores
+        classes = sorted(detectors.wanted_classes([metadata for _, metadata in list_samples(folder)]))
         detector = detectors.owlv2_detector(path, classes, device, replace(detectors.OWLV2_RULE, **given), name_color)
     if name_color is not None:
         detector.settings["clip"] = {"name": detectors.CLIP_NAME, "weights": detectors.weights_name(arguments.clip)}

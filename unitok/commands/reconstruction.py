@@ -35,6 +35,10 @@ def compare(arguments: argparse.Namespace, source: Any, finish: Callable[..., in
     from unitok.eval.autoencoders import open_autoencoder, system_names
 
     paths = arguments.tokenizer or [arguments.default_tokenizer]
+    count = len(source) if arguments.limit is None else min(arguments.limit, len(source))
+    if arguments.dry_run:
+        _plan(arguments, paths, f"reconstruction of {count} images of {source.name}")
+        return 0
     device = init_distributed("auto")
     try:
         measures = _measures(arguments, device)
@@ -90,18 +94,14 @@ def _measures(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
     return out
 
 
-def plan(arguments: argparse.Namespace, missing: list[str]) -> None:
-    """What would be measured; `missing`: lines about the source of images, and here those about everything else."""
+def _plan(arguments: argparse.Namespace, paths: list[str], what: str) -> None:
     from pathlib import Path
 
     from unitok.eval.fidelity import INCEPTION_WEIGHTS
     from unitok.tokenizer.weights import HUB_PREFIX, LPIPS_WEIGHTS
 
-    count = "all" if arguments.limit is None else arguments.limit
-    print(f"would measure: reconstruction of {count} images of {arguments.source}")
-    for line in missing:
-        print(line)
-    for path in arguments.tokenizer or [arguments.default_tokenizer]:
+    print(f"would measure: {what}")
+    for path in paths:
         if not path.startswith(HUB_PREFIX) and not Path(path).exists():
             print(f"missing: {path}: train it (unitok demo), convert a release, or give another --tokenizer")
     for given, names, figures in (

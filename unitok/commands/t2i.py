@@ -30,13 +30,15 @@ def add_t2i_arguments(parser: argparse.ArgumentParser, model: str) -> None:
     parser.set_defaults(run=("t2i", "t2i"))
 
 
-def add_generation_arguments(parser: argparse.ArgumentParser, model: str) -> None:
+def add_generation_arguments(parser: argparse.ArgumentParser, model: str, prompts: bool = True) -> None:
     """Options of every command that draws a benchmark's images."""
     from unitok.cli import positive_int
 
     parser.add_argument("--model", default=model, metavar="DIR", help="default: %(default)s")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder of the images")
-    parser.add_argument("--limit", type=positive_int, metavar="N", help="use only the first N prompts")
+    parser.add_argument(
+        "--limit", type=positive_int, metavar="N", help=f"only the first N {'prompts' if prompts else 'images'}"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=positive_int, default=32)
     parser.add_argument("--guidance", type=float, metavar="G", dest="guidance_scale", help="default: the export's")
@@ -45,9 +47,12 @@ def add_generation_arguments(parser: argparse.ArgumentParser, model: str) -> Non
     parser.add_argument("--top-k", type=int, metavar="K", help="default: the export's")
     parser.add_argument("--top-p", type=float, metavar="P", help="default: the export's")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
-    parser.add_argument(
-        "--rewrite", metavar="FILE", help="JSON object {prompt: other words}; the result names it. Without: as it is"
-    )
+    if prompts:
+        parser.add_argument(
+            "--rewrite",
+            metavar="FILE",
+            help="JSON object {prompt: other words}; the result names it",
+        )
     add_share_arguments(parser)
     parser.add_argument("--dry-run", action="store_true", help="say what would be done and what is missing, and stop")
 

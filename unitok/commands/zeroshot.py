@@ -78,8 +78,8 @@ def _results(
     classes: int,
 ) -> dict[str, Any]:
     """One run for each model, as `unitok report` reads them. How a model wants its images is the model's own."""
-    from unitok.eval.compare import figures_as_metrics
     from unitok.eval.results import protocol, run_results
+    from unitok.eval.run_form import figures_as_metrics
 
     images = next(iter(figures.values()))["num_images"]
     names = ("source", "train", "templates", "classes", "captions", "probe_c", "limit")

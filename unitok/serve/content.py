@@ -19,7 +19,7 @@ from unitok.serve.settings import ServeSettings
 FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+);base64,", re.ASCII)
 # What PIL raises for a file whose header it cannot read, beside OSError.
-_HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+_HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
 
 
 def image_of(url: str, param: str, settings: ServeSettings) -> Image.Image:
@@ -41,21 +41,26 @@ def image_of(url: str, param: str, settings: ServeSettings) -> Image.Image:
         data = base64.b64decode(url[head.end() :], validate=True)
     except (binascii.Error, ValueError):
         raise bad("invalid_base64", f"{param}: the data URL is not base64", param) from None
-    try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            width, height = file.size
-    except _HEADER_ERRORS:
-        raise bad("invalid_image", f"{param}: not a readable png, jpeg or webp", param) from None
-    if width * height > settings.max_pixels:
-        raise bad(
-            "image_too_large",
-            f"{param}: {width} x {height} pixels; expected at most {settings.max_pixels} in all; scale it down",
-            param,
-        )
+    size = _size_of(data, param)
+    if size is None or size[0] * size[1] > settings.max_pixels:
+        shown = "far too many" if size is None else f"{size[0]} x {size[1]}"
+        expected = f"expected at most {settings.max_pixels} in all; scale it down"
+        raise bad("image_too_large", f"{param}: {shown} pixels; {expected}", param)
     try:
         return decode_image(data, param)
     except UserError as error:
         raise bad("invalid_image", str(error), param) from None
+
+
+def _size_of(data: bytes, param: str) -> tuple[int, int] | None:
+    """Width and height as the file's head says; None where PIL refuses so many pixels itself."""
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            return file.size
+    except Image.DecompressionBombError:
+        return None
+    except _HEADER_ERRORS:
+        raise bad("invalid_image", f"{param}: not a readable png, jpeg or webp", param) from None
 
 
 def conversation_of(

@@ -72,9 +72,10 @@ def internal_error() -> ApiError:
 
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:
-    """The first complaint of pydantic's. 400 for what is no JSON, else 422."""
-    first = errors[0]
-    place = [str(part)[:_LONGEST] for part in first["loc"] if part != "body"]
+    """The complaint of pydantic's that got furthest: where a value may have several forms, that of the form it most
+    likely meant. 400 for what is no JSON, else 422."""
+    first = max(errors, key=lambda error: len(error["loc"]))
+    place = [str(part)[:_LONGEST] for part in first["loc"] if part != "body" and not _is_form(part)]
     param = ".".join(place).encode("ascii", "backslashreplace").decode() or None
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "json_invalid":
@@ -82,3 +83,8 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     code = {"missing": "missing_parameter", "extra_forbidden": "unknown_parameter"}.get(first["type"], "invalid_value")
     message = str(first["msg"]).encode("ascii", "backslashreplace").decode()[:_LONGEST]
     return ApiError(422, code, f"{param or 'body'}: {message}{more}", param)
+
+
+def _is_form(part: str | int) -> bool:
+    """Whether a part of a place is pydantic's name of one of several forms."""
+    return isinstance(part, str) and (part in ("str", "constrained-str") or part.startswith("list["))

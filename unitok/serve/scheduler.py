@@ -40,12 +40,16 @@ class Scheduler:
         """Begin to work; to be called in the event loop."""
         self._task = asyncio.get_running_loop().create_task(self._work())
 
-    async def stop(self) -> None:
-        """Cancel what is left and end the thread once its step is done."""
+    def give_up(self) -> None:
+        """Tell all who still wait that there will be no answer."""
         self.draining = True
         for job in [*self.waiting, *self.running]:
-            job.emit("error", ApiError(503, "stopping", "the server is stopping; ask again elsewhere or later"))
+            job.emit("error", ApiError(503, "stopping", "the server is stopping; ask again later"))
             job.cancelled = True
+
+    async def stop(self) -> None:
+        """Give up what is left, and end the thread once its step is done."""
+        self.give_up()
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait({self._task})

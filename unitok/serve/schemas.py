@@ -10,11 +10,11 @@ from pydantic import BaseModel, ConfigDict, Field
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Text = Annotated[str, Field(strict=True)]
 # Temperatures of text may be 0 (the likeliest); codes of images are always drawn.
-TextTemperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
-ImageTemperature = Annotated[float, Field(gt=0.01, le=5, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0, le=1)]
+TextTemperature = Annotated[float, Field(strict=True, ge=0, le=5, allow_inf_nan=False)]
+ImageTemperature = Annotated[float, Field(strict=True, gt=0.01, le=5, allow_inf_nan=False)]
+TopP = Annotated[float, Field(strict=True, gt=0, le=1)]
 TopK = Annotated[int, Field(ge=0, le=1_000_000, strict=True)]
-Zero = Annotated[float, Field(ge=0, le=0)]
+Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 
 
 class _Body(BaseModel):
@@ -48,7 +48,7 @@ class Message(_Body):
 
 
 class StreamOptions(_Body):
-    include_usage: bool = False
+    include_usage: Annotated[bool, Field(strict=True)] = False
 
 
 class TextFormat(_Body):
@@ -68,7 +68,7 @@ class ChatRequest(_Body):
     n: Annotated[int, Field(ge=1, strict=True)] | None = None
     seed: Seed | None = None
     stop: Text | Annotated[list[Text], Field(max_length=4)] | None = None
-    stream: bool | None = None
+    stream: Annotated[bool, Field(strict=True)] | None = None
     stream_options: StreamOptions | None = None
     response_format: TextFormat | None = None
     presence_penalty: Zero | None = None
@@ -87,7 +87,7 @@ class ImageRequest(_Body):
     response_format: Literal["b64_json"] | None = None
     output_format: Literal["png"] | None = None
     seed: Seed | None = None
-    guidance: Annotated[float, Field(ge=1, le=50, allow_inf_nan=False)] | None = None
+    guidance: Annotated[float, Field(strict=True, ge=1, le=50, allow_inf_nan=False)] | None = None
     temperature: ImageTemperature | None = None
     depth_temperature: ImageTemperature | None = None
     top_k: TopK | None = None

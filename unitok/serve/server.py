@@ -10,6 +10,7 @@ from fastapi import FastAPI
 
 from unitok.serve.service import Service
 
+FLUSH_SECONDS = 5  # for answers that are made, but not yet read
 _LOGGER = logging.getLogger("uvicorn.error")
 
 
@@ -25,7 +26,7 @@ class Server(uvicorn.Server):
                 port=port,
                 log_level=log_level,
                 server_header=False,
-                timeout_graceful_shutdown=max(1, round(service.settings.grace_seconds)),
+                timeout_graceful_shutdown=FLUSH_SECONDS,
             )
         )
         self.service, self._stop_by = service, 0.0
@@ -48,5 +49,6 @@ class Server(uvicorn.Server):
         """uvicorn asks ten times a second whether to stop."""
         scheduler = self.service.scheduler
         if scheduler.draining and (scheduler.idle or time.monotonic() > self._stop_by):
+            scheduler.give_up()
             self.should_exit = True
         return await super().on_tick(counter)

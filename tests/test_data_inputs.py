@@ -1,0 +1,445 @@
+"""Where samples come from: img2dataset shards, LLaVA JSON, parquet, URLs, mixtures; and the batches made of them."""
+
+import functools
+import http.server
+import io
+import json
+import pickle
+import threading
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from bad_inputs import encoded, picture
+from PIL import Image
+from test_data_bad import many, write_tar
+from torch.utils.data import DataLoader
+
+from unitok.cli import main
+from unitok.core.config import load_config
+from unitok.core.errors import ConfigError, DataError
+from unitok.core.rng import numpy_rng
+from unitok.core.runlog import read_log
+from unitok.data.check import check_source
+from unitok.data.images import ImageBatches, ImageDataConfig
+from unitok.data.mixtures import MixtureSource
+from unitok.data.source import open_source
+from unitok.data.transforms import as_pixels, eval_transform, random_crop, released_train_transform, train_transform
+
+PNG, JPEG = encoded(picture(), "PNG"), encoded(picture(), "JPEG")
+
+
+def test_img2dataset_shards(tmp_path):
+    """jpg, txt and json with its own fields; its notes beside the shards are no samples."""
+    for shard in range(2):
+        samples = []
+        for number in range(3):
+            fields = {
+                "caption": None if number == 2 else f"number {number}",
+                "url": "https://example.org/a.jpg",
+                "key": f"{shard:05d}{number:04d}",
+                "status": "success",
+                "error_message": None,
+                "width": 24,
+                "height": 16,
+                "original_width": 800,
+                "original_height": 533,
+                "exif": '{"Image Orientation": "Horizontal"}',
+                "sha256": "0" * 64,
+                "uid": "abc",
+                "similarity": 0.3,
+            }
+            text = (fields["caption"] or "").encode()
+            samples.append((fields["key"], {"jpg": JPEG, "json": json.dumps(fields).encode(), "txt": text}))
+        write_tar(tmp_path / f"{shard:05d}.tar", samples)
+        (tmp_path / f"{shard:05d}.parquet").write_bytes(b"columns")
+        (tmp_path / f"{shard:05d}_stats.json").write_text("{}")
+    source = open_source(tmp_path, max_bad_fraction=0)
+    assert [source[n].captions for n in range(6)] == 2 * [["number 0"], ["number 1"], []]
+    assert source[4].meta["url"] == "https://example.org/a.jpg" and source[4].key == "000010001"
+    report = check_source(str(tmp_path))
+    assert (report.num_samples, report.num_bad, report.num_captions, report.num_without_words) == (6, 0, 4, 2)
+    assert report.example["place"] == f"{tmp_path / '00000.tar'}:000000000" and report.image_sizes == {"24x16": 6}
+
+
+TALK = [{"from": "human", "value": "<image>\nwhat is it?"}, {"from": "gpt", "value": "a square"}]
+
+
+def test_llava_json_is_a_source(tmp_path, caplog):
+    (tmp_path / "coco" / "train").mkdir(parents=True)
+    (tmp_path / "coco" / "train" / "1.jpg").write_bytes(JPEG)
+    records = [
+        {"id": "a", "image": "train/1.jpg", "conversations": TALK},
+        {"id": "text only", "conversations": TALK},
+        {"id": 7, "image": "train/gone.jpg", "conversations": TALK},
+        {"id": "c", "image": "/etc/hostname", "conversations": TALK},
+        {"id": "d", "image": "train/1.jpg", "conversations": TALK[:1]},
+    ]
+    (tmp_path / "llava.json").write_text(json.dumps(records))
+    source = open_source(f"{tmp_path}/llava.json?images={tmp_path}/coco", max_bad_fraction=1.0)
+    assert len(source) == 4 and "1 of 5 records have no image" in caplog.text
+    assert [source.key(n) for n in range(4)] == ["a", "7", "c", "d"]
+    assert source[0].conversations[0][1].content == "a square" and source[0].meta == {"id": "a"}
+    assert [source[n].key for n in (1, 2, 3)] == ["a"] * 3 and len(pickle.loads(pickle.dumps(source))) == 4  # noqa: S301
+    beside = [{"image": "coco/train/1.jpg", "conversations": TALK}]
+    (tmp_path / "beside.json").write_text(json.dumps(beside))
+    assert open_source(tmp_path / "beside.json")[0].image.size == (24, 16)
+    wrong = {
+        "llava.json?image=x": "expected [?]images=FOLDER",
+        "llava.json?images=": "expected [?]images=FOLDER",
+        "llava.json?images=nowhere": "no folder",
+        "none.json": "cannot be read",
+    }
+    for name, message in wrong.items():
+        with pytest.raises(DataError, match=message):
+            open_source(f"{tmp_path}/{name}")
+    for content, message in (("{}", "JSON dict"), ("[]", "none of 0"), ("[{}]", "none of 1"), ("[", "cannot be read")):
+        (tmp_path / "bad.json").write_text(content)
+        with pytest.raises(DataError, match=message):
+            open_source(tmp_path / "bad.json")
+
+
+def test_parquet_of_the_datasets_library(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = {
+        "image": [encoded(Image.new("RGB", (8 + n, 8), (n, 0, 0)), "PNG") for n in range(12)],
+        "text": [f"number {n}" if n else None for n in range(12)],
+        "label": list(range(12)),
+    }
+    rows["image"][5] = b"broken"
+    features = datasets.Features(
+        {"image": datasets.Image(), "text": datasets.Value("string"), "label": datasets.Value("int64")}
+    )
+    table = datasets.Dataset.from_dict(
+        {**rows, "image": [{"bytes": data, "path": None} for data in rows["image"]]}, features=features
+    )
+    for part in range(2):
+        path = tmp_path / f"train-0000{part}-of-00002.parquet"
+        table.select(range(6 * part, 6 * part + 6)).to_parquet(path, batch_size=4)
+    table.select(range(1)).to_parquet(tmp_path / "test-00000-of-00001.parquet")
+    source = open_source(tmp_path, split="train", max_bad_fraction=0.2)
+    assert len(source) == 12 and len(open_source(tmp_path / "train-*.parquet")) == 12
+    order = [11, 0, 7, 3, 1, 10, 6, 5]
+    assert [source[n].image.size[0] - 8 for n in order] == [11, 0, 7, 3, 1, 10, 6, 6]
+    assert (
+        source[0].captions == []
+        and source[7].captions == ["number 7"]
+        and source[7].key == "train-00001-of-00002-000001"
+    )
+    assert "row 1 of group 1" in source.bad[5] and len(source._kept) == 4
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301
+    assert not again._kept and again[3].captions == ["number 3"]
+    assert check_source(str(tmp_path)).num_samples == 12  # 13 rows, one broken
+
+
+def test_parquet_of_other_columns_and_damage(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    (tmp_path / "a.png").write_bytes(PNG)
+    columns = {
+        "jpg": [JPEG, None],
+        "captions": [["a", "b"], ["c"]],
+        "conversations": [TALK, None],
+        "questions": [None, [{"type": "t", "question": "q?", "answer": "a"}]],
+    }
+    pa.parquet.write_table(pa.table(columns), tmp_path / "bytes.parquet")
+    source = open_source(tmp_path / "bytes.parquet", max_bad_fraction=0.5)
+    assert source[0].captions == ["a", "b"] and source[0].conversations[0][1].content == "a square"
+    assert source.words(1).questions[0].answer == "a" and source[1].captions == ["a", "b"]
+    paths = {"image": [{"bytes": None, "path": "a.png"}], "caption": ["x"]}
+    pa.parquet.write_table(pa.table(paths), tmp_path / "paths.parquet")
+    assert open_source(tmp_path / "paths.parquet")[0].image.size == (24, 16)
+    pa.parquet.write_table(pa.table({"text": ["x"]}), tmp_path / "texts.parquet")
+    pa.parquet.write_table(pa.table({"image": pa.array([], pa.binary())}), tmp_path / "none.parquet")
+    whole = (tmp_path / "bytes.parquet").read_bytes()
+    (tmp_path / "cut.parquet").write_bytes(whole[:-20])
+    (tmp_path / "zeros.parquet").write_bytes(whole[:4] + bytes(200) + whole[204:])
+    wrong = {"texts": "columns text; expected images", "none": "no row", "cut": "not a whole", "gone": "does not exist"}
+    for name, message in wrong.items():
+        with pytest.raises(DataError, match=message) as caught:
+            open_source(tmp_path / f"{name}.parquet")
+        assert "\n" not in str(caught.value)
+    assert check_source(str(tmp_path / "zeros.parquet")).num_samples < 2
+
+
+# ---- URLs
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("UNITOK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+class _Server(http.server.SimpleHTTPRequestHandler):
+    asked: list[str] = []
+    short = False
+
+    def do_GET(self):  # noqa: N802
+        self.asked.append(self.path)
+        super().do_GET()
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path):
+    folder = tmp_path / "remote"
+    folder.mkdir()
+    _Server.asked = []
+    handler = functools.partial(_Server, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield folder, f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def test_shards_by_url_are_fetched_once(server, cache):
+    folder, url = server
+    for number in range(3):
+        write_tar(folder / f"part-{number}.tar", many(4, 10 * number))
+    source = open_source(f"{url}/part-{{0..2}}.tar")
+    assert [source[n].key for n in (0, 4, 11)] == ["0000", "0010", "0023"]
+    asked = len(_Server.asked)
+    assert len(open_source(f"{url}/part-{{0..1}}.tar")) == 8 and len(_Server.asked) == asked
+    kept = sorted(cache.rglob("*.tar"))
+    assert [path.read_bytes() for path in kept] == [(folder / f"part-{n}.tar").read_bytes() for n in range(3)]
+    assert not [path for path in cache.rglob("*.tmp")]
+    for name in ("part-9.tar", "part-{0..9}.tar"):
+        with pytest.raises(DataError, match="does not exist"):
+            open_source(f"{url}/{name}")
+    local = open_source(f"{folder.as_uri()}/part-*.tar")
+    assert len(local) == 12 and local[11].key == "0023"
+
+
+def test_urls_that_cannot_be_read(server, cache, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    folder, url = server
+    write_tar(folder / "a.tar", many(2))
+    get = LocalFileSystem.get_file
+
+    def cut(self, source, target, **options):
+        get(self, source, target, **options)
+        with open(target, "rb+") as stream:
+            stream.truncate(100)
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", cut)
+    port = url.rsplit(":", 1)[1]
+    wrong = {
+        f"{folder.as_uri()}/a.tar": "got 100 of",
+        "nosuch://bucket/a.tar": "no protocol",
+        "smb://host/a.tar": "smb.* is not installed",
+        f"http://127.0.0.1:{1 if port != '1' else 2}/a.tar": "cannot be fetched",
+        f"{url}/a.jsonl": "URLs are read of .tar and .parquet",
+        f"{folder.as_uri()}/z*.tar": "matches no file",
+    }
+    for spec, message in wrong.items():
+        with pytest.raises(DataError, match=message) as caught:
+            open_source(spec)
+        assert "\n" not in str(caught.value)
+    assert not [path for path in cache.rglob("*") if path.suffix in (".tar", ".tmp")]
+
+
+# ---- mixtures
+
+SHARES = [
+    {"source": "shapes:train?num=7&size=32", "weight": 0.5, "name": "seven"},
+    {"source": "shapes:train?num=20&seed=1&size=32", "weight": 0.3},
+    {"source": "shapes:val?num=3&size=32", "weight": 0.2, "name": "three"},
+]
+
+
+def test_every_sample_of_a_member_has_its_turn(caplog):
+    """Whatever the epoch: the shares are exact, and no sample of a member comes twice more often than another."""
+    mixture = open_source([*SHARES], seed=3)
+    assert isinstance(mixture, MixtureSource) and len(mixture) == 30 and mixture.counts == [15, 9, 6]
+    seen = [Counter(), Counter(), Counter()]
+    for epoch in range(7):
+        members = Counter()
+        for index in range(30):
+            source, number = mixture.turn(index, epoch)
+            member = mixture.member(index)
+            assert source is mixture.parts[member]
+            members[member] += 1
+            seen[member][number] += 1
+        assert [members[k] for k in range(3)] == [15, 9, 6]
+        for part, counts in zip(mixture.parts, seen, strict=True):
+            times = [counts[n] for n in range(len(part))]
+            assert max(times) - min(times) <= 1
+    again = open_source([*SHARES], seed=3)
+    assert [again.turn(n, 6)[1] for n in range(29, -1, -1)] == [mixture.turn(n, 6)[1] for n in range(29, -1, -1)]
+    other = open_source([*SHARES], seed=4)
+    assert [other.turn(n, 6)[1] for n in range(30)] != [mixture.turn(n, 6)[1] for n in range(30)]
+    assert "seven 15 (2.14 passes)" in mixture.describe() and len(caplog.records) == 0
+
+
+def test_forms_of_a_mixture(tmp_path):
+    by_list = open_source([*SHARES])
+    text = "mix:" + ";".join(f"{share['weight']}={share['source']}" for share in SHARES)
+    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(SHARES))
+    for spec in (text, str(tmp_path / "mixture.yaml")):
+        found = open_source(spec)
+        assert found.counts == by_list.counts and [found.key(n) for n in range(30)] == [
+            by_list.key(n) for n in range(30)
+        ]
+    plain = open_source("mix:shapes:train?num=4;shapes:val?num=6")
+    assert plain.counts == [4, 6] and sorted(plain.turn(n, 5)[1] for n in range(4)) == [0, 1, 2, 3]
+    config = load_config(ImageDataConfig, None, ["source=[{source: a, weight: 2}, {source: b, weight: 1e-1}]"])
+    assert [share.weight for share in config.source] == [2, 0.1]
+    with pytest.raises(ConfigError, match="wieght"):
+        load_config(ImageDataConfig, None, ["source=[{source: a, wieght: 2}]"])
+    wrong = {
+        "mix:": "expected a list",
+        "mix:1=shapes:val?num=4;shapes:val?num=6": "all or none",
+        "mix:1=shapes:val?num=4;0=shapes:val?num=6": "greater than 0",
+        "mix:1=shapes:val?num=4;0.001=shapes:val?num=6": "gets no sample of 10",
+        "mix:1=nowhere": "'nowhere'",
+        str(tmp_path / "gone.yaml"): "cannot be read",
+    }
+    for spec, message in wrong.items():
+        with pytest.raises(DataError, match=message):
+            open_source(spec)
+
+
+def test_batches_of_a_mixture_do_not_depend_on_the_process(tmp_path):
+    config = ImageDataConfig(source=SHARES, augment="crop")
+    requests = [([29, 3, 17, 0], 0), ([5, 6, 7, 28], 4)]
+
+    class Loads(torch.utils.data.Dataset):
+        def __init__(self):
+            self.batches = ImageBatches(config, 32, seed=1)
+
+        def __getitem__(self, number):
+            return self.batches.load(*requests[number])
+
+        def __len__(self):
+            return len(requests)
+
+    expected = [Loads()[1], Loads()[0]][::-1]
+    for got, wanted in zip(DataLoader(Loads(), batch_size=None, num_workers=2), expected, strict=True):
+        assert torch.equal(got["pixels"], wanted["pixels"]) and got["captions"] == wanted["captions"]
+        assert torch.equal(got["sources"], wanted["sources"])
+    counts = Loads().batches.count_sources(expected[0], times=2)
+    assert {name: float(value) for name, value in counts.items()} == {
+        "samples/seven": 4,
+        "samples/shapes:train?num=20&seed=1&size=32": 2,
+        "samples/three": 2,
+    }
+
+
+def test_training_on_a_mixture_logs_where_samples_came_from(tmp_path, capsys):
+    from stages import COMMON, tokenizer_values
+
+    values = {**COMMON, **tokenizer_values(), "output_dir": str(tmp_path / "run"), "steps": 15, "log_every": 1}
+    values["data"] = {"source": SHARES}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    options = ["model.text_tower=null", "loss.contrastive=0", "loss.adversarial=0", "discriminator.enabled=false"]
+    options += ["engine.micro_batch_size=2", "engine.accumulation_steps=2"]
+    assert main(["train", "tokenizer", "--config", str(tmp_path / "config.yaml"), *options]) == 0, (
+        capsys.readouterr().err
+    )
+    records = read_log(tmp_path / "run" / "log.jsonl")
+    names = [name for name in records[0] if name.startswith("samples/")]
+    assert len(names) == 3 and all(sum(record[name] for name in names) == 4 for record in records)
+    totals = [sum(record[name] for record in records) for name in ("samples/seven", "samples/three")]
+    assert totals == [30, 12]  # two epochs of 30 samples
+
+
+def test_check_of_a_mixture(capsys):
+    assert main(["data", "check", "mix:3=shapes:val?num=4&size=32;1=shapes:train?num=6&size=32", "--limit", "5"]) == 0
+    out = capsys.readouterr().out
+    assert "num_samples            9" in out and "shapes:val?num=4&size=32: 4 samples, 8 an epoch" in out
+
+
+# ---- batches
+
+
+@pytest.mark.parametrize("augment", ["none", "crop", "released"])
+def test_batches_equal_single_transforms(tmp_path, augment):
+    """Bytes stacked and made floats at once are the floats of the transform, bit for bit."""
+    rng = np.random.default_rng(0)
+    sizes = [(40, 30), (64, 64), (33, 90), (16, 16)]
+    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
+    write_tar(tmp_path / "a.tar", [(f"k{n}", {"png": encoded(image, "PNG")}) for n, image in enumerate(images)])
+    batches = ImageBatches(ImageDataConfig(source=str(tmp_path), augment=augment), 16, seed=5)
+    for epoch in (0, 3):
+        got = as_pixels(batches.load([2, 0, 3, 1], epoch)["pixels"])
+        assert got.dtype == torch.float32 and got.is_contiguous()
+        for row, index in enumerate([2, 0, 3, 1]):
+            draw = numpy_rng("augment", 5, epoch, f"k{index}")
+            wanted = {
+                "none": lambda image, _: eval_transform(image, 16),
+                "crop": lambda image, draw: train_transform(image, 16, draw),
+                "released": lambda image, draw: released_train_transform(image, 16, draw),
+            }[augment](images[index], draw)
+            assert torch.equal(got[row], wanted), (epoch, index)
+    floats = torch.rand(2, 3, 4, 4)
+    assert as_pixels(floats) is floats
+
+
+def test_draft_shows_nearly_the_same_crop(tmp_path):
+    """Of large JPEG files; small ones and other formats are not touched."""
+    y, x = np.mgrid[0:300, 0:400]
+    waves = np.stack([np.sin(x / 9), np.sin(y / 7), np.sin((x + y) / 15)], -1)
+    large = Image.fromarray(((waves + 1) * 127).astype(np.uint8))
+    samples = [
+        ("large", {"jpg": encoded(large, "JPEG")}),
+        ("small", {"jpg": encoded(large.resize((40, 30)), "JPEG")}),
+        ("png", {"png": encoded(large, "PNG")}),
+    ]
+    write_tar(tmp_path / "a.tar", samples)
+    with_draft, without = (
+        ImageBatches(ImageDataConfig(source=str(tmp_path), augment="crop", draft=draft), 32, seed=0)
+        for draft in (True, False)
+    )
+    for epoch in range(8):
+        ours, exact = (batches.load([0, 1, 2], epoch)["pixels"].float() for batches in (with_draft, without))
+        assert torch.equal(ours[1:], exact[1:])
+        difference = (ours[0] - exact[0]).abs()
+        assert 0 < difference.mean() < 4, epoch
+    shrunk = with_draft.source.read(0, lambda key: lambda width, height: 4)
+    assert shrunk.image.size == (100, 75) and shrunk.full_size == (400, 300)
+    assert random_crop(shrunk.image, 32, numpy_rng(0), full_size=shrunk.full_size).size == (32, 32)
+
+
+def test_input_benchmark_runs(tmp_path, capsys, monkeypatch):
+    from unitok.scripts import benchmark_input
+
+    monkeypatch.setattr(benchmark_input, "SIZES", ((96, 64),))
+    out = tmp_path / "figures.json"
+    assert (
+        benchmark_input.main(["--images", "6", "--repeats", "1", "--size", "32", "--batch", "4", "--out", str(out)])
+        == 0
+    )
+    row = json.loads(out.read_text())["rows"][0]
+    assert row["ratio"][benchmark_input.PLAIN] == 1.0 and len(row["images_per_second"]) == 5
+    assert "webdataset + torchvision" in capsys.readouterr().out
+    photo = Image.open(io.BytesIO(benchmark_input.photo(96, 64, numpy_rng(0))))
+    assert photo.size == (96, 64) and photo.format == "JPEG"
+
+
+@pytest.mark.slow
+def test_mixture_over_ranks_workers_and_a_kill(tmp_path):
+    """Two ranks log what one logs, members' counts included; killed and resumed with workers is straight."""
+    from equal_runs import check_equal
+    from ranks import run_ranks
+    from stages import COMMON, run_stage, tokenizer_values
+
+    values = {**COMMON, **tokenizer_values(), "output_dir": "unset", "steps": 10, "save_every": 4}
+    values["data"] = {"source": SHARES, "augment": "crop"}
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(values))
+    straight = run_ranks(1, run_stage, "tokenizer", file, tmp_path / "straight", 1)[0]
+    assert sum(record["samples/seven"] for record in straight) == pytest.approx(20, abs=4) and len(straight) == 10
+    check_equal(run_ranks(2, run_stage, "tokenizer", file, tmp_path / "two", 2)[0], straight)
+    run_ranks(1, run_stage, "tokenizer", file, tmp_path / "killed", 1, [], (6, 0), may_die=True)
+    resumed = run_stage("tokenizer", file, tmp_path / "killed", 1, ["num_workers=2"])  # a rank may have no children
+    assert [record["step"] for record in resumed] == list(range(1, 11))
+    for name in ("samples/seven", "samples/three"):
+        assert [record[name] for record in resumed] == [record[name] for record in straight]
+    check_equal(resumed, straight)
