@@ -13,5 +13,10 @@ for folder in FOLDERS:
 setup(
     packages=packages,
     package_dir=package_dir,
-    package_data={"unitok.configs": ["**/*.yaml"], "unitok": ["**/*.html", "**/*.j2"], "unitok.eval": ["*.j2"]},
+    package_data={
+        "unitok.configs": ["**/*.yaml"],
+        "unitok": ["**/*.html", "**/*.j2", "**/*.css", "**/*.js"],
+        "unitok.eval": ["*.j2"],
+        "unitok.eval.lm_eval_tasks": ["*.yaml"],
+    },
 )

@@ -2,7 +2,7 @@
 
 A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words;
 on demand KEY.latents.npy, fp16 [L, C], the vectors before quantization) and `header.json`, written last, which says
-whose codes these are.
+whose codes these are. What extraction writes beside them is told in `code_units`.
 """
 
 import io
@@ -20,7 +20,7 @@ from unitok.core.errors import DataError
 from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
-from unitok.data.shards import ShardReader, write_shards
+from unitok.data.shards import ShardReader, expand_shards, temporary_name, write_shards
 from unitok.data.words import Words, load_json_object, words_from_json, words_to_json
 
 FORMAT_VERSION = 1
@@ -59,27 +59,38 @@ def write_codes(
         DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
     """
     out = Path(out)
-    missing = [name for name in HEADER_FIELDS if name not in header]
-    if missing:
-        raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
+    fields = header_fields(header)
     count = 0
 
     def records() -> Iterator[dict[str, Any]]:
         nonlocal count
         for sample in samples:
-            yield _record(sample, header, count)
+            yield code_record(sample, header, count)
             count += 1
 
     write_shards(records(), out, max_per_shard, prefix="codes")
-    fields = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
-    full = {"format_version": FORMAT_VERSION, **{name: header[name] for name in fields}, "count": count}
-    temporary = out / f".{HEADER_FILE}.tmp"
-    temporary.write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / HEADER_FILE)
+    write_json(out / HEADER_FILE, {**fields, "count": count})
     return out
 
 
-def _record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
+def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What says whose codes these are, with the format's version; DataError where a field is missing."""
+    missing = [name for name in HEADER_FIELDS if name not in header]
+    if missing:
+        raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
+    names = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
+    return {"format_version": FORMAT_VERSION, **{name: header[name] for name in names}}
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Writes a small file of the folder, which appears when it is complete."""
+    temporary = temporary_name(path)
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
+    """A sample as members of a shard; DataError where it does not fit the header."""
     codes = np.asarray(sample.codes)
     _check_codes(codes, header, sample.key)
     codes = codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32)
@@ -123,16 +134,17 @@ def _check_codes(codes: np.ndarray, header: Mapping[str, Any], key: str) -> None
 
 
 class CodeSource(BadSamples):
-    """Map-style reader of a folder of code shards. `source[i]` raises for a bad sample; `first_good` goes on.
+    """Map-style reader of folders of code shards. `source[i]` raises for a bad sample; `first_good` goes on.
 
     Args:
-        folder: what `write_codes` made.
+        folder: what `write_codes` or extraction made; or a brace pattern of several, "codes/{a,b}", read one after the
+            other.
         expect: header fields that must hold, such as the tokenizer's fingerprint and sizes.
         max_bad_fraction: share of bad samples above which `first_good` stops.
 
     Raises:
-        DataError: the folder is incomplete, of another format, or differs from `expect`; names the field and both
-            values.
+        DataError: a folder is incomplete, of another format, or differs from `expect` or from the others; names the
+            field and both values.
     """
 
     def __init__(
@@ -140,15 +152,24 @@ class CodeSource(BadSamples):
     ) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = Path(folder)
-        self.header = _load_header(self.folder)
+        folders = _folders(str(folder))
+        headers = [_load_header(one) for one in folders]
+        self.header = headers[0] | {"count": sum(header["count"] for header in headers)}
         for name, value in (expect or {}).items():
             if self.header.get(name) != value:
                 raise DataError(
                     f"{self.folder}: {name} of the codes is {self.header.get(name)!r}, the tokenizer in use has "
                     f"{value!r}; encode the images again with it (unitok data codes)"
                 )
+        for one, header in zip(folders, headers, strict=True):
+            for name in (*HEADER_FIELDS, LATENT_WIDTH):
+                if header.get(name) != headers[0].get(name):
+                    raise DataError(
+                        f"{one}: {name} is {header.get(name)!r}, in {folders[0]} it is {headers[0].get(name)!r}; codes "
+                        "that are read together come from one tokenizer"
+                    )
         self.with_latents = False
-        self.reader = ShardReader(self.folder)
+        self.reader = ShardReader([path for one in folders for path in expand_shards(one)])
         if len(self.reader) != self.header["count"]:
             raise DataError(
                 f"{self.folder} holds {len(self.reader)} samples, its header says {self.header['count']}; a shard is "
@@ -204,6 +225,12 @@ class CodeSource(BadSamples):
         parsed = words_from_json(words, f"{where} ({key})")
         empty = torch.zeros(0, dtype=torch.int64)
         return CodeSample(key, empty, parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
+
+
+def _folders(pattern: str) -> list[Path]:
+    import braceexpand
+
+    return [Path(pattern)] if Path(pattern).is_dir() else [Path(one) for one in braceexpand.braceexpand(pattern)]
 
 
 def _load_header(folder: Path) -> dict[str, Any]:

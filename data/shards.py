@@ -5,6 +5,7 @@ Members of one sample share the key (the path up to the first dot of the file na
 
 import glob
 import os
+import socket
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -43,12 +44,12 @@ def write_shards(
     if next(out.glob(f"{prefix}-*.tar"), None) is not None:
         raise DataError(f"{out} already holds {prefix}-*.tar; remove them or give another folder")
     shards: list[Path] = []
-    writer = _ShardFile(out, prefix)
+    writer = _ShardFile(out / f"{prefix}-00000.tar")
     try:
         for sample in samples:
             if writer.count == max_per_shard:
                 shards.append(writer.finish())
-                writer = _ShardFile(out, prefix, len(shards))
+                writer = _ShardFile(out / f"{prefix}-{len(shards):05d}.tar")
             writer.write(sample)
         if writer.count:
             shards.append(writer.finish())
@@ -59,15 +60,32 @@ def write_shards(
     return shards
 
 
+def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
+    """Writes one shard, which appears when it is complete, over an older one; the number of its samples."""
+    writer = _ShardFile(path)
+    try:
+        for sample in samples:
+            writer.write(sample)
+        writer.finish()
+    finally:
+        writer.discard()
+    return writer.count
+
+
+def temporary_name(path: Path) -> Path:
+    """Where this process writes a file of that name until it is complete."""
+    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+
+
 class _ShardFile:
     """One tar under a temporary name until `finish`."""
 
-    def __init__(self, out: Path, prefix: str, number: int = 0) -> None:
+    def __init__(self, path: Path) -> None:
         import webdataset
 
-        self.path = out / f"{prefix}-{number:05d}.tar"
+        self.path = path
         self.count = 0
-        self._temporary = out / f".{self.path.name}.tmp"
+        self._temporary = temporary_name(path)
         self._stream = open(self._temporary, "wb")
         self._tar = webdataset.TarWriter(self._stream, mtime=0, user="user", group="group")
 
@@ -173,7 +191,7 @@ class ShardReader:
     def place(self, index: int) -> tuple[TarTable, int]:
         """The table of the shard that holds sample `index`, and its number in there."""
         shard, number = self._shard(index)
-        return self._table(shard), number
+        return self.table(shard), number
 
     def _shard(self, index: int) -> tuple[int, int]:
         if not -len(self) <= index < len(self):
@@ -182,7 +200,8 @@ class ShardReader:
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - int(self._ends[shard]) + self.sizes[shard]
 
-    def _table(self, shard: int) -> TarTable:
+    def table(self, shard: int) -> TarTable:
+        """What stands where in shard number `shard`."""
         table = self._tables.get(shard)
         if table is None:
             if len(self._tables) >= _OPEN_TABLES:
@@ -197,12 +216,18 @@ class ShardReader:
         wanted = None if names is None else set(names)
         out = {}
         with open(self.paths[shard], "rb", buffering=0) as stream:
-            for name, offset, size in self._table(shard).members_of(number):
+            for name, offset, size in self.table(shard).members_of(number):
                 if wanted is None or name in wanted:
                     out[name] = os.pread(stream.fileno(), size, offset)
                     if len(out[name]) != size:
                         raise DataError(f"{self.paths[shard]} is shorter than it was; copy or write it again")
         return out
+
+
+def reader_of(source: Any) -> ShardReader | None:
+    """The reader of a source of samples whose numbers are those of its shards; None of any other source."""
+    reader = getattr(source, "reader", None)
+    return reader if isinstance(reader, ShardReader) and len(reader) == len(source) else None
 
 
 def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:

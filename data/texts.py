@@ -7,8 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from unitok.core.errors import DataError
-from unitok.core.rng import derive_seed, numpy_rng
-from unitok.core.sampling import SampleOrder
+from unitok.core.permutation import Permutation
+from unitok.core.rng import derive_seed
+from unitok.core.sampling import Recent, SampleOrder
 from unitok.data.bad import BadSamples
 
 _SUFFIXES = (".jsonl", ".txt")
@@ -95,15 +96,11 @@ class TextOrder:
         self.num_samples, self.num_texts, self.seed = num_samples, num_texts, seed
         self.per_epoch = max(1, round(share * num_samples))
         self._order = SampleOrder(num_texts, derive_seed("texts", seed))
-        self._ranks: dict[int, np.ndarray] = {}
+        self._ranks = Recent(lambda epoch: Permutation(num_samples, "places of texts", seed, epoch))
 
     def turn(self, index: int, epoch: int) -> tuple[int, int] | None:
         """(document, how often it had its turn before) for sample `index` of `epoch`; None if it keeps its place."""
-        if epoch not in self._ranks:
-            if len(self._ranks) > 1:  # two epochs at most meet in one micro-batch
-                self._ranks.pop(min(self._ranks))
-            self._ranks[epoch] = numpy_rng("places of texts", self.seed, epoch).permutation(self.num_samples)
-        rank = int(self._ranks[epoch][index])
+        rank = self._ranks[epoch][index]
         if rank >= self.per_epoch:
             return None
         position = epoch * self.per_epoch + rank

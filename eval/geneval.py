@@ -18,6 +18,7 @@ from unitok.core.rng import derive_seed
 from unitok.data.source import good_samples
 from unitok.eval.codes import random_code_images, reconstruct_images
 from unitok.eval.geneval_score import OFFICIAL_RULE, Detected, GenEvalRule, score_detections, summarise
+from unitok.eval.geneval_score import score_prompt as score_prompt  # the scorer on plain records, part of our interface
 from unitok.eval.progress import batches, progress
 
 Metadata = Mapping[str, Any]
@@ -129,32 +130,11 @@ def score_images(
     return summarise(rows) | {"rows": rows}
 
 
-def score_folder(folder: Path | str, detect: Detect, rule: GenEvalRule = OFFICIAL_RULE) -> dict[str, Any]:
-    """Scores a folder in the official format and writes its `results.jsonl`; returns what `score_images` does.
-
-    Raises:
-        DataError: the folder holds no sample, or the metadata of one cannot be read.
-    """
-    folder = Path(folder)
-    samples = _list_samples(folder)
-    if not samples:
-        raise DataError(f"{folder} holds no GenEval sample; expected NNNNN/metadata.jsonl and NNNNN/samples/NNNNN.png")
-    rows = []
-    for path, metadata in progress(samples, "scoring images"):
-        try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except OSError:
-            raise DataError(f"{path} is not a readable image; generate it again or remove it") from None
-        rows.append(result_row(image, metadata, detect, rule, path.relative_to(folder).as_posix()))
-    write_rows(folder / "results.jsonl", rows)
-    return summarise(rows) | {"rows": rows}
-
-
-def _list_samples(folder: Path) -> list[tuple[Path, Metadata]]:
+def list_samples(folder: Path, limit: int | None = None) -> list[tuple[Path, Metadata]]:
+    """(image, its prompt's metadata) of a folder in the official layout, of the first `limit` prompts."""
     prompt_folders = sorted(path for path in folder.glob("*") if path.is_dir() and path.name.isdigit())
     found = []
-    for prompt_folder in prompt_folders:
+    for prompt_folder in prompt_folders[:limit]:
         metadata = load_prompts(prompt_folder / "metadata.jsonl")[0]
         samples = sorted(path for path in (prompt_folder / "samples").glob("*.png") if path.stem.isdigit())
         found += [(path, metadata) for path in samples]

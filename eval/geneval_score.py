@@ -10,6 +10,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from unitok.core.errors import DataError
+
 COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 TAGS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 
@@ -93,6 +95,37 @@ def score_detections(
     return not reasons, "\n".join(reasons)
 
 
+@dataclass(frozen=True)
+class _Recorded:
+    """A detection of a plain record."""
+
+    kind: str
+    color: str
+    bbox: Sequence[float]
+    score: float
+
+
+def score_prompt(
+    metadata: Mapping[str, Any],
+    detections: Iterable[Mapping[str, Any]],
+    rule: GenEvalRule = OFFICIAL_RULE,
+) -> tuple[bool, str]:
+    """(correct, reason) of one image given as raw detections, `{"cls", "box": [x0, y0, x1, y1], "score", "color"}`.
+
+    `color` is what the colour classifier would name; it may be missing where the prompt asks for none.
+
+    Raises:
+        DataError: a detection lacks a field.
+    """
+    items = []
+    for index, record in enumerate(detections):
+        missing = [key for key in ("cls", "box", "score") if key not in record]
+        if missing:
+            raise DataError(f"detection {index} lacks {', '.join(missing)}; expected cls, box, score and color")
+        items.append(_Recorded(record["cls"], str(record.get("color", "")), record["box"], float(record["score"])))
+    return score_detections(items, metadata, rule)
+
+
 def _clause_failures(
     clause: Mapping[str, Any],
     found: list[Detected],
@@ -103,7 +136,7 @@ def _clause_failures(
     if len(found) < count:
         return [f"expected {kind}>={count}, found {len(found)}"]
     wanted = clause.get("color")
-    colors = [item.color for item in found]
+    colors = [] if wanted is None else [item.color for item in found]  # naming a colour may cost a network's pass
     if wanted is not None and colors.count(wanted) < count:
         # Colours outside GenEval's ten cannot be named by its classifier; list them last rather than hide them.
         names = [*COLORS, *sorted(set(colors) - set(COLORS))]

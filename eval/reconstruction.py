@@ -1,15 +1,18 @@
 """Reconstruction: how much of an image survives the codes."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from PIL import Image
 
+from unitok.core.distributed import all_gather_object, rank, world_size
 from unitok.core.errors import DataError
 from unitok.data.detector import agrees, detect
 from unitok.data.shapes import Scene
 from unitok.data.transforms import to_pil
 from unitok.eval.codes import CodeCounter, evaluation_mode, images_to_pixels
+from unitok.eval.fidelity import Features, distances, to_uint8
 from unitok.eval.progress import sample_batches
 
 PSNR_CEILING_DB = 100.0  # of two equal images, whose PSNR is infinite
@@ -35,6 +38,23 @@ def ssim(a_BCHW: torch.Tensor, b_BCHW: torch.Tensor) -> torch.Tensor:
     return structural_similarity_index_measure(a, b, data_range=255.0, reduction="none").reshape(-1)
 
 
+class _Part:
+    """Every `step`-th sample of a source from `first` on, up to `count`: one rank's share."""
+
+    def __init__(self, source: Any, first: int, step: int, count: int) -> None:
+        self.source, self.indices = source, range(first, count, step)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.indices[index]]
+
+    @property
+    def bad(self) -> set[int]:
+        return {at for at, index in enumerate(self.indices) if index in getattr(self.source, "bad", {})}
+
+
 def evaluate_reconstruction(
     tokenizer: Any,
     source: Any,
@@ -42,14 +62,22 @@ def evaluate_reconstruction(
     batch_size: int = 32,
     device: torch.device | str = "cpu",
     num_pairs: int = 12,
+    lpips: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
+    inception: torch.nn.Module | None = None,
+    seed: int = 0,
 ) -> dict[str, Any]:
-    """Encodes and decodes the first `limit` images of `source` and compares.
+    """Encodes and decodes the first `limit` images of `source` and compares; ranks share them (every rank calls).
+
+    Args:
+        tokenizer: UniTok or an autoencoder of `eval.autoencoders`.
+        lpips: perceptual distance of pixels in [-1, 1], per image. inception: `load_inception`, for FID and its kin.
 
     Returns:
-        {"psnr_db", "ssim": means over images; "detector_agreement": share of reconstructions on which the shapes
-        detector finds the scene again, and "detector_agreement_originals", the same of the originals (both None
-        where the source has no scenes); "usage", "perplexity", "dead_codes" and each "..._by_codebook";
-        "num_images"; "pairs": the first `num_pairs` (original, reconstruction) as PIL}
+        {"psnr_db", "ssim", "lpips": means over images, each with "..._se", its standard error; "rfid", "isc", "kid",
+        "precision", "recall" as `distances` has them; "detector_agreement": share of reconstructions on which the
+        shapes detector finds the scene again, and "detector_agreement_originals", the same of the originals (both None
+        where the source has no scenes); "usage", "perplexity", "dead_codes" and each "..._by_codebook", of models with
+        codes; "num_images"; "pairs": the first `num_pairs` (original, reconstruction) of this rank as PIL}
 
     Raises:
         DataError: the source is empty.
@@ -58,28 +86,51 @@ def evaluate_reconstruction(
     if count < 1:
         raise DataError("no image to reconstruct; expected a source with at least one image and limit >= 1")
     config = tokenizer.config
-    counter = CodeCounter(config.num_codebooks, config.codebook_size)
-    psnr, similarity, agreement = [], [], []
+    num_codebooks = getattr(config, "num_codebooks", 0)
+    counter = CodeCounter(num_codebooks, config.codebook_size) if num_codebooks else None
+    measures = {"psnr_db": psnr_db, "ssim": ssim} | ({} if lpips is None else {"lpips": lpips})
+    values: dict[str, list[float]] = {name: [] for name in measures}
+    features = None if inception is None else (Features(inception), Features(inception))
+    agreement: list[tuple[bool, bool] | None] = []
     pairs: list[tuple[Image.Image, Image.Image]] = []
+    part = _Part(source, rank(), world_size(), count)
     with evaluation_mode(tokenizer):
-        for samples in sample_batches(source, count, batch_size, "reconstruction"):
+        for samples in sample_batches(part, len(part), batch_size, "reconstruction"):
             pixels = images_to_pixels([sample.image for sample in samples], config, device)
-            codes = tokenizer.encode(pixels)
-            decoded = tokenizer.decode(codes).float()
-            counter.add(codes)
-            psnr.append(psnr_db(pixels, decoded).cpu())
-            similarity.append(ssim(pixels, decoded).cpu())
+            encoded = tokenizer.encode(pixels)
+            decoded = tokenizer.decode(encoded).float()
+            if counter is not None:
+                counter.add(encoded)
+            for name, measure in measures.items():
+                values[name] += measure(pixels, decoded).flatten().tolist()
+            if features is not None:
+                features[0].add(to_uint8(decoded))
+                features[1].add(to_uint8(pixels))
             images = [(to_pil(a), to_pil(b)) for a, b in zip(pixels.cpu(), decoded.cpu(), strict=True)]
             agreement += [_scene_kept(sample, *pair) for sample, pair in zip(samples, images, strict=True)]
             pairs += images[: num_pairs - len(pairs)]
-    return {
-        "psnr_db": torch.cat(psnr).mean().item(),
-        "ssim": torch.cat(similarity).mean().item(),
-        **_agreement(agreement),
-        **counter.summary(),
-        "num_images": len(agreement),
-        "pairs": pairs,
-    }
+    everyone = all_gather_object((values, agreement, None if counter is None else counter.counts_KV))
+    figures: dict[str, Any] = {}
+    for name in measures:
+        figures |= _mean(name, [value for own, _, _ in everyone for value in own[name]])
+    if features is not None:
+        found = distances(features[0].gathered(), features[1].gathered(), seed)
+        figures |= {"rfid": found.pop("fid"), **{k: v for k, v in found.items() if not k.startswith("num_")}}
+    agreements = [one for _, own, _ in everyone for one in own]
+    figures |= _agreement(agreements)
+    if counter is not None:
+        counter.counts_KV = torch.stack([counts for _, _, counts in everyone]).sum(0)
+        figures |= counter.summary()
+    return {**figures, "num_images": len(agreements), "pairs": pairs}
+
+
+def _mean(name: str, values: list[float]) -> dict[str, float]:
+    """Mean and standard error of the mean."""
+    if not values:
+        raise DataError("no image of the source can be read; look at it with unitok data check")
+    array = torch.tensor(values, dtype=torch.float64)
+    error = (array.var() / len(values)).sqrt().item() if len(values) > 1 else 0.0
+    return {name: array.mean().item(), f"{name}_se": error}
 
 
 def _scene_kept(sample: Any, original: Image.Image, reconstruction: Image.Image) -> tuple[bool, bool] | None:

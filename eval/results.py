@@ -1,36 +1,152 @@
 """`results.json` of a run, its protocol block, and plain tables for the terminal."""
 
+import hashlib
 import json
 import math
 import os
 import platform
 import resource
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
 from unitok import __version__
-from unitok.core.errors import DataError
+from unitok.core.errors import CheckpointError, DataError
 
 _LEFT_OUT = frozenset(
     {"pairs", "records", "rows", "images"}
 )  # large parts of an evaluation, kept in files of their own
-_VERSIONS_OF = ("torch", "transformers", "deepspeed", "numpy")
+_VERSIONS_OF = ("torch", "transformers", "deepspeed", "numpy", "torch-fidelity", "open_clip_torch", "lm_eval")
 
 
 def protocol(what: str, seed: int, counts: Mapping[str, int], **details: Any) -> dict[str, Any]:
     """What somebody needs to repeat a measurement: description, seed, numbers of items, settings, versions."""
+    block = {"what": what, "seed": seed, "counts": dict(counts), **details, "versions": _versions()}
+    machine = {"cpus": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()}
+    return block | {"machine": machine}
+
+
+def _versions() -> dict[str, str]:
     versions = {"unitok": __version__, "python": platform.python_version()}
     for name in _VERSIONS_OF:
         try:
             versions[name] = packages.version(name)
         except packages.PackageNotFoundError:
             continue
-    machine = {"cpus": os.cpu_count(), "system": platform.system(), "architecture": platform.machine()}
-    block = {"what": what, "seed": seed, "counts": dict(counts), **details, "versions": versions}
-    return block | {"machine": machine}
+    return versions
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One figure of a run: its mean over `n` items and the standard error of that mean (None: not known)."""
+
+    name: str
+    value: float
+    standard_error: float | None
+    n: int
+
+
+def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
+    """Mean of outcomes (right or wrong, or scores) with the standard error of the mean, sd / sqrt(n)."""
+    n = len(outcomes)
+    if not n:
+        raise DataError(f"{name}: nothing was scored, so there is no mean")
+    mean = math.fsum(outcomes) / n
+    variance = math.fsum((value - mean) ** 2 for value in outcomes) / (n - 1) if n > 1 else None
+    return Metric(name, mean, None if variance is None else math.sqrt(variance / n), n)
+
+
+def run_results(
+    benchmark: str,
+    metrics: Sequence[Metric],
+    protocol: Mapping[str, Any],
+    seeds: Sequence[int],
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The `results.json` of one evaluation, the same form for every benchmark; `write_run` writes it.
+
+    Args:
+        protocol: everything that changes the figures: data file, limit, sampler settings, cache mode, thresholds.
+            Two runs may share a column of `unitok report` only where it is equal.
+        checkpoint: folder (or file) of the model that was measured; None for images that came from elsewhere.
+
+    Raises:
+        DataError: there is no metric, or two of one name.
+        CheckpointError: `checkpoint` holds no weights.
+    """
+    names = [metric.name for metric in metrics]
+    if not names or len(set(names)) < len(names):
+        raise DataError(f"{benchmark}: metrics {names}; expected at least one, each name once")
+    return {
+        "benchmark": benchmark,
+        "metrics": [
+            {"metric": metric.name, **{key: value for key, value in asdict(metric).items() if key != "name"}}
+            for metric in metrics
+        ],
+        "protocol": dict(protocol),
+        "seeds": list(seeds),
+        "checkpoint": None if checkpoint is None else {"path": str(checkpoint), "sha256": checkpoint_hash(checkpoint)},
+        "versions": _versions(),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
+    }
+
+
+def _program() -> str:
+    name = Path(sys.argv[0]).name
+    return "unitok" if name == "__main__.py" else name  # python -m unitok
+
+
+def checkpoint_hash(checkpoint: Path | str) -> str:
+    """SHA-256 over names and contents of all safetensors files of a folder and its sub-folders (of others' weights
+    files where it has none), or over one file.
+
+    Raises:
+        CheckpointError: there is no such file.
+    """
+    checkpoint = Path(checkpoint)
+    files = [checkpoint] if checkpoint.is_file() else []
+    for pattern in ("*.safetensors", "*.bin", "*.pth", "*.pt"):
+        files = files or sorted(checkpoint.rglob(pattern))
+    if not files:
+        raise CheckpointError(f"{checkpoint}: no weights file in it, so there is no model to name in the results")
+    total = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
+        name = file.name if file == checkpoint else file.relative_to(checkpoint).as_posix()
+        total.update(f"{name} {digest}\n".encode())
+    return total.hexdigest()
+
+
+def protocol_differences(a: Mapping[str, Any], b: Mapping[str, Any], name: str = "") -> dict[str, tuple[Any, Any]]:
+    """Settings, by dotted names, in which two protocols differ, with both values (None: not set)."""
+    out: dict[str, tuple[Any, Any]] = {}
+    for key in {**a, **b}:
+        one, other, full = a.get(key), b.get(key), f"{name}.{key}" if name else str(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            out |= protocol_differences(one, other, full)
+        elif one != other:
+            out[full] = (one, other)
+    return out
+
+
+def print_run(results: Mapping[str, Any]) -> None:
+    """A run's metrics as a table."""
+    rows = []
+    for row in results["metrics"]:
+        error = "" if row["standard_error"] is None else f"{row['standard_error']:.4f}"
+        rows.append((row["metric"], f"{row['value']:.4f}", error, row["n"]))
+    print_table(rows, (results["benchmark"], "value", "standard error", "n"))
+
+
+def write_run(path: Path | str, results: Mapping[str, Any]) -> Path:
+    """Writes what `run_results` gave to `path`, or to `path/results.json` where `path` is a folder."""
+    path = Path(path)
+    return write_results(path / "results.json" if path.is_dir() else path, results)
 
 
 def demo_results(

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from pydantic import Field
+from pydantic import Field, model_validator
 from transformers import AutoConfig, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -16,6 +16,7 @@ from unitok.core.config import Config
 from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError, UserError
 from unitok.core.signature import config_from_signature
+from unitok.data.classes import class_token
 from unitok.data.conversations import MARKS
 from unitok.data.sentencepieces import run_sentencepiece
 from unitok.mllm.backbone import backbone_folder, check_backbone, pretrained_model
@@ -41,12 +42,20 @@ UniTokMLLMSettings = config_from_signature(UniTokMLLMConfig, "UniTokMLLMSettings
 class BackboneConfig(Config):
     """Either `path`, a decoder-only transformers model with its tokenizer, or `config`, the sizes of a new one.
 
-    A new backbone gets a sentencepiece tokenizer trained on the data, of at most `text_vocab_size` pieces.
+    A new backbone gets a sentencepiece tokenizer trained on the data, of at most `text_vocab_size` pieces, and beside
+    them as many `class_tokens` (`unitok.data.classes`).
     """
 
     path: str | None = None
     config: dict[str, Any] = {}
     text_vocab_size: int = Field(512, ge=8)
+    class_tokens: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _class_tokens_are_new(self) -> "BackboneConfig":
+        if self.path is not None and self.class_tokens:
+            raise ValueError(f"class_tokens={self.class_tokens}: only for a new backbone, and path is given")
+        return self
 
 
 def build_text_tokenizer(
@@ -65,8 +74,9 @@ def build_text_tokenizer(
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return tokenizer
-    pieces = [*MARKS, *symbols]
-    path = run_sentencepiece(folder, "tokenizer.model", resumed, texts, settings.text_vocab_size, pieces)
+    pieces = [*MARKS, *symbols, *map(class_token, range(settings.class_tokens))]
+    size = settings.text_vocab_size + settings.class_tokens
+    path = run_sentencepiece(folder, "tokenizer.model", resumed, texts, size, pieces)
     return UniTokTextTokenizer(vocab_file=str(path))
 
 

@@ -54,11 +54,15 @@ class MllmDataConfig(Config):
     `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read, have no words for the
     mixture or more than `max_length` ids are left out and logged; a share of them above `max_bad_fraction` ends it.
 
+    `classes`: a file of class folders, one a line; every image's words are then its class's token and nothing else
+    (`backbone.class_tokens` makes these single pieces of the text).
+
     `pack`: the samples of a micro-batch stand one behind the other in as few rows of at most `max_length` ids as
     possible, each seeing only itself; what is learnt in a step stays the same.
     """
 
     codes: str = "runs/codes"
+    classes: str | None = None
     texts: list[str] = []
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = Field(0.1, ge=0, le=1)

@@ -13,6 +13,7 @@ from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
+from unitok.data.classes import ClassSource
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
@@ -85,7 +86,10 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
+        if data.classes is None:
+            self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
+        else:
+            self.source = ClassSource(data.codes, data.classes, expected, data.max_bad_fraction)
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
         share = data.mixture.text / data.mixture.total
         self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None
@@ -96,6 +100,10 @@ class MllmTask(Task):
     @property
     def num_samples(self) -> int:
         return len(self.source)
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        return self.source.reader.sizes
 
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
@@ -227,6 +235,14 @@ class MllmTask(Task):
             text = paraphrase(question.question, rng) if self.config.data.paraphrase else question.question
             turns += [Turn("user", image + text), Turn("assistant", question.answer)]
         return turns
+
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        """Keys of the encoded images; a place that a document takes is "text N"."""
+        turns = [None if self.text_order is None else self.text_order.turn(index, epoch) for index in indices]
+        return [
+            self.source[index].key if turn is None else f"text {turn[0]}"
+            for index, turn in zip(indices, turns, strict=True)
+        ]
 
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
         """Count learnt ids and codes, and samples of each kind, of the whole step: over micro-batches and ranks."""

@@ -7,7 +7,7 @@ import os
 import pickle
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -24,12 +24,18 @@ class RankError(AssertionError):
 
 
 def run_ranks(
-    world_size: int, function: Callable[..., Any], *args: Any, timeout: float = 180, may_die: bool = False
+    world_size: int,
+    function: Callable[..., Any],
+    *args: Any,
+    timeout: float = 180,
+    may_die: bool = False,
+    outcomes_of: Collection[int] = (),
 ) -> list[Any]:
     """Call `function(*args)` on `world_size` forked ranks and return their results in rank order.
 
     Each rank has the environment of a launcher and one thread. A rank's exception is raised here with its traceback.
-    A SystemExit gives the result ("exit", code). With `may_die` a killed rank gives None and ends the others.
+    A SystemExit gives the result ("exit", code). With `may_die` a killed rank gives None and ends the others. With
+    `outcomes_of` these ranks are waited for, whatever becomes of the others: ("error", traceback) or ("exit", code).
     """
     torch.set_num_threads(1)  # a fork must not inherit a thread pool in use
     # Nor may it ever free what an earlier run in this process left behind: a process group would join its threads,
@@ -47,6 +53,8 @@ def run_ranks(
         pipes.append(receiver)
         processes.append(process)
     try:
+        if outcomes_of:
+            return [_outcome(pipes[r], processes[r], timeout) if r in outcomes_of else None for r in range(world_size)]
         return _collect(pipes, processes, time.monotonic() + timeout, may_die)
     finally:
         for process in processes:
@@ -75,6 +83,17 @@ def _rank(rank: int, world_size: int, port: int, sender: Any, function: Callable
 def _send(sender: Any, kind: str, value: Any) -> None:
     """By value: multiprocessing's own pickling would share tensors with a process that is about to end."""
     sender.send_bytes(pickle.dumps((kind, value)))
+
+
+def _outcome(pipe: Any, process: Any, timeout: float) -> Any:
+    if not pipe.poll(timeout):
+        raise RankError(f"process {process.pid} did not finish in time")
+    try:
+        kind, value = pickle.loads(pipe.recv_bytes())  # noqa: S301 - from our own fork
+    except EOFError:
+        process.join()
+        return "exit", process.exitcode
+    return value if kind == "result" else (kind, value)
 
 
 def _collect(pipes: list[Any], processes: list[Any], deadline: float, may_die: bool) -> list[Any]:

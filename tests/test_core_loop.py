@@ -17,7 +17,7 @@ from torch import nn
 
 from unitok.core import checkpoint, launch
 from unitok.core.ema import Ema
-from unitok.core.errors import CheckpointError, ConfigError, DataError, NonFiniteError
+from unitok.core.errors import EXIT_RESUME, CheckpointError, ConfigError, DataError, NonFiniteError
 from unitok.core.loop import train
 from unitok.core.run import TrainConfig, locked
 from unitok.core.runlog import RunLog, read_log, truncate_log
@@ -207,7 +207,7 @@ def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:
 
 
 def test_interrupt_at_any_point_is_one_wish(tmp_path: Path) -> None:
-    """SIGINT while networks are built: one step, a checkpoint, exit code 0. While the export is written: all of it."""
+    """SIGINT while networks are built: one step, a checkpoint, exit code 75. While the export is written: all of it."""
     straight = run_toy(ToyTask(), tmp_path / "straight", steps=3)
 
     class Interrupted(ToyTask):
@@ -227,7 +227,7 @@ def test_interrupt_at_any_point_is_one_wish(tmp_path: Path) -> None:
 
     with pytest.raises(SystemExit) as stopped:
         run_toy(Interrupted("build"), tmp_path / "run", steps=3)
-    assert stopped.value.code == 0
+    assert stopped.value.code == EXIT_RESUME
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_1"]
     assert not (tmp_path / "run" / "export").exists()
     assert run_toy(Interrupted("export"), tmp_path / "run", steps=3) == straight
@@ -244,7 +244,7 @@ def test_export_cut_short_leaves_the_old_one(tmp_path: Path) -> None:
             (folder / "net.pt").write_bytes(b"half")
             raise OSError(28, "No space left on device")
 
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(CheckpointError, match=r"export .* could not be written: No space left on device; \d+ MiB"):
         run_toy(Full(), tmp_path, steps=2)
     assert (tmp_path / "export" / "net.pt").read_bytes() == before
     run_toy(ToyTask(), tmp_path, steps=2)

@@ -135,12 +135,12 @@ def _killed_after(out: Path, seconds: float, settings: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world,stage", [(1, 0), (2, 2)])
-def test_sigterm_saves_and_exits_zero(tmp_path: Path, world: int, stage: int) -> None:
+def test_sigterm_saves_and_exits_with_75(tmp_path: Path, world: int, stage: int) -> None:
     """The signal reaches one rank only; all stop after the same step with a checkpoint, and resume is straight."""
     straight = _run(world, tmp_path / "straight", ToyTask(dropout=0.2), engine_zero_stage=stage)
     task = ToyTask(dropout=0.2, event=("term", 6, world - 1))
     stopped = run_ranks(world, _resume, task, tmp_path / "stopped", world, {"engine_zero_stage": stage})
-    assert stopped == [("exit", 0)] * world
+    assert stopped == [("exit", 75)] * world
     assert latest_complete(tmp_path / "stopped" / "checkpoints").name == "step_7"
     assert _run(world, tmp_path / "stopped", ToyTask(dropout=0.2), engine_zero_stage=stage) == straight
 
@@ -296,5 +296,5 @@ def test_a_signal_to_the_whole_group_finds_the_workers_alive(tmp_path: Path) -> 
             os.killpg(process.pid, signal.SIGTERM)
             break
     process.communicate(timeout=60)
-    assert process.returncode == 0
+    assert process.returncode == 75
     assert latest_complete(tmp_path / "out" / "checkpoints") is not None

@@ -300,6 +300,19 @@ def test_code_shards_refuse_what_does_not_fit(tmp_path):
             CodeSource(tmp_path / "a")
 
 
+def test_code_shards_of_several_folders_are_read_together(tmp_path):
+    for name, count in (("a", 3), ("b", 5)):
+        write_codes(code_samples(count), tmp_path / name, HEADER, max_per_shard=2)
+    source, alone = CodeSource(tmp_path / "{b,a}", expect=HEADER), CodeSource(tmp_path / "b")
+    assert len(source) == source.header["count"] == 8
+    assert [source[i].key for i in range(8)] == [alone[i].key for i in (0, 1, 2, 3, 4, 0, 1, 2)]
+    write_codes(code_samples(3), tmp_path / "c", HEADER | {"tokenizer": "xyz"})
+    with pytest.raises(DataError, match="c: tokenizer is 'xyz', in .*a it is 'abc'"):
+        CodeSource(tmp_path / "{a,c}")
+    with pytest.raises(DataError, match="d has no header"):
+        CodeSource(tmp_path / "{a,d}")
+
+
 def test_the_world_needs_no_torch():
     """Scenes and detector serve in small processes (data workers, judges), where torch costs seconds."""
     code = "import sys, unitok.data.captions, unitok.data.detector, unitok.data.shards; print('torch' in sys.modules)"

@@ -22,9 +22,10 @@ from unitok.eval.geneval import (
     evaluate_geneval,
     random_codes_score,
     reconstruction_ceiling,
-    score_folder,
     score_images,
 )
+from unitok.eval.geneval_detect import Detector
+from unitok.eval.geneval_run import score_run
 from unitok.eval.geneval_score import OFFICIAL_RULE, SHAPES_RULE
 from unitok.eval.reconstruction import evaluate_reconstruction
 from unitok.eval.retrieval import evaluate_retrieval
@@ -251,8 +252,8 @@ def test_geneval_draws_writes_and_scores(tmp_path):
     assert set(rows[0]) == {"filename", "tag", "prompt", "correct", "reason", "metadata", "details"}
     assert rows[5]["reason"] == "expected dot>=3, found 2" and rows[5]["filename"] == "00002/samples/00001.png"
     assert json.loads(rows[0]["details"]) == {"dot": [[0, 0, 9, 9, 1.0]]}
-    again = score_folder(tmp_path, detect_level)
-    assert again["rows"] == scores["rows"] and again["overall"] == scores["overall"]
+    detector = Detector("level", detect_level, OFFICIAL_RULE, None, {})
+    assert score_run(tmp_path, detector, tmp_path / "again.jsonl") == scores["rows"]
 
 
 def test_seeds_do_not_depend_on_batch_size_or_on_the_number_of_prompts():
@@ -275,8 +276,6 @@ def test_geneval_refuses_what_it_cannot_score(tmp_path):
         evaluate_geneval(lambda prompts, seeds: [], PROMPTS, 1, detect=detect_level)
     with pytest.raises(DataError, match="0 prompts"):
         evaluate_geneval(draw_dots, [], 1, detect=detect_level)
-    with pytest.raises(DataError, match="no GenEval sample"):
-        score_folder(tmp_path, detect_level)
 
 
 def test_ceiling_scores_reconstructions_and_random_codes_are_reproducible():

@@ -1,16 +1,34 @@
 """From images to code shards: what stage two trains on."""
 
 import hashlib
-from collections.abc import Iterator
-from itertools import islice
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.utils.data
 
-from unitok.data.codes import LATENT_WIDTH, CodeSample, write_codes
-from unitok.data.source import Source, good_samples
+from unitok.core.errors import ConfigError, UserError
+from unitok.data.code_units import (
+    UNIT_SIZE,
+    CodeFolder,
+    Failure,
+    Unit,
+    check_failures,
+    known_failures,
+    units_of,
+)
+from unitok.data.codes import LATENT_WIDTH, CodeSample
+from unitok.data.source import Source
 from unitok.data.transforms import eval_transform
 from unitok.tokenizer.model import UniTok
+
+_LOGGER = logging.getLogger(__name__)
 
 
 def fingerprint(tokenizer: UniTok) -> str:
@@ -24,7 +42,31 @@ def fingerprint(tokenizer: UniTok) -> str:
     return digest.hexdigest()
 
 
-@torch.no_grad()
+@dataclass(frozen=True)
+class Share:
+    """This process's part of a job: units number rank, rank + world_size, ..."""
+
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.world_size:
+            raise ConfigError(f"rank {self.rank} of {self.world_size}; expected 0 to {self.world_size - 1}")
+
+    @classmethod
+    def of_launcher(cls, rank: int | None = None, world_size: int | None = None) -> "Share":
+        """What is given, or else what torchrun, deepspeed or srun say; alone without any."""
+        if (rank is None) != (world_size is None):
+            raise ConfigError("--rank and --world-size go together; give both or none")
+        if rank is not None and world_size is not None:
+            return cls(rank, world_size)
+        for names in (("RANK", "WORLD_SIZE"), ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS")):
+            values = [os.environ.get(name) for name in names]
+            if all(value is not None and value.isdecimal() for value in values):
+                return cls(*(int(value or 0) for value in values))
+        return cls()
+
+
 def extract_codes(
     tokenizer: UniTok,
     source: Source,
@@ -32,30 +74,40 @@ def extract_codes(
     batch_size: int = 64,
     progress: bool = True,
     latents: bool = False,
+    share: Share | None = None,
+    num_workers: int = 0,
+    unit_size: int = UNIT_SIZE,
 ) -> Path:
     """Encode every image of `source` and write code shards with their header into `out`.
 
-    `latents`: with the vectors before quantization, for models that read those (`visual_input: continuous`).
+    One shard of the source gives one of codes. What is complete already is kept, so that the same call goes on where
+    another was cut short, also killed. Each process does its `share`; who finds all done writes the header, which
+    training asks for. The bytes do not depend on the number of processes, nor on interruptions.
+
+    Args:
+        latents: with the vectors before quantization, for models that read those (`visual_input: continuous`).
+        num_workers: processes that read images ahead. unit_size: images of a code shard where the source is no shards.
+
+    Raises:
+        DataError: more images than `source.max_bad_fraction` failed, or `out` holds codes of something else.
     """
-    from tqdm import tqdm
+    job = _Job(tokenizer, source, CodeFolder(out, _header(tokenizer, latents)), batch_size, num_workers, latents)
+    units, share = units_of(source, unit_size), share or Share()
+    own = units[share.rank :: share.world_size]
+    failed = 0
+    with ProgressLog(out / f"extract-rank{share.rank}.jsonl", len(source), progress) as log:
+        for unit in own:
+            said = job.folder.done(unit, source)
+            if said is None:
+                said = log.timed(unit, lambda unit=unit: job.encode_unit(unit, log.advance))
+            failed += len(said["failures"])
+            check_failures(out, failed, len(source), source.max_bad_fraction)
+    job.folder.finish(units, source.max_bad_fraction)
+    return out
 
-    config = tokenizer.eval().config
 
-    def samples() -> Iterator[CodeSample]:
-        found = (sample for _, sample in good_samples(source))
-        bar = tqdm(total=len(source), desc="encode", unit="image", disable=None if progress else True)
-        while batch := list(islice(found, batch_size)):
-            bar.update(len(batch))
-            pixels = torch.stack(
-                [eval_transform(sample.image, config.image_size, config.preprocess) for sample in batch]
-            )
-            pixels = pixels.to(tokenizer.device)
-            codes = tokenizer.encode(pixels).cpu()
-            vectors = tokenizer.latents(pixels).half().cpu() if latents else [None] * len(batch)
-            for sample, code, vectors_LC in zip(batch, codes, vectors, strict=True):
-                words = (sample.captions, sample.questions, sample.conversations, sample.meta)
-                yield CodeSample(sample.key, code, *words, vectors_LC)
-
+def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
+    config = tokenizer.config
     header = {
         "tokenizer": fingerprint(tokenizer),
         "num_codebooks": config.num_codebooks,
@@ -63,6 +115,110 @@ def extract_codes(
         "image_size": config.image_size,
         "num_positions": config.num_positions,
     }
-    if latents:
-        header[LATENT_WIDTH] = config.code_width
-    return write_codes(samples(), out, header)
+    return header | ({LATENT_WIDTH: config.code_width} if latents else {})
+
+
+class _Images(torch.utils.data.Dataset):
+    """Images of a source ready for the encoder: (sample without its image, pixels), or (key, why it failed)."""
+
+    def __init__(self, source: Source, image_size: int, preprocess: str) -> None:
+        self.source, self.image_size, self.preprocess = source, image_size, preprocess
+
+    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor] | Failure:
+        try:
+            found = self.source.read(index)
+            pixels = eval_transform(found.image, self.image_size, self.preprocess)
+        except (UserError, OSError) as error:
+            return self.source.key(index), " ".join(str(error).split())
+        words = (found.captions, found.questions, found.conversations, found.meta)
+        return CodeSample(found.key, torch.zeros(0, dtype=torch.int64), *words), pixels
+
+
+@dataclass
+class _Job:
+    tokenizer: UniTok
+    source: Source
+    folder: CodeFolder
+    batch_size: int
+    num_workers: int
+    latents: bool
+
+    def encode_unit(self, unit: Unit, advance: Callable[[int], None]) -> dict[str, Any]:
+        failures = known_failures(self.source, unit)
+
+        def samples() -> Iterator[CodeSample]:
+            for batch in self._batches(unit):
+                good = [item for item in batch if isinstance(item[0], CodeSample)]
+                for key, reason in (item for item in batch if not isinstance(item[0], CodeSample)):
+                    _LOGGER.warning("%s: sample %s left out: %s", self.source.name, key, reason)
+                    failures.append((key, reason))
+                if good:
+                    yield from self._encode(good)
+                advance(len(batch))
+
+        return self.folder.write(unit, self.source, samples(), failures)
+
+    def _batches(self, unit: Unit) -> Iterable[list[Any]]:
+        """Never across units, so that a unit's bytes are its own."""
+        config = self.tokenizer.config
+        images = _Images(self.source, config.image_size, config.preprocess)
+        parts = [
+            list(range(start, min(start + self.batch_size, unit.stop)))
+            for start in range(unit.start, unit.stop, self.batch_size)
+        ]
+        if self.num_workers == 0:
+            return ([images[index] for index in part] for part in parts)
+        return torch.utils.data.DataLoader(
+            images,
+            batch_sampler=parts,
+            num_workers=self.num_workers,
+            collate_fn=list,
+            generator=torch.Generator(),  # the loader draws a seed, which must not be the caller's
+        )
+
+    @torch.no_grad()
+    def _encode(self, batch: list[tuple[CodeSample, torch.Tensor]]) -> Iterator[CodeSample]:
+        self.tokenizer.eval()
+        pixels = torch.stack([pixels for _, pixels in batch]).to(self.tokenizer.device)
+        codes = self.tokenizer.encode(pixels).cpu()
+        vectors = self.tokenizer.latents(pixels).half().cpu() if self.latents else None
+        for row, (sample, _) in enumerate(batch):
+            sample.codes = codes[row]
+            sample.latents = None if vectors is None else vectors[row]
+            yield sample
+
+
+class ProgressLog:
+    """A bar, and one JSON line for each unit that this process encoded: images, failures, seconds, images/s."""
+
+    def __init__(self, path: Path, total: int, progress: bool) -> None:
+        from tqdm import tqdm
+
+        self._path = path
+        self._bar = tqdm(total=total, desc="encode", unit="image", disable=None if progress else True)
+
+    def __enter__(self) -> "ProgressLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.close()
+
+    def advance(self, images: int) -> None:
+        self._bar.update(images)
+
+    def timed(self, unit: Unit, encode: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        started = time.perf_counter()
+        said = encode()
+        seconds = time.perf_counter() - started
+        record = {
+            "unit": unit.name,
+            "input": said["input"],
+            "images": said["count"],
+            "failures": len(said["failures"]),
+            "seconds": round(seconds, 3),
+            "images_per_s": round(said["count"] / max(seconds, 1e-9), 2),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        }
+        with self._path.open("a", encoding="utf-8") as log:
+            log.write(json.dumps(record) + "\n")
+        return said

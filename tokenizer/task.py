@@ -16,6 +16,7 @@ from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Replaced, Task
 from unitok.data.images import ImageBatches
 from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
+from unitok.data.shards import reader_of
 from unitok.data.transforms import as_pixels
 from unitok.tokenizer.adversarial import (
     Augmentation,
@@ -58,6 +59,11 @@ class TokenizerTask(Task):
     @property
     def num_samples(self) -> int:
         return len(self.batches)
+
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        reader = reader_of(self.batches.source)
+        return None if reader is None else reader.sizes
 
     # ---- networks
 
@@ -116,6 +122,9 @@ class TokenizerTask(Task):
         if self.model is not None and self.config.loss.contrastive > 0:  # in a loader's worker, where there is one
             batch["text_ids"] = self.model.tokenize_text(batch["captions"])
         return batch
+
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        return [self.batches.source.key(index) for index in indices]
 
     def prepare_step(self, batches: list[Any], step: int) -> None:
         """Stage one's losses are means over equally large batches: no counts are needed."""

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from unitok import __version__
+from unitok.commands.checkpoint import add_checkpoint_arguments
 from unitok.core.errors import UserError
 
 DEFAULT_MODEL = "runs/demo/model"
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
     except UserError as error:
         print(f"unitok: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as with `unitok ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
@@ -58,6 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parsed arguments. Optional positional ones may also stand after options, which argparse alone does not manage."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    if argv[:1] == ["lm-eval"]:  # another program's command line
+        from unitok.commands.lm_eval import lm_eval_namespace
+
+        return lm_eval_namespace(argv[1:])
     parser = build_parser()
     arguments, rest = parser.parse_known_args(argv)
     target = getattr(arguments, "positional", None)
@@ -78,12 +84,15 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank: pages of C++ frames before our one line
     # transformers imports torchao where it is installed, which makes torch speak of torchao's own affairs
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line."""
+    from unitok.commands.lm_eval import add_lm_eval_command
+
     parser = _Parser(
         prog="unitok",
         description="Train and use unified multimodal models on discrete visual tokens. Start with `unitok demo`.",
@@ -92,13 +101,23 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     _add_demo(commands)
     _add_data(commands)
+    add_checkpoint_arguments(commands.add_parser("checkpoint", help="convert checkpoints of training"))
     _add_train(commands)
     _add_use(commands)
+    _add_serve(commands)
     _add_eval(commands)
+    add_lm_eval_command(commands)
     _add_convert(commands)
-    report = commands.add_parser("report", help="write the HTML report of a run folder")
-    report.add_argument("dir", metavar="DIR", help="folder of a demo run, with its results.json")
-    report.set_defaults(run=("evaluate", "report"))
+    _add_plan(commands)
+    report = commands.add_parser("report", help="the HTML report of a run folder, or results files side by side")
+    report.add_argument("paths", nargs="+", metavar="DIR|FILE", help="folder of a demo run, or results.json files")
+    report.add_argument("--html", metavar="OUT", help="results files: also write the tables as a page")
+    report.add_argument(
+        "--mixed-protocols",
+        action="store_true",
+        help="allow a column of several protocols, and print how they differ",
+    )
+    report.set_defaults(run=("evaluate", "report"), positional="paths")
     return parser
 
 
@@ -115,7 +134,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    from unitok.commands.data import add_check_arguments
+    from unitok.commands.data import add_check_arguments, add_codes_arguments, add_index_arguments
 
     data = commands.add_parser("data", help="make, encode, check and import data")
     kinds = data.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
@@ -126,15 +145,8 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     shapes.add_argument("--split", choices=("train", "val"), default="train", help="splits never share an image")
     shapes.add_argument("--size", type=int, default=64, help="pixels per side (default: %(default)s)")
     shapes.set_defaults(run=("data", "shapes"))
-    codes = kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two")
-    codes.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
-    codes.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
-    codes.add_argument("--out", required=True, metavar="DIR")
-    codes.add_argument("--batch-size", type=positive_int, default=64)
-    codes.add_argument(
-        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
-    )
-    codes.set_defaults(run=("data", "codes"))
+    add_codes_arguments(kinds.add_parser("codes", help="encode the images of a source to code shards, for stage two"))
+    add_index_arguments(kinds.add_parser("index", help="read the headers of shards ahead: runs then open at once"))
     check = kinds.add_parser("check", help="read a whole source and say what is in it and what is wrong")
     add_check_arguments(check)
     llava = kinds.add_parser("import-llava", help="turn a LLaVA instruction file into a JSONL source")
@@ -149,7 +161,9 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
         "train",
         help="train stage one (tokenizer) or stage two (mllm)",
         description="Train in this process. On several: `deepspeed scripts/train_tokenizer.py --config FILE` or "
-        "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options.",
+        "`torchrun --nproc_per_node N scripts/train_mllm.py --config FILE`, with the same options. Exit codes: 0 done; "
+        "75 stopped by SIGTERM or Ctrl-C after saving, or another rank was lost: the same command goes on; 2 something "
+        "must be put right first (docs/faults.md).",
     )
     train.add_argument("stage", choices=("tokenizer", "mllm"))
     train.add_argument(
@@ -158,6 +172,12 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     train.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
     train.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
     train.set_defaults(run=("train", "train"), positional="overrides")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.plan import add_plan_arguments
+
+    add_plan_arguments(commands.add_parser("plan", help="memory, hours and cost of a run before it is started"))
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
@@ -198,6 +218,15 @@ def _add_use(commands: argparse._SubParsersAction) -> None:
     chat.set_defaults(run=("use", "chat"), positional="question")
 
 
+def _add_serve(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.serve import add_serve_arguments
+
+    serve = commands.add_parser("serve", help="chat and pictures over HTTP, in OpenAI's form, and a web page")
+    serve.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    add_serve_arguments(serve)
+    _add_precision(serve)
+
+
 def _add_precision(command: argparse.ArgumentParser) -> None:
     command.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="default: %(default)s")
     command.add_argument("--weights", choices=("int8", "int4"), help="smaller weights, by torchao (unitok[quantized])")
@@ -229,14 +258,21 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_eval(commands: argparse._SubParsersAction) -> None:
+    from unitok.commands.lm_eval import add_rescore_arguments
+    from unitok.commands.reconstruction import add_reconstruction_arguments
+    from unitok.commands.zeroshot import add_zeroshot_arguments
+
     evaluate = commands.add_parser("eval", help="measure a tokenizer or a model")
     kinds = evaluate.add_subparsers(dest="kind", required=True, metavar="KIND", parser_class=_Parser)
     for kind, text in (
-        ("reconstruction", "PSNR, SSIM, code usage"),
+        ("reconstruction", "PSNR, SSIM, LPIPS, rFID, code usage; several autoencoders side by side"),
         ("retrieval", "which caption belongs to the image?"),
     ):
         one = kinds.add_parser(kind, help=text)
-        one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
+        if kind == "reconstruction":
+            add_reconstruction_arguments(one, DEFAULT_TOKENIZER)
+        else:
+            one.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
         _add_eval_options(one, kind, "images")
     for kind, text in (("vqa", "accuracy by type of question"), ("geneval", "does the image show what was asked for?")):
         one = kinds.add_parser(kind, help=text)
@@ -249,7 +285,23 @@ def _add_eval(commands: argparse._SubParsersAction) -> None:
             one.add_argument("--samples", type=positive_int, default=4, help="images per prompt (default: %(default)s)")
             one.add_argument("--images", metavar="DIR", help="keep the images here, in GenEval's folder format")
             one.add_argument("--guidance", type=float, metavar="G")
+    zeroshot = kinds.add_parser("zeroshot", help="classification by class names, linear probe; models side by side")
+    add_zeroshot_arguments(zeroshot, DEFAULT_TOKENIZER)
+    _add_generation_benchmarks(kinds)
     _add_speed(kinds)
+    rescore = kinds.add_parser("rescore", help="score the stored answers of a VQA run of lm-eval again")
+    add_rescore_arguments(rescore)
+
+
+def _add_generation_benchmarks(kinds: argparse._SubParsersAction) -> None:
+    from unitok.commands.geneval import add_generate_arguments, add_score_arguments
+    from unitok.commands.gfid import add_gfid_arguments
+    from unitok.commands.t2i import add_t2i_arguments
+
+    add_generate_arguments(kinds.add_parser("geneval-generate", help="GenEval's images"), DEFAULT_MODEL)
+    add_score_arguments(kinds.add_parser("geneval-score", help="score a folder in GenEval's layout"))
+    add_gfid_arguments(kinds.add_parser("gfid", help="class-conditional images and their FID"), DEFAULT_MODEL)
+    add_t2i_arguments(kinds.add_parser("t2i", help="images for DPG-Bench, GenAI-Bench, MJHQ-30K"), DEFAULT_MODEL)
 
 
 def _add_speed(kinds: argparse._SubParsersAction) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,18 +41,88 @@ def shapes(arguments: argparse.Namespace) -> int:
 
 
 def codes(arguments: argparse.Namespace) -> int:
-    """Encode a source to code shards."""
+    """Encode a source to code shards; of several processes each does its part."""
     from unitok.core.pretrained import load_model_folder
     from unitok.data.source import open_source
     from unitok.tokenizer import UniTok
-    from unitok.tokenizer.extract import extract_codes
+    from unitok.tokenizer.extract import Share, extract_codes
 
-    source = open_source(arguments.shards)
-    tokenizer = load_model_folder(UniTok, arguments.tokenizer)
-    out = extract_codes(tokenizer, source, Path(arguments.out), arguments.batch_size, latents=arguments.latents)
-    left_out = f" ({len(source.bad)} bad ones left out)" if source.bad else ""
-    print(f"{len(source) - len(source.bad)} images encoded to {out}{left_out}")
+    if arguments.workers < 0 or not 0 <= arguments.max_bad_fraction <= 1:
+        raise UserError(
+            f"--workers {arguments.workers} --max-bad-fraction {arguments.max_bad_fraction}: expected at least 0 and "
+            "a share from 0 to 1"
+        )
+    share = Share.of_launcher(arguments.rank, arguments.world_size)
+    if "SLURM_LOCALID" in os.environ:
+        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
+    source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction)
+    out = extract_codes(
+        load_model_folder(UniTok, arguments.tokenizer),
+        source,
+        Path(arguments.out),
+        arguments.batch_size,
+        latents=arguments.latents,
+        share=share,
+        num_workers=arguments.workers,
+    )
+    header = out / "header.json"
+    if not header.is_file():
+        print(f"rank {share.rank} of {share.world_size} is done; the header is written by the last one to finish")
+        return 0
+    said = json.loads(header.read_text(encoding="utf-8"))
+    left_out = f" ({said['failed']} bad ones left out)" if said["failed"] else ""
+    print(f"{said['count']} images encoded to {out}{left_out}")
     return 0
+
+
+def add_codes_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `unitok data codes`."""
+    from unitok.cli import positive_int
+
+    parser.description = (
+        "Encode the images of a source to code shards, one for each shard of the source. Given again, the command goes "
+        "on where it was stopped. Several processes share the work under torchrun, deepspeed or srun, or with --rank "
+        "and --world-size; the last one to finish writes header.json."
+    )
+    parser.add_argument("--tokenizer", required=True, metavar="DIR", help="folder of a trained tokenizer")
+    parser.add_argument("--shards", required=True, metavar="SOURCE", help="shards, image folder or JSONL file")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--batch-size", type=positive_int, default=64)
+    parser.add_argument(
+        "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
+    )
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images ahead")
+    parser.add_argument("--rank", type=int, metavar="R", help="this process, from 0 (default: the launcher's)")
+    parser.add_argument("--world-size", type=int, metavar="W", help="number of processes (default: the launcher's)")
+    parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F", help="default: %(default)s")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # given by the deepspeed launcher
+    parser.set_defaults(run=("data", "codes"))
+
+
+def index(arguments: argparse.Namespace) -> int:
+    """Read the headers of all shards ahead, in parallel, into the index files beside them."""
+    from unitok.data.shard_index import index_shards
+    from unitok.data.shards import ShardReader, expand_shards
+
+    index_shards(expand_shards(arguments.shards), arguments.workers)
+    reader = ShardReader(arguments.shards, on_bad="skip")
+    print(f"{len(reader)} samples in {len(reader.paths)} shards")
+    for path, problem in reader.bad_shards.items():
+        print(f"bad shard {path}: {problem}")
+    for name, reason in reader.bad_samples.items():
+        print(f"bad sample {name}: {reason}")
+    return 1 if reader.bad_shards or reader.bad_samples else 0
+
+
+def add_index_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `unitok data index`."""
+    from unitok.cli import positive_int
+
+    parser.add_argument("shards", metavar="SHARDS", help="folder, glob or brace pattern of .tar shards")
+    parser.add_argument(
+        "--workers", type=positive_int, default=os.cpu_count() or 1, metavar="N", help="default: all cores"
+    )
+    parser.set_defaults(run=("data", "index"))
 
 
 def add_check_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,6 @@
 """`unitok eval ...` and `unitok report`: measure, print one table, write the figures as JSON."""
 
 import argparse
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,42 +8,44 @@ from unitok.core.errors import UserError
 
 
 def reconstruction(arguments: argparse.Namespace) -> int:
-    """PSNR, SSIM, detector agreement where there are scenes, code usage."""
-    from unitok.eval.reconstruction import evaluate_reconstruction
+    """Figures of one autoencoder, or of several side by side."""
+    from unitok.commands.reconstruction import compare
 
     source = _open(arguments)
-    if _only_planned(arguments, f"reconstruction of {_count(arguments, len(source))} images of {source.name}"):
-        return 0
-    tokenizer = _tokenizer(arguments)
-    figures = evaluate_reconstruction(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
-    return _finish(arguments, "reconstruction", figures, {"images": figures["num_images"]})
+    return 0 if source is None else compare(arguments, source, _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
     """Top-1 and top-5 of the image's own caption among the distinct captions, with chance."""
     from unitok.eval.retrieval import evaluate_retrieval
+    from unitok.eval.run_form import with_errors
 
     source = _open(arguments)
-    if _only_planned(arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"):
+    if source is None or _only_planned(
+        arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"
+    ):
         return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
+    figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
     return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
 
 
 def vqa(arguments: argparse.Namespace) -> int:
     """Accuracy by type of question, beside always giving the most frequent answer."""
     from unitok.data.captions import paraphrase
+    from unitok.eval.run_form import with_errors
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
-    if _only_planned(arguments, f"visual question answering on {source.name}"):
+    if source is None or _only_planned(arguments, f"visual question answering on {source.name}"):
         return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
     size = arguments.batch_size
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
+    figures = with_errors(figures, ("accuracy",), figures["num_questions"])
     return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
 
 
@@ -53,13 +54,19 @@ def geneval(arguments: argparse.Namespace) -> int:
     from unitok.data.captions import geneval_prompts
     from unitok.data.detector import detect
     from unitok.eval.geneval import evaluate_geneval, load_prompts
+    from unitok.eval.geneval_detect import shapes_detector
+    from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, geneval_metrics
     from unitok.eval.geneval_score import SHAPES_RULE
 
+    if arguments.dry_run:
+        _list_missing(arguments)
+        if arguments.prompts and not Path(arguments.prompts).is_file():
+            return 0
     if arguments.prompts:
         metadata = load_prompts(arguments.prompts)[: arguments.limit]
     else:
         metadata = geneval_prompts(arguments.limit or 120, seed=arguments.seed)
-    _check_classes(metadata)
+    shapes_detector().check(metadata)
     if _only_planned(arguments, f"GenEval: {len(metadata)} prompts, {arguments.samples} images each"):
         return 0
     pipeline = _pipeline(arguments)
@@ -78,38 +85,50 @@ def geneval(arguments: argparse.Namespace) -> int:
         batch_size=arguments.batch_size,
     )
     counts = {"prompts": len(metadata), "samples_per_prompt": arguments.samples}
-    return _finish(arguments, "geneval", figures, counts, rule=asdict(SHAPES_RULE))
+    prompts = file_name_and_hash(arguments.prompts) if arguments.prompts else "of the shapes world, by the seed"
+    details = generation_protocol(pipeline, {"guidance_scale": arguments.guidance}, prompts=prompts)
+    details["scoring"] = shapes_detector().protocol()
+    return _finish(arguments, "geneval", figures, counts, geneval_metrics(figures["rows"]), **details)
 
 
 def report(arguments: argparse.Namespace) -> int:
-    """Write DIR/report.html."""
+    """Write DIR/report.html of a run folder, or show results files side by side."""
+    from unitok.commands.geneval import show_side_by_side
     from unitok.eval.report import write_report
 
-    folder = Path(arguments.dir)
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder")
-    print(write_report(folder))
-    return 0
-
-
-def _check_classes(metadata: list[dict[str, Any]]) -> None:
-    """The shapes detector knows three classes; scoring others with it would look like a measurement."""
-    from unitok.data.shapes import SHAPES
-
-    classes = {clause["class"] for entry in metadata for clause in entry["include"]}
-    unknown = sorted(classes - set(SHAPES))
-    if unknown:
-        raise UserError(
-            f"prompts ask for {unknown[0]!r}, which the shapes detector cannot find (it knows {', '.join(SHAPES)})"
-        )
+    paths = [Path(name) for name in arguments.paths]
+    if any(path.is_dir() for path in paths):
+        if len(paths) > 1 or arguments.html or arguments.mixed_protocols:
+            raise UserError(f"{' '.join(arguments.paths)}: expected one run folder alone, or results files")
+        print(write_report(paths[0]))
+        return 0
+    return show_side_by_side(paths, arguments.html, arguments.mixed_protocols)
 
 
 def _open(arguments: argparse.Namespace) -> Any:
+    """The source; None in a dry run that does not find it, which is then told."""
     from unitok.data.source import open_source
 
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected at least 1")
-    return open_source(arguments.source)
+    if not arguments.dry_run:
+        return open_source(arguments.source)
+    _list_missing(arguments)
+    try:
+        return open_source(arguments.source)
+    except UserError as error:  # what a dry run is for
+        print(f"missing: {error}")
+        return None
+
+
+def _list_missing(arguments: argparse.Namespace) -> None:
+    """What a dry run does not find, and where it comes from."""
+    made = "train it (unitok demo), convert a release (unitok convert), or name another"
+    prompts = "GenEval's prompts; from github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+    for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
+        path = getattr(arguments, name, None)
+        if isinstance(path, str) and not Path(path).exists():
+            print(f"missing: {path}: {hint}")
 
 
 def _count(arguments: argparse.Namespace, available: int) -> int:
@@ -139,9 +158,15 @@ def _pipeline(arguments: argparse.Namespace) -> Any:
 
 
 def _finish(
-    arguments: argparse.Namespace, what: str, figures: dict[str, Any], counts: dict[str, int], **details: Any
+    arguments: argparse.Namespace,
+    what: str,
+    figures: dict[str, Any],
+    counts: dict[str, int],
+    metrics: list[Any] | None = None,
+    **details: Any,
 ) -> int:
-    """Print the figures as one table and write them with their protocol."""
+    """Print the figures as one table and write them with their protocol, also in the form of every run (`metrics`,
+    or the plain numbers among the figures)."""
     from unitok.eval.results import figures_only, print_table, protocol, write_results
 
     figures = figures_only(figures)
@@ -154,8 +179,31 @@ def _finish(
     print_table(rows, ("figure", "value"))
     if arguments.out:
         block = protocol(what, arguments.seed, counts, source=getattr(arguments, "source", None), **details)
-        print(write_results(arguments.out, figures | {"protocol": block}))
+        print(write_results(arguments.out, figures | _runs(arguments, what, figures, counts, block, metrics)))
     return 0
+
+
+def _runs(
+    arguments: argparse.Namespace,
+    what: str,
+    figures: dict[str, Any],
+    counts: dict[str, int],
+    block: dict[str, Any],
+    metrics: list[Any] | None,
+) -> dict[str, Any]:
+    """One run's results; several systems are `runs` of one file. What names a system is no part of its protocol."""
+    from unitok.eval.results import run_results
+    from unitok.eval.run_form import figures_as_metrics, system_runs
+
+    n, seeds = next(iter(counts.values())), [arguments.seed]
+    paths = block.pop("systems", None) or [getattr(arguments, "model", None) or arguments.tokenizer]
+    if isinstance(block.get("preprocess"), dict):
+        (block["preprocess"],) = set(block["preprocess"].values())
+    if "systems" in figures:
+        runs = system_runs(what, figures["systems"], n, block, seeds, paths)
+        return {"protocol": block | {"systems": paths}, "runs": runs}
+    checkpoint = Path(paths[0]) if Path(paths[0]).exists() else None
+    return run_results(what, metrics or figures_as_metrics(figures, n), block, seeds, checkpoint)
 
 
 def _text(value: Any) -> str:

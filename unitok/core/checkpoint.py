@@ -12,22 +12,26 @@ import hashlib
 import json
 import logging
 import os
+import pickle  # the name of its error alone
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from unitok.core.distributed import barrier, broadcast_object, is_main, world_size
+from unitok.core.distributed import all_gather_object, barrier, broadcast_object, is_main, rank, world_size
 from unitok.core.ema import Ema
 from unitok.core.errors import CheckpointError, UserError
 from unitok.core.reshard import load_universal, universal_copy
 
 MARKER = "COMPLETE.json"
 PARTIAL = ".partial"
+CORRUPT = ".corrupt"
+AVERAGE = ".ema.safetensors"
 TAG = "state"
 logger = logging.getLogger("unitok")
 Result = TypeVar("Result")
@@ -41,28 +45,82 @@ def step_folder(folder: Path, step: int) -> Path:
 def save_checkpoint(
     folder: Path, step: int, engines: dict[str, Any], emas: dict[str, Ema], state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step_N` (every rank calls). It gets its name and its marker only when all files are on disk."""
+    """Write `folder/step_N` (every rank calls). It gets its name and its marker only when all files are on disk.
+
+    CheckpointError on every rank when any rank cannot write (a full disk); nothing of it is left then.
+    """
     final = step_folder(folder, step)
     partial = final.with_name(final.name + PARTIAL)
-    if is_main():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    barrier()
+    on_main(lambda: _attempt(partial, lambda: _begin(partial, list(engines))))
+    failed: list[str] = []
     for name, engine in engines.items():
-        engine.checkpoint_engine = _safe_checkpoint_engine()
+        engine.checkpoint_engine = writer = _safe_checkpoint_engine()
+        engine._copy_recovery_script = lambda _folder: None  # a script beside our files, written past our writer
         engine.save_checkpoint(str(partial / name), tag=TAG, save_latest=False)
+        failed += writer.failed
     averages = {name: ema.state_dict_full() for name, ema in emas.items()}
-    barrier()
-    if is_main():
-        from safetensors.torch import save_file
+    every = [text for texts in all_gather_object(failed) for text in texts]
 
+    def finish() -> None:
+        if every:
+            raise CheckpointError(every[0])
         for name, average in averages.items():
-            save_file({key: value.contiguous() for key, value in average.items()}, partial / f"{name}.ema.safetensors")
+            _save_tensors({key: value.contiguous() for key, value in average.items()}, partial / f"{name}{AVERAGE}")
         _write_json(partial / "state.json", {**state, "ema_updates": {name: e.updates for name, e in emas.items()}})
-        _write_json(partial / MARKER, {"step": step, "files": _inventory(partial, sync=True)})
+        seal(partial, step)
         replace_folder(partial, final)
-    barrier()
+
+    on_main(lambda: _attempt(partial, finish))
     return final
+
+
+def _begin(partial: Path, names: list[str]) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for name in names:
+        (partial / name / TAG).mkdir(parents=True)
+
+
+def _attempt(partial: Path, write: Callable[[], None]) -> None:
+    """Write into `partial`; if that fails delete it, so that its space is free again."""
+    try:
+        write()
+    except (*WRITING_FAILED, UserError) as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise writing_error(f"checkpoint {partial.with_suffix('')}", error, partial.parent) from error
+
+
+# What is raised when a file cannot be written; torch's own RuntimeError is caught where it writes.
+WRITING_FAILED: tuple[type[Exception], ...] = (OSError, SafetensorError)
+
+
+def writing_error(what: str, error: Exception, folder: Path) -> CheckpointError:
+    """One line about a checkpoint or export that could not be written; `folder` is on the same disk."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else " ".join(str(error).split())[:200]
+    free = shutil.disk_usage(folder).free if folder.is_dir() else 0
+    return CheckpointError(
+        f"{what} could not be written: {reason}; {free / 2**20:.0f} MiB are free there: make room and give the same "
+        "command again, older checkpoints are as they were"
+    )
+
+
+def _save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+
+
+def seal(folder: Path, step: int) -> None:
+    """Bring all files of a checkpoint to the disk and write its marker."""
+    _write_json(folder / MARKER, {"step": step, "files": _inventory(folder, sync=True)})
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a checkpoint so that no run takes it for one; nothing is deleted."""
+    aside = path.with_name(path.name + CORRUPT)
+    if aside.exists():
+        shutil.rmtree(aside)
+    os.replace(path, aside)
+    return aside
 
 
 def latest_complete(folder: Path) -> Path | None:
@@ -72,7 +130,7 @@ def latest_complete(folder: Path) -> Path | None:
         match = re.fullmatch(r"step_(\d+)", path.name)
         if match and (path / MARKER).is_file():
             found[int(match.group(1))] = path
-        elif path.is_dir():
+        elif path.is_dir() and path.suffix != CORRUPT:
             logger.warning("checkpoint %s was cut short (no %s): skipped", path, MARKER)
     return found[max(found)] if found else None
 
@@ -119,14 +177,14 @@ def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -
             raise CheckpointError(f"checkpoint {path} has no network {name!r}; it belongs to another configuration")
         engine.checkpoint_engine = _safe_checkpoint_engine()
         try:
-            loaded = _load_engine(engine, path / name, reshard=state["world_size"] != world_size())
+            loaded = _load_engine(engine, path / name, state)
         except RuntimeError as error:  # torch: keys or shapes of the state do not fit
             text = " ".join(str(error).split())[:300]
             raise CheckpointError(f"checkpoint {path} does not fit network {name!r}: {text}") from error
         if loaded is None:
             raise CheckpointError(f"checkpoint {path}: DeepSpeed found no state of network {name!r}")
     for name, ema in emas.items():
-        file = path / f"{name}.ema.safetensors"
+        file = path / f"{name}{AVERAGE}"
         if not file.is_file():
             raise CheckpointError(f"checkpoint {path} has no average of {name!r}; resume with its ema_decay unset")
         ema.load_full(load_file(file), state["ema_updates"][name])
@@ -134,15 +192,29 @@ def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -
     return state
 
 
-def _load_engine(engine: Any, folder: Path, reshard: bool) -> str | None:
-    if reshard and engine.zero_optimization():  # without ZeRO every rank holds everything
-        with universal_copy(folder / TAG, engine.checkpoint_engine.load) as copy:
+def _load_engine(engine: Any, folder: Path, state: dict[str, Any]) -> str | None:
+    load = engine.checkpoint_engine.load
+    if state.get("universal"):
+        on_main(lambda: _read_all(folder, load))
+        return load_universal(engine, folder, TAG)[0]
+    if state["world_size"] != world_size() and engine.zero_optimization():  # without ZeRO every rank holds everything
+        with universal_copy(folder / TAG, load) as copy:
             return load_universal(engine, copy, TAG)[0]
     return engine.load_checkpoint(str(folder), tag=TAG)[0]
 
 
-def prune(folder: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` complete checkpoints (at least one stays), and older cut-short ones."""
+def _read_all(folder: Path, load: Callable[[str, str], Any]) -> None:
+    """Refuse a file with anything but tensors and plain values: DeepSpeed reads universal files with full pickle."""
+    for file in sorted(folder.rglob("*.pt")):
+        try:
+            load(str(file), "cpu")
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(f"{file} holds more than tensors and plain values; it is not read") from error
+
+
+def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
+    """Delete all but the newest `keep_last` complete checkpoints (at least one stays) and those of steps that
+    `keep_every` divides, and older cut-short ones."""
     complete = sorted(
         (step_of(path), path)
         for path in Path(folder).glob("step_*")
@@ -152,56 +224,16 @@ def prune(folder: Path, keep_last: int) -> None:
     for path in Path(folder).glob(f"step_*{PARTIAL}"):  # left by a killed process
         if int(path.name.removeprefix("step_").removesuffix(PARTIAL)) <= newest:
             shutil.rmtree(path)
-    for _, path in complete[: -max(1, keep_last)]:
+    for step, path in complete[: -max(1, keep_last)]:
+        if keep_every and step % keep_every == 0:
+            continue
         (path / MARKER).unlink()  # first, so that a deletion cut short leaves nothing that looks complete
         shutil.rmtree(path)
 
 
-# Settings of how a run is run and shown, not of what is trained.
-RUNNING = (
-    "output_dir", "resume", "tracker", "num_workers", "device", "log_every", "save_every", "eval_every", "keep_last"
-)  # fmt: skip
-
-
-def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any], incidental: Sequence[str] = ()) -> None:
-    """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
-    step is left to make them true.
-
-    Args:
-        saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
-        incidental: the task's settings that may differ, such as places whose content it checks itself.
-    """
-    keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
-    old, new = _flatten(saved["config"]), _flatten(present["config"])
-    for key in keys:
-        if old.get(key) != new.get(key):
-            raise CheckpointError(
-                f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; "
-                f"set it back, or start anew in another output_dir"
-            )
-    if saved["global_micro_batch"] != present["global_micro_batch"]:
-        raise CheckpointError(
-            f"checkpoint {path}: engine.micro_batch_size x ranks was {saved['global_micro_batch']}, now it is "
-            f"{present['global_micro_batch']}; set engine.micro_batch_size so that the product stays"
-        )
-    if saved["num_samples"] != present["num_samples"]:
-        raise CheckpointError(
-            f"checkpoint {path} was trained on {saved['num_samples']} samples, now there are {present['num_samples']}; "
-            "resume with the same data"
-        )
-    ignored = {*keys, *RUNNING, *incidental, "engine.micro_batch_size"}
-    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored)
-    if changed and saved["step"] >= new["steps"]:
-        raise CheckpointError(
-            f"checkpoint {path} is of step {saved['step']} and no step is left (steps={new['steps']}), but these "
-            f"settings have changed: {', '.join(changed)}; take another output_dir"
-        )
-    if changed:
-        logger.warning("resuming %s with changed settings: %s", path, ", ".join(changed))
-
-
 def on_main(function: Callable[[], Result]) -> Result:
-    """Call on rank 0 and give every rank its result; a UserError is raised on every rank, so none waits for ever."""
+    """Call on rank 0 and give every rank its result; a UserError, or a file that cannot be read or written (a UserError
+    then), is raised on every rank, so none waits for ever."""
     result: Any = None
     error: UserError | None = None
     if is_main():
@@ -209,19 +241,12 @@ def on_main(function: Callable[[], Result]) -> Result:
             result = function()
         except UserError as caught:
             error = caught
+        except OSError as caught:
+            error = UserError(f"{caught.filename or 'a file'}: {caught.strerror or caught}")
     result, error = broadcast_object((result, error))
     if error is not None:
         raise error
     return result
-
-
-def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: list(value) if isinstance(value, tuple) else value}
-    flat: dict[str, Any] = {}
-    for key, part in value.items():
-        flat |= _flatten(part, f"{prefix}.{key}" if prefix else str(key))
-    return flat
 
 
 def _safe_checkpoint_engine() -> Any:
@@ -232,8 +257,17 @@ def _safe_checkpoint_engine() -> Any:
     from deepspeed.utils.tensor_fragment import fragment_address
 
     class SafeCheckpointEngine(TorchCheckpointEngine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.failed: list[str] = []
+
         def save(self, state_dict: dict[str, Any], path: str) -> None:
-            torch.save(state_dict, path)
+            # To raise here would leave the other ranks in DeepSpeed's barriers.
+            try:
+                torch.save(state_dict, path)
+            except (OSError, RuntimeError) as error:  # torch's writer does not say why; most often the disk is full
+                Path(path).unlink(missing_ok=True)
+                self.failed.append(f"rank {rank()}: {Path(path).name}: {' '.join(str(error).split())[:120]}")
 
         def load(self, path: str, map_location: Any = None) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([LossScaler, DynamicLossScaler, ZeroStageEnum, fragment_address]):

@@ -149,11 +149,39 @@ class GradientGuard:
         norm = self.norm if self.config.zero_stage == 0 else engine.get_global_grad_norm()
         return float(norm) if norm is not None else 0.0
 
+    def reset(self) -> None:
+        """Forget what was found: the step it belongs to is left out."""
+        self.bad.zero_()
+        self.norm = None
+
     def names(self) -> list[str]:
         """Parameters of this rank whose gradient is not finite."""
         if self.config.zero_stage:
             return [name for (name, _), bad in zip(self.named, self.bad.tolist(), strict=True) if bad]
         return [name for name, p in self.named if p.grad is not None and not bool(torch.isfinite(p.grad).all())]
+
+
+def discard_gradients(engine: Any) -> None:
+    """Leave this step out at its last micro-batch: as `engine.step()`, but nothing is updated. Every rank calls.
+
+    DeepSpeed does the same when its own loss scaling overflows, but has no call for it; the names are its own.
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization():
+        optimizer.zero_grad()
+        if engine.zero_optimization_stage() == 3:
+            optimizer.averaged_gradients = {}  # the partitions are written anew: zero_grad restarts the micro-batches
+        elif hasattr(optimizer, "averaged_gradients"):
+            from deepspeed.runtime.zero.stage_1_and_2 import INITIAL_MICRO_STEP_ID
+
+            optimizer._release_preflattened_grad_buffers()
+            for group in optimizer.averaged_gradients:
+                optimizer.averaged_gradients[group] = optimizer.all_grad_tensors[group] = None
+            optimizer.micro_step_id = INITIAL_MICRO_STEP_ID
+    else:
+        engine.zero_grad()
+    engine.micro_steps += 1
+    engine.skipped_steps += 1
 
 
 @contextmanager
@@ -210,6 +238,19 @@ def edit_parameter_(parameter: Any, function: Callable[[Tensor], Tensor]) -> Non
         parameter.data.copy_(value)
     else:
         parameter.data.copy_(function(parameter.data))
+
+
+@torch.no_grad()
+def load_whole_(parameter: Any, value: Tensor) -> None:
+    """Give a frozen (possibly partitioned) parameter, which no optimizer holds, its whole value. Every rank calls."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter.data.copy_(value)
+        return
+    size = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * world_size() - value.numel()))
+    parameter.ds_tensor.copy_(padded[rank() * size : (rank() + 1) * size].view_as(parameter.ds_tensor))
+    if parameter.data.numel() == value.numel():  # held whole
+        parameter.data.copy_(value.view_as(parameter))
 
 
 def clamp_parameter_(parameter: Any, low: float, high: float) -> None:

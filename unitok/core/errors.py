@@ -1,8 +1,13 @@
-"""Errors that a user can cause. The command line prints them as one line and exits with code 2."""
+"""Errors that a user can cause. The command line prints them as one line and exits with their code."""
+
+EXIT_USER = 2  # something given, or the machine, must be put right first
+EXIT_RESUME = 75  # EX_TEMPFAIL: nothing is wrong with what was given; the same command goes on from the last checkpoint
 
 
 class UserError(ValueError):
     """Something given from outside does not fit; the message says what was given, what was expected, what to do."""
+
+    exit_code = EXIT_USER
 
 
 class ConfigError(UserError):
@@ -19,3 +24,17 @@ class DataError(UserError):
 
 class NonFiniteError(UserError):
     """A loss or gradient is not finite; training stopped before the optimizer step."""
+
+
+class StoppedError(UserError):
+    """Ranks that we launched were asked to stop, or lost one of them; the same command goes on."""
+
+    exit_code = EXIT_RESUME
+
+
+class RankLostError(UserError):
+    """Another rank has died, or ended with an error of its own, whose exit code this one then has too."""
+
+    def __init__(self, message: str, exit_code: int = EXIT_RESUME) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from unitok.core.distributed import free_port
-from unitok.core.errors import UserError
+from unitok.core.errors import EXIT_RESUME, StoppedError, UserError
 
 PARENT = "UNITOK_LAUNCHER"  # process id of the launcher, in the environment of its ranks
 END_SECONDS = 20.0  # for a rank to end by itself when another has failed
@@ -56,7 +56,8 @@ def follow_parent() -> None:
 
 
 def launch(arguments: Sequence[str], ranks: int) -> None:
-    """Run `unitok ARGUMENTS` on `ranks` ranks of this machine and wait; UserError with the exit code when one fails.
+    """Run `unitok ARGUMENTS` on `ranks` ranks of this machine and wait; UserError with the exit code when one fails,
+    StoppedError when they were stopped and the same command goes on.
 
     A rank gets its share of the cores, and its output goes where ours goes. When one fails the others are stopped.
     Unlike torchrun's, these ranks can be asked to stop without a traceback: a signal to us is passed on, they save a
@@ -87,17 +88,23 @@ def launch(arguments: Sequence[str], ranks: int) -> None:
         end_processes(processes)
         for number, handler in handlers.items():
             signal.signal(number, handler)
+    if code == EXIT_RESUME:
+        raise StoppedError(f"`unitok {' '.join(arguments[:2])}` was stopped; the same command goes on from there")
     if code:
         raise UserError(f"`unitok {' '.join(arguments[:2])}` on {ranks} ranks ended with exit code {code}")
 
 
 def _wait(processes: Sequence[subprocess.Popen]) -> int:
-    """0 once all have ended well, or the exit code of the first that did not."""
+    """0 once all have ended well, or the exit code of the first that did not. A rank that was killed gives the others
+    the time to end by themselves: they say which one it was."""
+    ended_at = math.inf
     while True:
         codes = [process.poll() for process in processes]
-        failed = next((code for code in codes if code), 0)
-        if failed or None not in codes:
-            return failed
+        failed = [code for code in codes if code]
+        ended_at = min(ended_at, time.monotonic()) if failed else math.inf
+        if None not in codes or time.monotonic() - ended_at > END_SECONDS:
+            # a negative code (by a signal) says nothing, and "go on" less than an error
+            return max(failed, key=lambda code: (code > 0, code != EXIT_RESUME), default=0)
         time.sleep(0.1)
 
 

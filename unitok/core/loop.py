@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,25 +16,24 @@ from torch import Tensor, nn
 from unitok.core import checkpoint
 from unitok.core.config import Config
 from unitok.core.distributed import (
-    all_gather_object,
     all_reduce_sum_,
-    barrier,
     broadcast_object,
     init_distributed,
-    is_main,
     rank,
     shutdown_distributed,
     world_size,
 )
 from unitok.core.engine import set_learning_rate, whole_parameters
-from unitok.core.errors import ConfigError, NonFiniteError
+from unitok.core.errors import EXIT_RESUME, ConfigError
+from unitok.core.non_finite import Buffers, stop_or_skip
 from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
 from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
-from unitok.core.sampling import SampleOrder, batches
+from unitok.core.sampling import batches, order_of
 from unitok.core.signals import StopSignals
 from unitok.core.task import Task
+from unitok.core.watchdog import Watchdog
 
 Evaluator = Callable[[dict[str, nn.Module], int], dict[str, float]]
 
@@ -49,33 +49,42 @@ def train(
     resolved_config: what is written to config.yaml and into checkpoints (default: `config`).
     evaluators: called every `eval_every` steps and at the end, on every rank, with the (EMA) modules in eval mode.
 
-    Returns the last logged metrics. Raises ConfigError, CheckpointError, DataError, NonFiniteError. On SIGTERM or
-    SIGINT it saves a checkpoint and raises SystemExit(0).
+    Returns the last logged metrics. Raises ConfigError, CheckpointError, DataError, NonFiniteError, RankLostError. On
+    SIGTERM or SIGINT it saves a checkpoint and raises SystemExit(EXIT_RESUME).
     """
     if config.eval_every and not evaluators:
         raise ConfigError(
             f"eval_every={config.eval_every}: the command line has nothing to evaluate during training; leave it at 0 "
             "and use `unitok eval` on the export (callers of `train` give `evaluators`)"
         )
+    if config.keep_every and (not config.save_every or config.keep_every % config.save_every):
+        raise ConfigError(f"keep_every={config.keep_every} must be a multiple of save_every={config.save_every}")
     device = init_distributed(config.device)
     run: Run | None = None
+    watchdog = Watchdog(config.rank_timeout)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         try:
-            checkpoint.on_main(lambda: stack.enter_context(locked(Path(config.output_dir))))
-            run = set_up(task, config, resolved_config or config, device)
-            resume(run)
-            if is_main():
-                run.log = RunLog(Path(config.output_dir), config.steps, task.headline, config.tracker, run.resolved)
-                run.log.start(run.step, run.samples)
-            if _steps(run, evaluators or {}, signals):
-                _message(run, f"stopped at step {run.step}, resume with the same command")
-                raise SystemExit(0)
-            _export(run)
-            return run.metrics
+            with watchdog:
+                checkpoint.on_main(lambda: stack.enter_context(locked(Path(config.output_dir))))
+                run = set_up(task, config, resolved_config or config, device)
+                resume(run)
+                checkpoint.on_main(lambda: _open_log(run))
+                watchdog.ready()
+                if _steps(run, evaluators or {}, signals):
+                    _message(run, f"stopped at step {run.step}, resume with the same command")
+                    raise SystemExit(EXIT_RESUME)
+                _export(run)
+                return run.metrics
         finally:
             if run is not None:
                 _tear_down(run)
             shutdown_distributed()
+            watchdog.close()
+
+
+def _open_log(run: Run) -> None:
+    run.log = RunLog(Path(run.config.output_dir), run.config.steps, run.task.headline, run.config.tracker, run.resolved)
+    run.log.start(run.step, run.samples)
 
 
 def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
@@ -83,12 +92,13 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
     config, task = run.config, run.task
     accumulation = config.engine.accumulation_steps
     per_step = run.global_micro_batch * accumulation
-    order = SampleOrder(task.num_samples, config.seed)
+    order = order_of(task, config.seed, config.shuffle_window)
     stream = batches(
         task, order, run.samples, config.steps * per_step, config.engine.micro_batch_size, config.num_workers
     )
     while run.step < config.steps:
-        micro_batches = list(islice(stream, accumulation))
+        buffers = Buffers(run)
+        micro_batches = _next_batches(run, stream, accumulation)
         task.prepare_step(micro_batches, run.step)
         sums: list[dict[str, Tensor]] = []
         for index, batch in enumerate(micro_batches):
@@ -97,19 +107,28 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
             if index < accumulation - 1:
                 for engine in run.active().values():
                     engine.step()  # not at the boundary: DeepSpeed only counts the micro-batch
-        metrics, stop = _agree(run, sums, signals)
-        rates = _optimizer_step(run)
-        replaced = task.after_step(run.modules, run.step) or {}
-        for name in run.active():
-            if name in run.emas:
-                run.emas[name].replace(replaced.get(name, {}))
-                run.emas[name].update()
+        metrics, infinite, stop = _agree(run, sums, signals)
+        if infinite is None:
+            rates = _update(run)
+        else:
+            _message(run, stop_or_skip(run, order, sums, infinite, buffers))
+            metrics, rates = {}, {}
+        if config.non_finite == "skip":
+            rates["skipped"] = run.skipped.total
         run.step += 1
         run.samples += per_step
         _finish_step(run, metrics, rates, evaluators, stop)
         if stop and run.step < config.steps:
             return True
     return False
+
+
+def _next_batches(run: Run, stream: Iterator[Any], count: int) -> list[Any]:
+    started = time.perf_counter()
+    found = list(islice(stream, count))
+    if run.log is not None:
+        run.log.waited(time.perf_counter() - started)
+    return found
 
 
 def _seed_micro_step(seed: int, step: int, index: int) -> None:
@@ -119,8 +138,11 @@ def _seed_micro_step(seed: int, step: int, index: int) -> None:
     random.seed(value)
 
 
-def _agree(run: Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignals) -> tuple[dict[str, float], bool]:
-    """One all-reduce: mean metrics over ranks and micro-batches, whether all is finite, whether any rank must stop."""
+def _agree(
+    run: Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignals
+) -> tuple[dict[str, float], list[str] | None, bool]:
+    """One all-reduce: mean metrics over ranks and micro-batches, None if all is finite (else the metrics that are not;
+    an empty list means gradients), whether any rank must stop."""
     names = list(micro_metrics[0])
     rows = [torch.stack([_scalar(m[name], run.device) for name in names]) for m in micro_metrics]
     flags = [run.guards[name].flag() for name in run.active()]
@@ -131,28 +153,23 @@ def _agree(run: Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignal
     count = world_size() * len(rows)
     metrics = {name: total / count for name, total in zip(names, totals, strict=True)}
     infinite = [name for name, value in metrics.items() if not abs(value) < float("inf")]
-    if infinite or bad > 0:
-        _stop_non_finite(run, infinite)
-    return metrics, stop > 0
+    return metrics, infinite if infinite or bad > 0 else None, stop > 0
 
 
 def _scalar(value: Tensor | float, device: torch.device) -> Tensor:
     return torch.as_tensor(value, device=device).detach().double().reshape(())
 
 
-def _stop_non_finite(run: Run, infinite: list[str]) -> None:
-    """Raise on every rank, before any optimizer step. Collective: it asks all ranks which gradients are at fault."""
-    own = [f"{name}.{key}" for name in run.active() for key in run.guards[name].names()]
-    parameters = list(dict.fromkeys(key for keys in all_gather_object(own) for key in keys))
-    what = [f"metric {', '.join(infinite)}"] if infinite else []
-    if parameters:
-        more = f" and {len(parameters) - 1} more" if len(parameters) > 1 else ""
-        what.append(f"gradient of {parameters[0]}{more}")
-    last = f"the last complete checkpoint is {run.last_checkpoint}" if run.last_checkpoint else "no checkpoint yet"
-    raise NonFiniteError(
-        f"step {run.step + 1}: {' and '.join(what)} is not finite; stopped before the optimizer step, {last}; "
-        "look at the data of this step, lower the learning rate or clip gradients"
-    )
+def _update(run: Run) -> dict[str, float]:
+    """Step every network that has started, and what follows from it. Returns what `_optimizer_step` returns."""
+    rates = _optimizer_step(run)
+    replaced = run.task.after_step(run.modules, run.step) or {}
+    for name in run.active():
+        if name in run.emas:
+            run.emas[name].replace(replaced.get(name, {}))
+            run.emas[name].update()
+    run.skipped.in_a_row = 0
+    return rates
 
 
 def _optimizer_step(run: Run) -> dict[str, float]:
@@ -223,26 +240,34 @@ def _save(run: Run) -> None:
         "step": run.step,
         "samples_seen": run.samples,
         "metrics": run.metrics,
+        "skipped": asdict(run.skipped),
         "extra_state": run.task.extra_state(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
     run.last_checkpoint = checkpoint.save_checkpoint(run.checkpoints, run.step, run.engines, run.emas, state)
-    if is_main():
-        checkpoint.prune(run.checkpoints, run.config.keep_last)
+    checkpoint.on_main(lambda: checkpoint.prune(run.checkpoints, run.config.keep_last, run.config.keep_every))
 
 
 def _export(run: Run) -> None:
     """Write `export/` on rank 0 with whole (averaged) weights."""
+
+    def write(modules: dict[str, nn.Module]) -> None:
+        final = Path(run.config.output_dir) / "export"
+        partial = final.with_name("export.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            run.task.export(modules, partial)
+            checkpoint.replace_folder(partial, final)
+        except checkpoint.WRITING_FAILED as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise checkpoint.writing_error(f"export {final}", error, final.parent) from error
+        if run.log is not None:
+            run.log.summary(run.step, run.samples)
+
     with _inference_modules(run) as modules, contextlib.ExitStack() as stack:
         for module in modules.values():
             stack.enter_context(whole_parameters(module))
-        if is_main():
-            final = Path(run.config.output_dir) / "export"
-            partial = final.with_name("export.partial")
-            shutil.rmtree(partial, ignore_errors=True)
-            run.task.export(modules, partial)
-            checkpoint.replace_folder(partial, final)
-        barrier()
+        checkpoint.on_main(lambda: write(modules))
 
 
 def _message(run: Run, text: str) -> None:

@@ -1,6 +1,7 @@
 """Load a ZeRO checkpoint with another number of ranks, through DeepSpeed's universal format."""
 
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -10,9 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from unitok.core.distributed import LAUNCHER_VARIABLES, barrier, broadcast_object, is_main
+from unitok.core.engine import load_whole_
 from unitok.core.errors import CheckpointError
+
+REST = "rest.pt"
+RUN_FILES = "run"  # folder of a universal checkpoint with the small files of its run's folder
 
 
 @contextmanager
@@ -26,9 +32,7 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
     error = ""
     if is_main():
         holder = tempfile.TemporaryDirectory(prefix=".universal_", dir=state_folder.parent.parent)
-        for file in sorted(state_folder.glob("*.pt")):
-            safe_load(str(file), "cpu")
-        error = _convert(state_folder, Path(holder.name) / state_folder.name)
+        error = convert(state_folder, Path(holder.name) / state_folder.name, safe_load)
     name, error = broadcast_object((holder.name if holder else "", error))
     try:
         if error:
@@ -43,22 +47,57 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
             holder.cleanup()
 
 
-def _convert(source: Path, target: Path) -> str:
-    """Run the converter in a process of its own; returns what went wrong, or nothing."""
+def convert(source: Path, target: Path, safe_load: Callable[[str, str], Any]) -> str:
+    """Convert one network's state; returns what went wrong, or nothing.
+
+    The converter reads with full pickle, so `safe_load` reads every file first. It runs in a process of its own.
+    """
+    for file in sorted(source.glob("*.pt")):
+        safe_load(str(file), "cpu")
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
     command += ["--num_extract_workers", "1", "--num_merge_workers", "1"]
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode == 0:
+        torch.save(_rest(source, safe_load), target / REST)
         return ""
     lines = done.stderr.strip().splitlines()
     return lines[-1] if lines else f"the converter ended with {done.returncode}"
 
 
+def _rest(source: Path, safe_load: Callable[[str, str], Any]) -> dict[str, Tensor]:
+    """What no optimizer holds, whole: buffers (the running usage of codes) and frozen parameters.
+
+    ZeRO 3 has a file per rank, with its part of each frozen parameter; 1 and 2 have one, with all that there is.
+    """
+    files = sorted(source.glob("*model_states.pt"), key=lambda file: [int(n) for n in re.findall(r"\d+", file.name)])
+    states = [safe_load(str(file), "cpu") for file in files]
+    first = states[0]
+    if len(files) == 1 and files[0].name.startswith("mp_rank"):
+        trained = {name for group in first["param_shapes"] for name in group}
+        return {name: value for name, value in first["module"].items() if name not in trained}
+    rest = {name: first["module"][name] for name in first["buffer_names"] if name in first["module"]}
+    for name, shape in (first.get("frozen_param_shapes") or {}).items():
+        parts = torch.cat([state["frozen_param_fragments"][name].flatten() for state in states])
+        rest[name] = parts[: shape.numel()].view(shape)
+    return rest
+
+
+@torch.no_grad()
+def _load_rest(module: nn.Module, rest: dict[str, Tensor]) -> None:
+    buffers, parameters = dict(module.named_buffers()), dict(module.named_parameters())
+    for name, value in rest.items():
+        if name in buffers:
+            buffers[name].copy_(value)
+        elif name in parameters and not parameters[name].requires_grad:  # tied weights have a second name
+            load_whole_(parameters[name], value)
+
+
 def load_universal(engine: Any, folder: Path, tag: str) -> Any:
     """Load a universal copy into an engine; returns what `engine.load_checkpoint` returns.
 
+    DeepSpeed then loads what its optimizer holds and nothing else; the rest of the network follows here.
     Under ZeRO 3 DeepSpeed gives all parameter groups the first one's settings (its weight decay, say) and all states
     one and the same step counter, which each of them would then advance: both are put right here.
     """
@@ -74,4 +113,5 @@ def load_universal(engine: Any, folder: Path, tag: str) -> Any:
     for state in engine.optimizer.optimizer.state.values():
         if torch.is_tensor(state.get("step")):
             state["step"] = state["step"].clone()
+    _load_rest(engine.module, engine.checkpoint_engine.load(str(folder / tag / REST), "cpu"))
     return loaded

@@ -17,18 +17,27 @@ from unitok.core.config import Config, save_config
 from unitok.core.distributed import is_main, world_size
 from unitok.core.ema import Ema
 from unitok.core.engine import EngineConfig, GradientGuard, build_engine
-from unitok.core.errors import ConfigError
+from unitok.core.errors import CheckpointError, ConfigError
 from unitok.core.optim import parameter_groups
+from unitok.core.reshard import RUN_FILES
 from unitok.core.rng import derive_seed
 from unitok.core.runlog import RunLog, Tracker
+from unitok.core.same_run import check_same_run
+from unitok.core.sampling import check_same_order, order_of
 from unitok.core.task import Network, Task
 
 
 class TrainConfig(Config):
     """Settings of a run that every task has.
 
-    save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay.
+    save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay; those of
+    steps that keep_every (in steps, 0 = none) divides stay for good.
+    shuffle_window: shards shuffled together, where reading at random is slow (see docs/scale.md); 0 = all samples are.
     resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
+    resume_fallback: where the newest checkpoint is corrupt, set it aside and take the newest that is whole.
+    non_finite: a step whose loss or gradient is not finite is an error ("stop") or left out on all ranks ("skip"), as
+    long as no more than non_finite_limit come in a row and non_finite_total in the whole run.
+    rank_timeout: seconds without a sign of life after which the other ranks give a rank up.
     device: "auto", "cpu" or "cuda".
     """
 
@@ -39,11 +48,26 @@ class TrainConfig(Config):
     log_every: int = Field(1, ge=1)
     save_every: int = Field(0, ge=0)
     keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
     eval_every: int = Field(0, ge=0)
     tracker: Tracker = "none"
     num_workers: int = Field(0, ge=0)
+    shuffle_window: int = Field(0, ge=0)
     resume: str = "auto"
+    resume_fallback: bool = False
+    non_finite: Literal["stop", "skip"] = "stop"
+    non_finite_limit: int = Field(5, ge=1)
+    non_finite_total: int = Field(100, ge=1)
+    rank_timeout: float = Field(30.0, ge=1)
     device: Literal["auto", "cpu", "cuda"] = "auto"
+
+
+@dataclass
+class Skipped:
+    """Steps left out because something was not finite."""
+
+    total: int = 0
+    in_a_row: int = 0
 
 
 @contextmanager
@@ -77,6 +101,7 @@ class Run:
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Path | None = None
+    skipped: Skipped = field(default_factory=Skipped)
 
     @property
     def checkpoints(self) -> Path:
@@ -131,22 +156,23 @@ def resume(run: Run) -> None:
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
         present, incidental = identity(run), run.task.incidental
-        checkpoint.on_main(lambda: checkpoint.check_same_run(path, checkpoint.read_state(path), present, incidental))
+        checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, incidental))
+        checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
+        run.skipped = Skipped(**state.get("skipped", {}))
         run.task.load_extra_state(state["extra_state"])
-    if is_main():
-        Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-        save_config(run.resolved, Path(config.output_dir) / "config.yaml")
-        if run.last_checkpoint is not None:
-            print(f"resuming {run.task.name} from {run.last_checkpoint} (step {run.step})", flush=True)
+    checkpoint.on_main(lambda: save_config(run.resolved, Path(config.output_dir) / "config.yaml"))
+    if is_main() and run.last_checkpoint is not None:
+        print(f"resuming {run.task.name} from {run.last_checkpoint} (step {run.step})", flush=True)
 
 
 def resumed_folder(config: TrainConfig) -> Path | None:
     """The output folder of the run that will be resumed; None for a new run. Beside its checkpoints it holds what a
-    task made at its start."""
+    task made at its start. A universal checkpoint carries these files with it."""
     if config.resume not in ("auto", "never"):
-        return Path(config.resume).resolve().parent.parent
+        path = Path(config.resume).resolve()
+        return path / RUN_FILES if (path / RUN_FILES).is_dir() else path.parent.parent
     folder = Path(config.output_dir)
     return folder if checkpoint.latest_complete(folder / "checkpoints") is not None else None
 
@@ -161,9 +187,21 @@ def _find_checkpoint(run: Run) -> Path | None:
     path = checkpoint.latest_complete(run.checkpoints)
     if path is not None and config.resume == "never":
         raise ConfigError(f"resume=never, but {path} exists; delete it, take another output_dir, or use resume=auto")
-    if path is not None:
-        checkpoint.verify(path)
-    return path
+    return _newest_whole(run.checkpoints, config.resume_fallback)
+
+
+def _newest_whole(folder: Path, fall_back: bool) -> Path | None:
+    """The newest complete checkpoint, verified. One that is corrupt is an error, or is set aside and said so."""
+    while (path := checkpoint.latest_complete(folder)) is not None:
+        try:
+            checkpoint.verify(path)
+            return path
+        except CheckpointError as error:
+            if not fall_back:
+                raise CheckpointError(f"{error}, or set resume_fallback=true to go on from the one before") from error
+            aside = checkpoint.set_aside(path)
+            print(f"resume_fallback: {error}; moved to {aside.name}, looking for the one before it", flush=True)
+    return None
 
 
 def _refuse_newer(folder: Path, path: Path) -> None:
@@ -184,5 +222,6 @@ def identity(run: Run) -> dict[str, Any]:
         "world_size": world_size(),
         "global_micro_batch": run.global_micro_batch,
         "num_samples": run.task.num_samples,
+        "order": order_of(run.task, run.config.seed, run.config.shuffle_window).kind,
         "code_version": unitok.__version__,
     }

@@ -9,12 +9,13 @@ from typing import Any, Literal
 
 from unitok.core.errors import ConfigError
 
-TIMING_KEYS = ("time", "samples_per_s")
+TIMING_KEYS = ("time", "samples_per_s", "data_wait")
 Tracker = Literal["none", "tensorboard", "wandb"]
 
 
 class RunLog:
-    """Writes records of `{"step", metrics..., "lr", "grad_norm", "samples"}` plus the timing keys.
+    """Writes records of `{"step", metrics..., "lr", "grad_norm", "samples"}` plus the timing keys: unix time, samples a
+    second, and `data_wait`, the share of the time since the last record in which rank 0 waited for its next batches.
 
     Without the timing keys the lines of two equal runs are equal bit for bit: floats are written in full precision.
     """
@@ -37,24 +38,31 @@ class RunLog:
         self._start_step, self._last_print = 0, 0.0
         self._clock = self._begin = time.monotonic()
         self._clock_samples: int | None = None
+        self._begin_samples = 0
+        self._waited = self._waited_before = 0.0
 
     def start(self, step: int, samples: int) -> None:
         """Drop the lines after `step` (a resumed run writes them again), and start the clock."""
         truncate_log(self.path, step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._start_step, self._clock_samples = step, samples
+        self._start_step, self._clock_samples, self._begin_samples = step, samples, samples
         self._clock = self._begin = time.monotonic()
         if sys.stderr.isatty():
             from tqdm import tqdm
 
             self._bar = tqdm(total=self.total_steps, initial=step, unit="step", dynamic_ncols=True)
 
+    def waited(self, seconds: float) -> None:
+        """Time spent waiting for the next micro-batches (with `num_workers: 0`: loading them)."""
+        self._waited += seconds
+
     def write(self, record: dict[str, Any]) -> None:
         """Append one record (it must hold "step" and "samples"); the timing keys are added here."""
         now = time.monotonic()
         rate = (record["samples"] - (self._clock_samples or 0)) / max(now - self._clock, 1e-9)
-        self._clock, self._clock_samples = now, record["samples"]
-        timing = {"time": round(time.time(), 3), "samples_per_s": round(rate, 3)}
+        share = (self._waited - self._waited_before) / max(now - self._clock, 1e-9)
+        self._clock, self._clock_samples, self._waited_before = now, record["samples"], self._waited
+        timing = {"time": round(time.time(), 3), "samples_per_s": round(rate, 3), "data_wait": round(share, 4)}
         self._file.write(json.dumps({**record, **timing}) + "\n")
         self._file.flush()
         if self._tracker is not None:
@@ -76,6 +84,16 @@ class RunLog:
         left = (now - self._begin) / done * (self.total_steps - step)
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
         print(f"step {step}/{self.total_steps}  {values}  {rate:.1f} samples/s  {_clock_text(left)} left", flush=True)
+
+    def summary(self, step: int, samples: int) -> None:
+        """The last line: how far, how fast, and how much of the time went into waiting for data."""
+        seconds = time.monotonic() - self._begin
+        if step > self._start_step:
+            rate = (samples - self._begin_samples) / max(seconds, 1e-9)
+            self.message(
+                f"{step - self._start_step} steps in {_clock_text(seconds)}, {rate:.1f} samples/s, "
+                f"{self._waited / max(seconds, 1e-9):.1%} of the time waiting for data"
+            )
 
     def message(self, text: str) -> None:
         """Print a line without breaking the progress bar."""

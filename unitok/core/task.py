@@ -50,12 +50,21 @@ class Task(ABC):
     def num_samples(self) -> int:
         """Number of training samples; one epoch."""
 
+    @property
+    def shard_sizes(self) -> list[int] | None:
+        """Samples of each shard, in the order of their numbers; None where the data are no shards."""
+        return None
+
     @abstractmethod
     def load_batch(self, indices: list[int], epoch: int) -> Any:
         """One micro-batch of this rank: a pure function of (seed, indices, epoch), without hidden state.
 
         It may run in a worker process. `epoch` is that of the global micro-batch's first sample.
         """
+
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        """The names of samples in their source, for messages about a batch."""
+        return [str(index) for index in indices]
 
     def prepare_step(self, batches: list[Any], step: int) -> None:  # noqa: B027 - optional
         """See all micro-batches of this rank before the step (global counts: one all-reduce)."""

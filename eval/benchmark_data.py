@@ -1,0 +1,178 @@
+"""Documents of VQA benchmarks from a local folder or the hub, and their pictures.
+
+Local: `<data>/<benchmark>/data.jsonl` (rows with the hub's field names, pictures as paths beside it), or there a
+snapshot of the hub's data set (`hf download NAME --repo-type dataset --local-dir <data>/<benchmark>`).
+"""
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from unitok.core.errors import DataError
+from unitok.data.transforms import decode_image, load_image
+from unitok.eval.benchmarks import Benchmark, Doc, benchmark
+
+DATA_VARIABLE = "UNITOK_DATA"
+DATA_FILE = "data.jsonl"
+_SHARED = {"textvqa_ocr": "textvqa"}  # benchmarks on the data of another
+_NUMBERED = re.compile(r"<image (\d)>")
+
+
+def data_folder(name: str, data: str | None = None) -> Path | None:
+    """The folder where a benchmark's data must be; None where they come from the hub."""
+    root = data or os.environ.get(DATA_VARIABLE)
+    return Path(root) / _SHARED.get(name, name) if root else None
+
+
+def missing_data(name: str, data: str | None = None) -> str | None:
+    """One line on what is missing and where it comes from; None where a local folder is there."""
+    folder, hub = data_folder(name, data), benchmark(name).hub
+    if folder is None:
+        return f"from the hub: {hub} (set {DATA_VARIABLE} to a folder to use local data)"
+    if folder.is_dir():
+        return None
+    return (
+        f"no folder {folder}: hf download {hub} --repo-type dataset --local-dir {folder}, or put {DATA_FILE} with "
+        "pictures there"
+    )
+
+
+def load_documents(name: str, data: str | None = None) -> Any:
+    """A `datasets.Dataset` of all documents, each with `benchmark` (its name) and, in circular ones, `rotation`.
+
+    Raises:
+        DataError: the data are missing or lack a field; the message says where they come from.
+    """
+    rule, folder = benchmark(name), data_folder(name, data)
+    if folder is not None and not folder.is_dir():
+        raise DataError(f"{name}: {missing_data(name, data)}")
+    if folder is not None and (folder / DATA_FILE).is_file():
+        documents = _read_jsonl(folder / DATA_FILE, rule)
+    else:
+        documents = _read_set(name, rule, rule.hub if folder is None else str(folder))
+    absent = [field for field in rule.fields if field not in documents.column_names]
+    if absent:
+        where = rule.hub if folder is None else folder
+        raise DataError(f"{name}: {where} has no field {absent[0]!r}; expected {', '.join(rule.fields)}")
+    keep = rule.keep
+    if keep is not None:
+        texts = documents.remove_columns([field for field in rule.images if field in documents.column_names])
+        documents = documents.select([index for index, doc in enumerate(texts) if keep(doc)])
+    if rule.rotations is not None:
+        documents = _rotated(documents, rule)
+    return documents.add_column("benchmark", [name] * len(documents))
+
+
+def _rotated(documents: Any, rule: Benchmark) -> Any:
+    """Every document as often as it has options, numbered by `rotation`."""
+    texts = documents.remove_columns([field for field in rule.images if field in documents.column_names])
+    turns = [(index, turn) for index, doc in enumerate(texts) for turn in range(rule.rotations(doc))]
+    return documents.select([index for index, _ in turns]).add_column("rotation", [turn for _, turn in turns])
+
+
+def _read_jsonl(path: Path, rule: Benchmark) -> Any:
+    from datasets import Dataset
+
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            raise DataError(f"{path}, line {number}: {line[:60]!r} is not JSON") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{path}, line {number}: expected an object with {', '.join(rule.fields)}")
+        for field in rule.images:
+            row[field] = _beside(row.get(field), path.parent)
+        rows.append(row)
+    if not rows:
+        raise DataError(f"{path}: holds no documents")
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+
+
+def _beside(picture: Any, folder: Path) -> Any:
+    """Paths of pictures are relative to the file that names them."""
+    if isinstance(picture, list):
+        return [_beside(one, folder) for one in picture]
+    return str(folder / picture) if isinstance(picture, str) and picture else None
+
+
+def _read_set(name: str, rule: Benchmark, where: str) -> Any:
+    """A data set of the hub, or a snapshot of it in a folder; pictures stay encoded until they are asked for."""
+    documents = _undecoded(_load_set(name, where, rule.config, rule.split))
+    if rule.image_config is None:
+        return documents
+    config, field = rule.image_config
+    pictures = _undecoded(_load_set(name, where, config, rule.split))
+    places = {key: index for index, key in enumerate(pictures["id"])}
+    missing = next((key for key in documents[field] if key not in places), None)
+    if missing is not None:
+        raise DataError(f"{name}: {where} has no picture {missing!r} in its configuration {config}")
+    from datasets import concatenate_datasets
+
+    own = pictures.select([places[key] for key in documents[field]]).select_columns(["image"])
+    return concatenate_datasets([documents, own], axis=1)
+
+
+def _load_set(name: str, where: str, config: str | None, split: str) -> Any:
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetNotFoundError
+
+    try:
+        return load_dataset(where, config, split=split)
+    except (DatasetNotFoundError, OSError, ValueError) as error:
+        reason = str(error).split("\n")[0][:200]
+        raise DataError(
+            f"{name}: cannot read {where} (configuration {config}, split {split}): {reason}; download it with `hf "
+            f"download {benchmark(name).hub} --repo-type dataset --local-dir FOLDER/{_SHARED.get(name, name)}` and set "
+            f"{DATA_VARIABLE}=FOLDER"
+        ) from error
+
+
+def _undecoded(documents: Any) -> Any:
+    from datasets import Image as ImageFeature
+
+    for field, feature in documents.features.items():
+        if isinstance(feature, ImageFeature):
+            documents = documents.cast_column(field, ImageFeature(decode=False))
+    return documents
+
+
+# ---- What lm-eval asks of a document
+
+
+def question(doc: Doc) -> str:
+    """The whole question with the benchmark's wording; "<image>" where a picture stands inside the text."""
+    return _NUMBERED.sub("<image>", benchmark(doc["benchmark"]).ask(doc))
+
+
+def pictures(doc: Doc) -> list[Image.Image]:
+    """The document's pictures in the order in which its question needs them."""
+    rule = benchmark(doc["benchmark"])
+    numbers = _NUMBERED.findall(rule.ask(doc))
+    fields = [f"image_{number}" for number in numbers] if numbers else rule.images
+    found = []
+    for field in fields:
+        value = doc.get(field)
+        for one in value if isinstance(value, list) else [value]:
+            if one is not None:
+                found.append(_open(one, f"{doc['benchmark']} {field}"))
+            elif numbers:
+                raise DataError(f"{doc['benchmark']}: the question names <{field.replace('_', ' ')}>, which is missing")
+    return found
+
+
+def _open(value: Any, name: str) -> Image.Image:
+    if isinstance(value, Image.Image):
+        return value
+    if isinstance(value, Mapping) and value.get("bytes"):
+        return decode_image(value["bytes"], name)
+    path = value.get("path") if isinstance(value, Mapping) else value
+    if not isinstance(path, str):
+        raise DataError(f"{name}: {str(value)[:60]!r} is no picture; expected the path of a file or its bytes")
+    return load_image(path)

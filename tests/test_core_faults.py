@@ -1,0 +1,351 @@
+"""What happens when: ranks that die or fail, disks that are full, losses that are not finite, corrupt checkpoints."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from core_toys import ToyTask, run_toy
+from ranks import run_ranks
+from torch import nn
+
+from unitok import cli
+from unitok.core import checkpoint, launch, watchdog
+from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError, RankLostError, StoppedError
+from unitok.core.optim import lr_at, parameter_groups
+from unitok.core.runlog import RunLog, read_log
+from unitok.core.sampling import SampleOrder
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A watchdog that decides in a tenth of the time; forks inherit it."""
+    for name, seconds in (("BEAT_SECONDS", 0.1), ("SUSPECT_SECONDS", 1.0), ("END_SECONDS", 2.0)):
+        monkeypatch.setattr(watchdog, name, seconds)
+
+
+class Happening(ToyTask):
+    """At step 3 on one rank: it is killed or stopped by a signal, or raises."""
+
+    def __init__(self, what: Any, on: int) -> None:
+        super().__init__()
+        self.what, self.on = what, on
+
+    def micro_step(self, engines: dict[str, Any], batch: Any, micro_index: int, step: int) -> dict[str, torch.Tensor]:
+        if (step, micro_index) == (3, 0) and int(os.environ["RANK"]) == self.on:
+            if isinstance(self.what, signal.Signals):
+                os.kill(os.getpid(), self.what)
+            else:
+                raise self.what
+        return super().micro_step(engines, batch, micro_index, step)
+
+
+def survivors(out: Path, task: ToyTask, world: int, others: list[int], **settings: Any) -> list[Any]:
+    """(error's name, message, exit code) of the ranks `others`, or ("exit", code)."""
+
+    def run() -> Any:
+        try:
+            return run_toy(task, out, global_batch=6, world=world, **settings)
+        except (CheckpointError, RankLostError, ConfigError) as error:
+            return type(error).__name__, str(error), error.exit_code
+
+    return [o for o in run_ranks(world, run, outcomes_of=others, timeout=40) if o is not None]
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_the_others_say_which_rank_was_killed(tmp_path: Path, quick: None, victim: int) -> None:
+    started = time.monotonic()
+    others = [rank for rank in range(3) if rank != victim]
+    found = survivors(tmp_path, Happening(signal.SIGKILL, victim), 3, others)
+    assert [one[::2] for one in found] == [("RankLostError", 75)] * 2, found
+    assert all(f"rank {victim} is gone" in text and "same command" in text for _, text, _ in found), found
+    assert time.monotonic() - started < 30
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_hangs_in_a_collective_is_ended(
+    tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str], victim: int
+) -> None:
+    """No connection closes when a host is cut off (here: the process is stopped): only silence tells."""
+    found = survivors(tmp_path, Happening(signal.SIGSTOP, victim), 2, [1 - victim], rank_timeout=2)
+    assert found == [("exit", 75)]
+    assert f"unitok: error: rank {victim} is gone" in capfd.readouterr().err
+
+
+def test_what_one_rank_alone_sees_reaches_the_others(tmp_path: Path, quick: None) -> None:
+    error = CheckpointError("file x is corrupt; fetch it again")
+    found = survivors(tmp_path, Happening(error, 1), 2, [0, 1])
+    assert found[0] == ("RankLostError", "rank 1 ended: file x is corrupt; fetch it again", 2)
+    assert found[1] == ("CheckpointError", "file x is corrupt; fetch it again", 2)
+
+
+def test_log_that_cannot_be_written_ends_all(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = RunLog.write
+
+    def write(self: RunLog, record: dict[str, Any]) -> None:
+        if record["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device", "log.jsonl")
+        original(self, record)
+
+    monkeypatch.setattr(RunLog, "write", write)
+    found = survivors(tmp_path, ToyTask(), 2, [0, 1])
+    assert found[0][0] == "error" and "No space left on device: 'log.jsonl'" in found[0][1]
+    assert found[1][0] == "RankLostError" and "rank 0 ended: OSError" in found[1][1] and found[1][2] == 2
+
+
+def test_watchdog_is_silent_when_all_is_well(tmp_path: Path, quick: None, capfd: pytest.CaptureFixture[str]) -> None:
+    found = survivors(tmp_path, ToyTask(), 2, [0, 1], rank_timeout=1)
+    assert found[0] == found[1] and len(found[0]) == 20 and "gone" not in capfd.readouterr().err
+
+
+# ---- full disks
+
+
+def _limited(size: int, on: int) -> Any:
+    """A rank that may write no file larger than `size` bytes when step 8 is saved: a real error of the kernel."""
+
+    class Limited(ToyTask):
+        def extra_state(self) -> dict[str, Any]:
+            if self.steps_seen == 8 and int(os.environ["RANK"]) == on:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+            return super().extra_state()
+
+    return Limited()
+
+
+@pytest.mark.parametrize("on,size,stage", [(0, 0, 2), (0, 2500, 2), (1, 0, 2), (0, 0, 0)])
+def test_full_disk_while_saving(tmp_path: Path, quick: None, on: int, size: int, stage: int) -> None:
+    """Every rank ends with the same line, nothing of the new checkpoint stays, the older one does, and resume works."""
+    settings = {"save_every": 4, "engine_zero_stage": stage, "steps": 12}
+    straight = run_ranks(2, run_toy, ToyTask(), tmp_path / "straight", 12, 6, 2)[0] if stage == 0 else None
+    found = survivors(tmp_path / "run", _limited(size, on), 2, [0, 1], **settings | {"log_every": 100})
+    assert found[0] == found[1] and found[0][0] == "CheckpointError" and found[0][2] == 2, found
+    assert "step_8 could not be written" in found[0][1] and "MiB are free" in found[0][1]
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_4"]
+    if straight:
+        log = survivors(tmp_path / "run", ToyTask(), 2, [0, 1], **settings | {"log_every": 100})[0]
+        assert log[-1] == straight[-1]
+
+
+@pytest.mark.parametrize("broken", ["state.json", "COMPLETE.json", "net.ema.safetensors", "step_8"])
+def test_full_disk_at_every_file_of_rank_0(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: str) -> None:
+    def failing(original: Any, position: int) -> Any:
+        def call(*args: Any) -> Any:
+            if Path(args[position]).name == broken and "step_8" in str(args[position]):
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return original(*args)
+
+        return call
+
+    for name, position in (("_write_json", 0), ("_save_tensors", 1), ("replace_folder", 1)):
+        monkeypatch.setattr(checkpoint, name, failing(getattr(checkpoint, name), position))
+    with pytest.raises(CheckpointError, match="step_8 could not be written: No space left on device"):
+        run_toy(ToyTask(), tmp_path, steps=12, save_every=4)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_4"]
+
+
+# ---- losses that are not finite
+
+
+class Infinite(ToyTask):
+    """Loss or gradient of the named steps is not finite, on the last rank."""
+
+    def __init__(self, bad: dict[int, str]) -> None:
+        super().__init__()
+        self.bad = bad
+
+    def _happens(self, kind: str, step: int) -> bool:
+        return self.bad.get(step) == kind and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
+
+    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
+        return [f"sample {index}" for index in indices]
+
+
+def plain_losses(skipped: set[int], steps: int) -> list[float]:
+    """Plain torch with accumulation 2; the update of the skipped steps is left out."""
+    task, order = ToyTask(), SampleOrder(50, 0)
+    network = task.build()["net"]
+    net = network.module
+    adam = torch.optim.AdamW(parameter_groups(net, network.optimizer), betas=(0.9, 0.95))
+    losses = []
+    for step in range(steps):
+        adam.zero_grad()
+        found = []
+        for micro in range(2):
+            x, y = task.load_batch(*order.micro_batch(8 * step + 4 * micro, 4, 0))
+            found.append((net(x) - y).square().mean())
+            (found[-1] / 2).backward()
+        for group in adam.param_groups:
+            group["lr"] = lr_at(network.optimizer, step, steps)
+        losses.append(float(sum(found).detach()) / 2)
+        if step not in skipped:
+            adam.step()
+    return losses
+
+
+BAD = {2: "nan", 5: "inf", 6: "nan"}
+
+
+def test_skipped_steps_leave_no_trace(tmp_path: Path) -> None:
+    log = run_toy(Infinite(BAD), tmp_path, steps=10, non_finite="skip")
+    expected = plain_losses(set(BAD), 10)
+    kept = [step for step in range(10) if step not in BAD]
+    assert [log[step]["loss"] for step in kept] == pytest.approx([expected[step] for step in kept], rel=1e-5)
+    assert all("loss" not in log[step] for step in BAD)
+    assert [record["skipped"] for record in log] == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3]
+    state = checkpoint.read_state(tmp_path / "checkpoints" / "step_10")
+    assert state["skipped"] == {"total": 3, "in_a_row": 0} and state["ema_updates"] == {"net": 7}
+    assert state["extra_state"]["steps_seen"] == 7
+    plain = run_toy(ToyTask(), tmp_path / "other", steps=10, non_finite="skip")
+    assert plain == [r | {"skipped": 0} for r in run_toy(ToyTask(), tmp_path / "stop", steps=10)]
+
+
+def test_skipping_restores_buffers(tmp_path: Path) -> None:
+    class Counting(Infinite):
+        def build(self) -> Any:
+            def count(module: nn.Module, *_: Any) -> None:
+                module.seen.add_(1)
+
+            networks = super().build()
+            networks["net"].module.register_buffer("seen", torch.zeros(()))
+            networks["net"].module.register_forward_hook(count)
+            return networks
+
+    run_toy(Counting(BAD), tmp_path, steps=10, non_finite="skip")
+    assert torch.load(tmp_path / "export" / "net.pt", weights_only=True)["seen"] == 14
+
+
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+def test_the_samples_are_named(tmp_path: Path, policy: str) -> None:
+    if policy == "stop":
+        with pytest.raises(NonFiniteError, match=r"step 3: metric loss.*step_3.json"):
+            run_toy(Infinite(BAD), tmp_path, steps=10)
+    else:
+        run_toy(Infinite(BAD), tmp_path, steps=10, non_finite="skip")
+    found = json.loads((tmp_path / "non_finite" / "step_3.json").read_text())
+    (only,) = found["ranks"]
+    order = SampleOrder(50, 0)
+    for number, batch in enumerate(only["micro_batches"]):
+        indices, epoch = order.micro_batch(2 * 8 + 4 * number, 4, 0)
+        assert (batch["indices"], batch["epoch"]) == (indices, epoch)
+        assert batch["keys"] == [f"sample {index}" for index in indices] and batch["not_finite"] == ["loss"]
+    assert policy == "stop" or sorted(p.name for p in (tmp_path / "non_finite").iterdir()) == [
+        "step_3.json", "step_6.json", "step_7.json"
+    ]  # fmt: skip
+
+
+def test_too_many_skipped_steps_are_an_error(tmp_path: Path) -> None:
+    settings = {"steps": 10, "non_finite": "skip", "save_every": 1}
+    with pytest.raises(NonFiniteError, match=r"step 7: .* the 2\. in a row and 3\. .*non_finite_limit=1"):
+        run_toy(Infinite(BAD), tmp_path / "row", non_finite_limit=1, **settings)
+    with pytest.raises(NonFiniteError, match=r"step 6: .* 2\. of the run; .*non_finite_total=1"):
+        run_toy(Infinite(BAD), tmp_path / "total", non_finite_total=1, **settings)
+    with pytest.raises(NonFiniteError, match="step 6: "):  # the count is in the checkpoint
+        run_toy(Infinite(BAD), tmp_path / "total", non_finite_total=1, **settings)
+
+
+# ---- checkpoints
+
+
+def spoil(folder: Path) -> None:
+    file = folder / "net.ema.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def test_falls_back_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    straight = run_toy(ToyTask(), tmp_path, steps=12, save_every=4, keep_last=3)
+    weights = (tmp_path / "export" / "net.pt").read_bytes()
+    for step in (12, 8):
+        spoil(tmp_path / "checkpoints" / f"step_{step}")
+    with pytest.raises(CheckpointError, match=r"step_12 is corrupt: .*net.ema.* or set resume_fallback=true"):
+        run_toy(ToyTask(), tmp_path, steps=12, save_every=4, keep_last=1)
+    assert run_toy(ToyTask(), tmp_path, steps=12, save_every=4, keep_last=1, resume_fallback=True) == straight
+    said = capsys.readouterr().out
+    assert "step_12 is corrupt" in said and "step_8 is corrupt" in said and "resuming toy from" in said
+    assert (tmp_path / "export" / "net.pt").read_bytes() == weights
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_12", "step_12.corrupt", "step_8.corrupt"}
+
+
+def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
+    run_toy(ToyTask(), tmp_path, steps=14, save_every=2, keep_last=2, keep_every=4)
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"step_4", "step_8", "step_12", "step_14"}
+    with pytest.raises(ConfigError, match="keep_every=3 must be a multiple of save_every=2"):
+        run_toy(ToyTask(), tmp_path / "other", steps=4, save_every=2, keep_every=3)
+
+
+def test_universal_needs_a_whole_checkpoint_and_a_new_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without ZeRO: a plain copy, which resumes as the checkpoint itself."""
+    straight = run_toy(ToyTask(), tmp_path / "run", steps=6, save_every=2, keep_last=3)
+    source, out = tmp_path / "run" / "checkpoints" / "step_4", tmp_path / "universal"
+    assert cli.main(["checkpoint", "universal", str(source), str(out)]) == 0
+    assert run_toy(ToyTask(), tmp_path / "branch", steps=6, save_every=2, resume=str(out)) == straight[4:]
+    assert cli.main(["checkpoint", "universal", str(source), str(out)]) == 2
+    assert "exists already; give a new folder" in capsys.readouterr().err
+    spoil(source)
+    assert cli.main(["checkpoint", "universal", str(source), str(tmp_path / "another")]) == 2
+    assert "step_4 is corrupt" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "universal", "branch"}
+
+
+# ---- exit codes, waiting share
+
+
+def test_exit_codes_of_the_command_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from unitok.commands import train
+
+    for error, code in ((RankLostError("rank 3 is gone"), 75), (RankLostError("x", 2), 2), (NonFiniteError("y"), 2)):
+
+        def fail(_arguments: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(train, "train", fail)
+        assert cli.main(["train", "tokenizer", "--config", "x"]) == code
+        assert capsys.readouterr().err == f"unitok: error: {error}\n"
+
+
+def test_launcher_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ended:
+        def __init__(self, *_args: Any, **_options: Any) -> None:
+            self.code = codes.pop()
+
+        def poll(self) -> int:
+            return self.code
+
+        def wait(self, timeout: float) -> int:
+            return self.code
+
+    monkeypatch.setattr(launch.subprocess, "Popen", Ended)
+    for ended, kind in (([75, 75], StoppedError), ([75, -9], StoppedError), ([2, 75], launch.UserError)):
+        codes = list(ended)
+        with pytest.raises(kind) as caught:
+            launch.launch(["train", "mllm"], 2)
+        assert type(caught.value) is kind
+    codes = [0, 0]
+    launch.launch(["train", "mllm"], 2)
+
+
+def test_log_shows_the_share_of_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Slow(ToyTask):
+        def load_batch(self, indices: list[int], epoch: int) -> Any:
+            time.sleep(0.05)
+            return super().load_batch(indices, epoch)
+
+    run_toy(Slow(), tmp_path / "slow", steps=5)
+    run_toy(ToyTask(), tmp_path / "fast", steps=5)
+    slow, fast = (read_log(tmp_path / name / "log.jsonl", timing=True) for name in ("slow", "fast"))
+    assert all(0.5 < record["data_wait"] <= 1 for record in slow[1:])
+    assert all(record["data_wait"] < 0.5 for record in fast[1:])
+    assert "% of the time waiting for data" in capsys.readouterr().out
+    assert read_log(tmp_path / "slow" / "log.jsonl") == read_log(tmp_path / "fast" / "log.jsonl")

@@ -1,0 +1,249 @@
+"""Extraction of codes by many processes: the same bytes however the work is shared, interrupted or repeated."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from test_data_sources import fill_folder
+from tiny import make_tokenizer
+
+from unitok.core.errors import ConfigError, DataError
+from unitok.data.code_units import units_of
+from unitok.data.codes import CodeSource
+from unitok.data.shard_index import INDEX_FILE
+from unitok.data.shards import write_shards
+from unitok.data.source import open_source
+from unitok.data.transforms import eval_transform
+from unitok.data.words import words_to_json
+from unitok.tokenizer.extract import Share, extract_codes
+
+SPEC = "shapes:train?num=23&seed=1&size=32"
+SHARDS = 5
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return make_tokenizer()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Five shards of five images (the last of three)."""
+    folder, source = tmp_path_factory.mktemp("shards"), open_source(SPEC)
+    samples = (source[index] for index in range(len(source)))
+    write_shards(({"__key__": s.key, "png": s.image, "json": words_to_json(s)} for s in samples), folder, 5)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer, shards, tmp_path_factory) -> dict[str, bytes]:
+    return made(extract_codes(tokenizer, open_source(shards), tmp_path_factory.mktemp("codes"), 3, progress=False))
+
+
+def made(out: Path) -> dict[str, bytes]:
+    """All that extraction leaves but its logs, which tell the time."""
+    return {
+        path.name: path.read_bytes()
+        for path in out.iterdir()
+        if path.is_file() and path.suffix != ".jsonl" and path.name != INDEX_FILE
+    }
+
+
+def test_codes_are_those_of_the_tokenizer(tokenizer, shards, expected, tmp_path):
+    assert sorted(expected) == sorted(
+        ["header.json", *(f"codes-{n:05d}.{end}" for n in range(5) for end in ("json", "tar"))]
+    )
+    out = extract_codes(
+        tokenizer, open_source(shards), tmp_path / "out", 4, progress=False, latents=True, num_workers=2
+    )
+    codes, source = CodeSource(out), open_source(SPEC)
+    assert len(codes) == 23 and codes.header["shards"] == 5 and codes.header["failed"] == 0
+    codes.read_latents()
+    for index in (0, 7, 22):
+        pixels = eval_transform(source[index].image, 32)[None]
+        assert torch.equal(codes[index].codes, tokenizer.encode(pixels)[0])
+        assert codes[index].latents.shape == tokenizer.latents(pixels)[0].shape
+        assert codes[index].key == source[index].key and codes[index].captions == source[index].captions
+    said = json.loads((out / "codes-00004.json").read_text())
+    assert (said["count"], said["samples"], said["failures"]) == (3, 3, [])
+    log = [json.loads(line) for line in (out / "extract-rank0.jsonl").read_text().splitlines()]
+    assert [record["images"] for record in log] == [5, 5, 5, 5, 3] and all(r["images_per_s"] > 0 for r in log)
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_any_number_of_processes_gives_the_same_bytes(tokenizer, shards, expected, tmp_path, world):
+    """Each one alone, the last first: only who finds all done writes the header."""
+    for rank in reversed(range(world)):
+        assert not (tmp_path / "header.json").exists()
+        with pytest.raises(DataError, match="no header"):
+            CodeSource(tmp_path)
+        extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False, share=Share(rank, world))
+    assert made(tmp_path) == expected
+
+
+def test_what_is_done_is_kept_and_what_is_damaged_made_again(tokenizer, shards, expected, tmp_path, monkeypatch):
+    for name, data in expected.items():
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / "codes-00001.tar").write_bytes(expected["codes-00001.tar"][:-1])
+    (tmp_path / "codes-00002.tar").unlink()
+    (tmp_path / "codes-00003.tar").unlink()
+    (tmp_path / "codes-00003.json").unlink()
+    (tmp_path / ".codes-00003.tar.host-1.tmp").write_bytes(b"of a killed process")
+    encoded = []
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda pixels: (encoded.append(len(pixels)), encode(pixels))[1])
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    assert sum(encoded) == 15 and made(tmp_path) == expected
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    assert sum(encoded) == 15 and made(tmp_path) == expected
+
+
+def test_codes_of_something_else_are_refused(tokenizer, shards, expected, tmp_path):
+    for name, data in expected.items():
+        (tmp_path / name).write_bytes(data)
+    run = {"out": tmp_path, "batch_size": 3, "progress": False}
+    with pytest.raises(DataError, match="tokenizer is '[0-9a-f]+', this run has '[0-9a-f]+'"):
+        extract_codes(make_tokenizer(seed=5), open_source(shards), **run)
+    with pytest.raises(DataError, match="latent_width is None, this run has"):
+        extract_codes(tokenizer, open_source(shards), **run, latents=True)
+    with pytest.raises(DataError, match=r"input is 'shard-00000.tar .*shapes:train\?num=24"):
+        extract_codes(tokenizer, open_source("shapes:train?num=24&size=32"), **run)
+    with pytest.raises(DataError, match="codes-00001.tar, which this source does not give"):
+        extract_codes(tokenizer, open_source(str(shards / "shard-00000.tar")), **run)
+    assert made(tmp_path) == expected
+    (tmp_path / "codes-00004.json").unlink()
+    with pytest.raises(DataError, match="without its codes-00004.json"):
+        extract_codes(tokenizer, open_source(shards), **run)
+
+
+def test_a_source_may_grow(tokenizer, shards, expected, tmp_path):
+    """More shards after those that are done: the old header goes before the new codes come."""
+    part = open_source(str(shards / "shard-0000{0..2}.tar"))
+    out = extract_codes(tokenizer, part, tmp_path, 3, progress=False)
+    assert len(CodeSource(out)) == 15
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False, share=Share(0, 2))
+    assert not (out / "header.json").exists()
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False, share=Share(1, 2))
+    assert made(out) == expected
+
+
+def test_failures_are_counted_and_too_many_are_fatal(tokenizer, tmp_path):
+    folder = fill_folder(tmp_path / "images", bad=(3, 4))
+    source = open_source(folder, max_bad_fraction=0.2)
+    for rank in (0, 1):
+        extract_codes(tokenizer, source, tmp_path / "out", 2, progress=False, share=Share(rank, 2), unit_size=4)
+    codes = CodeSource(tmp_path / "out")
+    assert len(codes) == 8 and codes.header["failed"] == 2 and codes.header["shards"] == 3
+    assert [codes[i].key for i in range(8)] == [f"im{i}" for i in (0, 1, 2, 5, 6, 7, 8, 9)]
+    failures = [json.loads((tmp_path / "out" / f"codes-{n:05d}.json").read_text())["failures"] for n in range(3)]
+    assert [[key for key, _ in found] for found in failures] == [["im3"], ["im4"], []]
+    assert "not a readable image" in failures[0][0][1]
+    source.max_bad_fraction = 0.1
+    for kept in (tmp_path / "out", tmp_path / "new"):  # found in the files, and met
+        with pytest.raises(DataError, match="2 of 10 images failed.*0.1"):
+            extract_codes(tokenizer, source, kept, 2, progress=False, unit_size=4)
+    with pytest.raises(DataError, match="no header"):
+        CodeSource(tmp_path / "new")
+
+
+def test_shares_come_from_the_launcher(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    assert Share.of_launcher() == Share(0, 1)
+    monkeypatch.setenv("SLURM_PROCID", "5")
+    assert Share.of_launcher() == Share(0, 1)  # a batch script without srun is one process
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert Share.of_launcher() == Share(5, 8)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert Share.of_launcher() == Share(1, 2) and Share.of_launcher(0, 4) == Share(0, 4)
+    for given in ((4, 4), (-1, 4), (0, None), (None, 4)):
+        with pytest.raises(ConfigError, match="expected|both"):
+            Share.of_launcher(*given)
+
+
+def test_units_cover_a_source_once(shards):
+    for source, size, count in ((open_source(shards), 100, 5), (open_source(SPEC), 10, 3), (open_source(SPEC), 23, 1)):
+        units = units_of(source, size)
+        covered = [index for unit in units for index in range(unit.start, unit.stop)]
+        assert covered == list(range(23)) and len(units) == count == units[-1].number + 1
+
+
+def extract_until(event: int, *arguments) -> None:
+    """In a fork: extract, and die by SIGKILL before the n-th thing that changes the folder."""
+    from unitok.data import shards as shard_files
+
+    left = event
+
+    def dying(function):
+        def call(*given, **named):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*given, **named)
+
+        return call
+
+    os.replace, os.fsync = dying(os.replace), dying(os.fsync)
+    for name in ("replace", "write_text", "unlink"):
+        setattr(Path, name, dying(getattr(Path, name)))
+    shard_files._ShardFile.write = dying(shard_files._ShardFile.write)
+    torch.set_num_threads(1)
+    extract_codes(*arguments, progress=False)
+    os._exit(0)
+
+
+def test_killed_at_every_moment_it_ends_with_the_same_bytes(tokenizer, shards, expected, tmp_path):
+    """Each attempt goes one event further than the one before it, into the same folder; headers come last of all."""
+    source, attempts, codes = open_source(shards), 0, []
+    fork = multiprocessing.get_context("fork")
+    while not codes or codes[-1] != 0:
+        attempts += 1
+        assert attempts < 100, codes
+        process = fork.Process(target=extract_until, args=(attempts, tokenizer, source, tmp_path, 3))
+        process.start()
+        process.join()
+        codes.append(process.exitcode)
+        if codes[-1] != 0 and (tmp_path / "header.json").exists():
+            assert len(CodeSource(tmp_path)) == 23  # killed after it was done
+            (tmp_path / INDEX_FILE).unlink()
+    assert set(codes[:-1]) == {-signal.SIGKILL} and attempts > 10
+    assert made(tmp_path) == expected
+
+
+@pytest.mark.slow
+def test_two_commands_killed_at_random_end_with_the_same_bytes(tokenizer, shards, expected, tmp_path):
+    """As on two hosts: `unitok data codes` under a launcher's variables, killed and started again until done."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    out, draw = tmp_path / "out", random.Random(0)
+    command = [sys.executable, "-m", "unitok", "data", "codes", "--tokenizer", str(tmp_path / "tokenizer")]
+    command += ["--shards", str(shards), "--batch-size", "3", "--workers", "1"]
+
+    def start(rank: int, out: Path) -> subprocess.Popen:
+        environment = os.environ | {"RANK": str(rank), "WORLD_SIZE": "2", "PYTHONPATH": str(Path(__file__).parents[1])}
+        return subprocess.Popen(
+            [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+
+    started = time.monotonic()
+    assert start(0, tmp_path / "alone").wait(timeout=120) == 0
+    seconds, killed = time.monotonic() - started, 0
+    for _ in range(4):  # most of the time goes into imports
+        processes = [start(rank, out) for rank in range(2)]
+        time.sleep(seconds * draw.uniform(0.6, 1.1))
+        for process in processes:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            killed += process.wait() == -signal.SIGKILL
+    assert killed
+    assert [process.wait(timeout=120) for process in [start(rank, out) for rank in range(2)]] == [0, 0]
+    assert made(out) == expected

@@ -1,0 +1,1 @@
+../../unitok/plan.py

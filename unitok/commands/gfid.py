@@ -1,0 +1,91 @@
+"""`unitok eval gfid`: class-conditional images of a model trained on class tokens, and their FID."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from unitok.commands.t2i import (
+    add_generation_arguments,
+    load_pipeline,
+    model_needed,
+    plan,
+    sampler_of,
+    use_share,
+)
+from unitok.core.errors import UserError
+
+REFERENCE_FROM = (
+    "VIRTUAL_imagenet256_labeled.npz of github.com/openai/guided-diffusion (evaluations), or a folder of images"
+)
+
+
+def add_gfid_arguments(parser: argparse.ArgumentParser, model: str) -> None:
+    """Options of `unitok eval gfid`."""
+    from unitok.cli import positive_int
+
+    parser.description = (
+        "Draw images of all classes in turn and measure their FID. The same command goes on where it was stopped. "
+        "Without guidance: --guidance 1. Several GPUs: torchrun --nproc_per_node N -m unitok eval gfid ..."
+    )
+    parser.add_argument("--num", type=positive_int, default=50000, help="images (default: %(default)s)")
+    add_generation_arguments(parser, model, prompts=False)
+    parser.add_argument("--reference", metavar="FILE|DIR", help="npz of guided-diffusion's kind, or folder of images")
+    parser.add_argument("--inception", metavar="FILE", help="torch-fidelity's InceptionV3; without: no FID")
+    parser.add_argument("--npz", metavar="FILE", help="also all images in one file, for guided-diffusion's evaluator")
+    parser.set_defaults(run=("gfid", "gfid"))
+
+
+def gfid(arguments: argparse.Namespace) -> int:
+    """Draw this process's share; figures once all images are there."""
+    from unitok.eval.class_generation import count_classes, generate_classes, write_batch
+    from unitok.eval.geneval_run import generation_protocol, write_generation
+
+    if bool(arguments.reference) != bool(arguments.inception):
+        raise UserError("--reference and --inception: FID needs both; give both or none")
+    use_share(arguments)
+    if arguments.dry_run:
+        _plan(arguments)
+        return 0
+    num = min(arguments.num, arguments.limit or arguments.num)
+    pipeline, out = load_pipeline(arguments), Path(arguments.out)
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = generation_protocol(pipeline, sampler_of(arguments), classes=count_classes(pipeline))
+    write_generation(out, protocol, arguments.seed, arguments.model)
+    paths = generate_classes(
+        pipeline, num, out / "images", arguments.seed, batch_size=arguments.batch_size, **sampler_of(arguments)
+    )
+    missing = sum(not path.exists() for path in paths)
+    if missing:
+        print(f"{out}: this process's share is done; {missing} of {num} images wait for other processes")
+        return 0
+    print(f"{out / 'images'}: {num} images of {protocol['classes']} classes")
+    if arguments.npz:
+        write_batch(paths, Path(arguments.npz))
+        print(arguments.npz)
+    return _measure(arguments, paths, protocol | {"num_images": num}) if arguments.inception else 0
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    from unitok.eval.fidelity import INCEPTION_WEIGHTS
+
+    needed = [
+        model_needed(arguments),
+        (arguments.reference, f"FID's reference (--reference); from {REFERENCE_FROM}"),
+        (arguments.inception, f"FID's InceptionV3 (--inception FILE); get {INCEPTION_WEIGHTS.hint}"),
+    ]
+    plan(f"{arguments.num} images of all classes into {arguments.out}", needed)
+
+
+def _measure(arguments: argparse.Namespace, paths: list[Path], protocol: dict[str, Any]) -> int:
+    from unitok.core.distributed import inference_device
+    from unitok.eval.class_generation import gfid_metrics
+    from unitok.eval.fidelity import load_inception
+    from unitok.eval.results import print_run, run_results, write_run
+
+    network, reference = load_inception(arguments.inception, inference_device()), Path(arguments.reference)
+    metrics, kind = gfid_metrics(paths, reference, network, arguments.batch_size, arguments.seed)
+    protocol |= {"fid": "torch-fidelity, 8-bit images", "reference": reference.name, "reference_kind": kind}
+    results = run_results("class_conditional", metrics, protocol, [arguments.seed], Path(arguments.model))
+    print_run(results)
+    print(write_run(Path(arguments.out) / "results.json", results))
+    return 0

@@ -1,0 +1,62 @@
+"""Whether a checkpoint belongs to the run that wants to go on from it."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from unitok.core.errors import CheckpointError
+
+logger = logging.getLogger("unitok")
+
+# Settings of how a run is run and shown, not of what is trained.
+RUNNING = (
+    "output_dir", "resume", "tracker", "num_workers", "device", "log_every", "save_every", "eval_every", "keep_last",
+    "keep_every", "resume_fallback", "non_finite", "non_finite_limit", "non_finite_total", "rank_timeout",
+)  # fmt: skip
+
+
+def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any], incidental: Sequence[str] = ()) -> None:
+    """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
+    step is left to make them true.
+
+    Args:
+        saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
+        incidental: the task's settings that may differ, such as places whose content it checks itself.
+    """
+    keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
+    old, new = _flatten(saved["config"]), _flatten(present["config"])
+    for key in keys:
+        if old.get(key) != new.get(key):
+            raise CheckpointError(
+                f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; "
+                f"set it back, or start anew in another output_dir"
+            )
+    if saved["global_micro_batch"] != present["global_micro_batch"]:
+        raise CheckpointError(
+            f"checkpoint {path}: engine.micro_batch_size x ranks was {saved['global_micro_batch']}, now it is "
+            f"{present['global_micro_batch']}; set engine.micro_batch_size so that the product stays"
+        )
+    if saved["num_samples"] != present["num_samples"]:
+        raise CheckpointError(
+            f"checkpoint {path} was trained on {saved['num_samples']} samples, now there are {present['num_samples']}; "
+            "resume with the same data"
+        )
+    ignored = {*keys, *RUNNING, *incidental, "engine.micro_batch_size"}
+    changed = sorted(key for key in {**old, **new} if old.get(key) != new.get(key) and key not in ignored)
+    if changed and saved["step"] >= new["steps"]:
+        raise CheckpointError(
+            f"checkpoint {path} is of step {saved['step']} and no step is left (steps={new['steps']}), but these "
+            f"settings have changed: {', '.join(changed)}; take another output_dir"
+        )
+    if changed:
+        logger.warning("resuming %s with changed settings: %s", path, ", ".join(changed))
+
+
+def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
+    flat: dict[str, Any] = {}
+    for key, part in value.items():
+        flat |= _flatten(part, f"{prefix}.{key}" if prefix else str(key))
+    return flat

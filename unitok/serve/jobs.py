@@ -1,0 +1,78 @@
+"""What waits in the queue: one request each, and how its events come back to the event loop."""
+
+import asyncio
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+Event = tuple[str, Any]
+
+
+@dataclass(eq=False)
+class Job:
+    """One request. Jobs with equal `key` may go through the model together; `weight` is its share of a batch.
+
+    `emit` may be called from any thread; `events` belong to the event loop that made the job.
+    """
+
+    loop: asyncio.AbstractEventLoop = field(default_factory=asyncio.get_running_loop, kw_only=True)
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue, kw_only=True)
+    cancelled: bool = field(default=False, kw_only=True)
+
+    @property
+    def key(self) -> Hashable:
+        return type(self).__name__
+
+    @property
+    def weight(self) -> int:
+        return 1
+
+    def emit(self, kind: str, value: Any) -> None:
+        """Hand an event to whoever waits for this job."""
+        if not self.cancelled:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, (kind, value))
+
+
+@dataclass(eq=False)
+class ChatJob(Job):
+    """A conversation; `sampling` as `TextSampling` takes it. Choice i has seed + i."""
+
+    messages: list[dict[str, Any]]
+    max_new_tokens: int
+    sampling: dict[str, Any]
+    seed: int
+    n: int = 1
+    stop: tuple[str, ...] = ()
+
+    @property
+    def weight(self) -> int:
+        return self.n
+
+
+@dataclass(eq=False)
+class ImageJob(Job):
+    """`n` pictures of a prompt; `sampler`: settings of `generate_images` that replace the export's."""
+
+    prompt: str
+    n: int
+    seed: int
+    sampler: dict[str, float]
+    prompt_ids: int = 0
+
+    @property
+    def key(self) -> Hashable:
+        return "images", tuple(sorted(self.sampler.items()))
+
+    @property
+    def weight(self) -> int:
+        return self.n
+
+
+@dataclass(eq=False)
+class ReconstructJob(Job):
+    """`pixels` `[3, H, W]` as the visual tokenizer takes them."""
+
+    pixels: "torch.Tensor"

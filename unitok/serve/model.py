@@ -1,0 +1,169 @@
+"""What the service asks of a pipeline: batches of conversations, of pictures, of reconstructions.
+
+Everything here runs in the one thread that owns the model. Events of a job are (kind, value): see each function.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unitok.core.errors import UserError
+from unitok.data.transforms import eval_transform, to_pil
+from unitok.mllm.chat import TextSampling
+from unitok.mllm.pipeline import UniTokPipeline
+from unitok.serve.answers import Row, TextStream, answer_rows
+from unitok.serve.content import png
+from unitok.serve.errors import bad
+from unitok.serve.jobs import ChatJob, ImageJob, Job, ReconstructJob
+
+
+class _NobodyWaitsError(Exception):
+    """All clients of a batch of pictures have gone."""
+
+
+class ServedModel:
+    """A pipeline as the scheduler uses it."""
+
+    def __init__(self, pipeline: UniTokPipeline) -> None:
+        self.pipeline = pipeline
+        self.tokenizer = pipeline.tokenizer  # loaded now, and not within somebody's request
+
+    def facts(self) -> dict[str, Any]:
+        """What clients must know: sizes, context, sampler of pictures."""
+        config = self.pipeline.model.config
+        side = self.tokenizer.config.image_size
+        return {
+            "image_size": f"{side}x{side}",
+            "image_positions": config.num_image_positions,
+            "num_codebooks": config.num_codebooks,
+            "codebook_size": config.codebook_size,
+            "context": getattr(config.text_config, "max_position_embeddings", None),
+            "draws": config.visual_input == "codes",
+            "image_sampler": self.pipeline.image_sampler,
+        }
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The picture as chats see it, in the model's size: a large one is not kept while its request waits."""
+        return to_pil(self.pipeline.processor.pixels([image])[0])
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """The picture as the visual tokenizer's own evaluation sees it, `[3, H, W]`."""
+        return eval_transform(image, self.tokenizer.config.image_size, self.tokenizer.config.preprocess)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """Do jobs of one key together. A job that cannot be asked gets ("error", ApiError); the others are done."""
+        first = jobs[0]
+        if isinstance(first, ChatJob):
+            self._chat([job for job in jobs if isinstance(job, ChatJob)])
+        elif isinstance(first, ImageJob):
+            self._images([job for job in jobs if isinstance(job, ImageJob)])
+        else:
+            self._reconstruct([job for job in jobs if isinstance(job, ReconstructJob)])
+
+    def _chat(self, jobs: Sequence[ChatJob]) -> None:
+        """("delta", (choice, text)) as it comes, then ("done", (prompt ids, answer ids, finish reasons))."""
+        pipeline, asked = self.pipeline, []
+        tokenizer = pipeline.processor.tokenizer
+        # One pass of the visual tokenizer for all pictures; the prompts then find their codes kept.
+        images = [part["image"] for job in jobs for m in job.messages if not isinstance(m["content"], str)
+                  for part in m["content"] if part["type"] == "image"]  # fmt: skip
+        if len(images) <= pipeline.image_cache_size:
+            pipeline.image_codes(images)
+        for job in jobs:
+            try:
+                sampling = TextSampling(**job.sampling)
+                (prompt,) = pipeline._chat_prompts([job.messages], job.max_new_tokens)
+            except UserError as error:
+                job.emit("error", bad("invalid_request", str(error), "messages"))
+                continue
+            rows = [
+                Row(
+                    prompt=prompt,
+                    stream=TextStream(tokenizer, job.stop),
+                    sampling=sampling,
+                    seed=job.seed + choice,
+                    max_new_tokens=job.max_new_tokens,
+                    emit=lambda text, job=job, choice=choice: job.emit("delta", (choice, text)),
+                    wanted=lambda job=job: not job.cancelled,
+                )
+                for choice in range(job.n)
+            ]
+            asked.append((job, prompt, rows))
+        flat = [row for _, _, rows in asked for row in rows]
+        if flat:
+            answer_rows(pipeline.model, flat, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        for job, prompt, rows in asked:
+            if not job.cancelled:
+                counts = len(prompt.ids), sum(len(row.stream.ids) for row in rows)
+                job.emit("done", (*counts, [row.finish_reason for row in rows]))
+
+    def _images(self, jobs: Sequence[ImageJob]) -> None:
+        """("done", (prompt ids, PNGs in base64)) for each job; all have the same settings."""
+
+        def look(_done: int, _total: int) -> None:
+            if all(job.cancelled for job in jobs):
+                raise _NobodyWaitsError
+
+        good, builder = [], self.pipeline.processor.builder
+        limit = self.facts()["context"]
+        for job in jobs:
+            job.prompt_ids = 0
+            try:
+                job.prompt_ids = len(builder.text_to_image_prompt(job.prompt))
+                total = job.prompt_ids + self.pipeline.model.config.num_image_positions
+                if limit is not None and total > limit:
+                    raise UserError(f"a prompt and its picture take {total} ids: the model reads {limit}; shorten it")
+                good.append(job)
+            except UserError as error:
+                job.emit("error", bad("invalid_request", str(error), "prompt"))
+        prompts = [job.prompt for job in good for _ in range(job.n)]
+        seeds = [job.seed + i for job in good for i in range(job.n)]
+        if not good:
+            return
+        try:
+            drawn = iter(
+                self.pipeline.generate_images(
+                    prompts, seed=seeds, batch_size=len(prompts), on_position=look, graph=False, **good[0].sampler
+                )
+            )
+        except _NobodyWaitsError:
+            return
+        settings = self.pipeline.image_sampler | good[0].sampler
+        for job in good:
+            records = [{"prompt": job.prompt, "seed": job.seed + i, "settings": settings} for i in range(job.n)]
+            files = [png(next(drawn), json.dumps(record)) for record in records]
+            job.emit("done", (job.prompt_ids, files))
+
+    @torch.no_grad()
+    def _reconstruct(self, jobs: Sequence[ReconstructJob]) -> None:
+        """("done", the answer's fields) for each job."""
+        config = self.tokenizer.config
+        pixels = torch.stack([job.pixels for job in jobs])
+        codes_BKL = self.tokenizer.encode(pixels.to(self.pipeline.model.device))
+        made = self.tokenizer.decode(codes_BKL)
+        for job, own, new, codes_KL in zip(jobs, pixels, made, codes_BKL, strict=True):
+            original, reconstruction = to_pil(own), to_pil(new)
+            side = math.isqrt(codes_KL.shape[1])
+            job.emit(
+                "done",
+                {
+                    "original": png(original),
+                    "reconstruction": png(reconstruction),
+                    "size": f"{config.image_size}x{config.image_size}",
+                    "psnr": round(_psnr(original, reconstruction), 3),
+                    "grid": (side, codes_KL.shape[1] // side),
+                    "codes": codes_KL.tolist(),
+                    "usage": [{"used": len(row.unique()), "entries": config.codebook_size} for row in codes_KL],
+                },
+            )
+
+
+def _psnr(one: Image.Image, other: Image.Image) -> float:
+    """dB of two pictures of 8 bits; 100 for identical ones."""
+    error = np.square(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64)).mean()
+    return 100.0 if error == 0 else float(10 * np.log10(255**2 / error))

@@ -1,0 +1,149 @@
+"""One thread owns the model; requests wait in a queue and go through it in batches.
+
+The queue lives in the event loop, so that it needs no locks. Only `ServedModel.run` is in the other thread.
+"""
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+from unitok.serve.errors import ApiError, internal_error
+from unitok.serve.jobs import Event, Job
+from unitok.serve.metrics import Metrics
+from unitok.serve.settings import ServeSettings
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class Runs(Protocol):
+    """What the scheduler needs of a model."""
+
+    def run(self, jobs: Sequence[Job]) -> None: ...
+
+
+class Scheduler:
+    """The queue and the thread behind it. Everything but the model's work happens in one event loop."""
+
+    def __init__(self, model: Runs, settings: ServeSettings, metrics: Metrics) -> None:
+        self.model, self.settings, self.metrics = model, settings, metrics
+        self.waiting: deque[Job] = deque()
+        self.running: Sequence[Job] = ()
+        self.draining = False
+        self._arrived = asyncio.Event()
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unitok-model")
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin to work; to be called in the event loop."""
+        self._task = asyncio.get_running_loop().create_task(self._work())
+
+    def give_up(self) -> None:
+        """Tell all who still wait that there will be no answer."""
+        self.draining = True
+        for job in [*self.waiting, *self.running]:
+            job.emit("error", ApiError(503, "stopping", "the server is stopping; ask again later"))
+            job.cancelled = True
+
+    async def stop(self) -> None:
+        """Give up what is left, and end the thread once its step is done."""
+        self.give_up()
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait({self._task})
+        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing waits or runs."""
+        return not self.waiting and not self.running
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; ApiError 429 when too many wait, 503 when the server is stopping."""
+        if self.draining:
+            raise ApiError(503, "stopping", "the server is stopping; ask again later", headers={"Retry-After": "10"})
+        if len(self.waiting) >= self.settings.max_queue:
+            self.metrics.refused.inc()
+            raise ApiError(
+                429,
+                "queue_full",
+                f"{len(self.waiting)} requests wait already; ask again later",
+                headers={"Retry-After": str(self.metrics.retry_after(len(self.waiting)))},
+            )
+        self.waiting.append(job)
+        self._arrived.set()
+
+    async def events(self, job: Job) -> AsyncIterator[Event]:
+        """The job's events up to "done". An "error" is raised; so is ApiError 504 when it takes too long.
+
+        A job whose reader goes away is cancelled: it leaves the queue, or stops at its next token or position.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
+        finished = False
+        try:
+            while not finished:
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        kind, value = await job.events.get()
+                except TimeoutError:
+                    self.metrics.timeouts.inc()
+                    raise ApiError(
+                        504, "timeout", f"no answer within {self.settings.request_seconds:g} seconds; ask for less"
+                    ) from None
+                finished = kind in ("done", "error")
+                if kind == "error":
+                    raise value
+                yield kind, value
+        finally:
+            if not finished:
+                self.metrics.cancelled.inc()
+            job.cancelled = True
+            if job in self.waiting:
+                self.waiting.remove(job)
+
+    async def _work(self) -> None:
+        while True:
+            await self._arrived.wait()
+            if self.waiting and self.settings.max_wait_ms:
+                await self._gather()
+            batch = self._take()
+            if not self.waiting:
+                self._arrived.clear()
+            if batch:
+                await self._run(batch)
+
+    async def _gather(self) -> None:
+        """Give others the time to come along, unless the batch is full already."""
+        until = asyncio.get_running_loop().time() + self.settings.max_wait_ms / 1000
+        while (left := until - asyncio.get_running_loop().time()) > 0:
+            if sum(job.weight for job in self.waiting) >= self.settings.max_batch:
+                return
+            await asyncio.sleep(min(left, 0.002))
+
+    def _take(self) -> list[Job]:
+        """The oldest job, and those of its key that fit beside it."""
+        batch: list[Job] = []
+        weight = 0
+        for job in list(self.waiting):
+            if batch and (job.key != batch[0].key or weight + job.weight > self.settings.max_batch):
+                continue
+            self.waiting.remove(job)
+            batch.append(job)
+            weight += job.weight
+        return batch
+
+    async def _run(self, batch: list[Job]) -> None:
+        """One batch in the model's thread. An error nobody foresaw costs the batch, not the server."""
+        self.running = batch
+        call: Callable[[Sequence[Job]], None] = self.model.run
+        with self.metrics.batch(batch):
+            future = asyncio.get_running_loop().run_in_executor(self._executor, call, batch)
+            await asyncio.wait({future})
+        self.running = ()
+        error = future.exception()
+        if error is not None:
+            _LOGGER.error("a batch of %d requests failed", len(batch), exc_info=error)
+            for job in batch:
+                job.emit("error", internal_error())

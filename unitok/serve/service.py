@@ -1,0 +1,89 @@
+"""What the endpoints share."""
+
+import asyncio
+from collections.abc import Awaitable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from unitok.serve.errors import ApiError, bad
+from unitok.serve.jobs import Job
+from unitok.serve.metrics import Metrics
+from unitok.serve.model import ServedModel
+from unitok.serve.scheduler import Scheduler
+from unitok.serve.schemas import ErrorAnswer
+from unitok.serve.settings import ServeSettings
+
+T = TypeVar("T")
+_STATUSES = {
+    400: "cannot be asked",
+    401: "wrong key",
+    404: "unknown model",
+    408: "the body came too slowly",
+    413: "the body is too large",
+    415: "the body is not JSON",
+    422: "the body has another form",
+    429: "too many requests",
+    500: "a mistake of the server",
+    503: "stopping",
+    504: "took too long",
+}
+ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorAnswer, "description": text} for status, text in _STATUSES.items()
+}
+
+
+@dataclass
+class Service:
+    """One model, its queue, figures and limits."""
+
+    model: ServedModel
+    scheduler: Scheduler
+    metrics: Metrics
+    settings: ServeSettings
+    created: int
+    facts: dict[str, Any] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.facts = self.model.facts()
+
+    def check_model(self, name: str | None) -> None:
+        """ApiError 404 for a model that is not served."""
+        if name is not None and name != self.settings.name:
+            shown = name[:80].encode("ascii", "backslashreplace").decode()
+            raise ApiError(
+                404, "model_not_found", f"model {shown!r} is not served; this is {self.settings.name!r}", "model"
+            )
+
+    def check_number(self, n: int) -> None:
+        """ApiError 400 for more answers or pictures than one request may ask for."""
+        if n > self.settings.max_n:
+            raise bad("n_too_large", f"n={n}: expected at most {self.settings.max_n}", "n")
+
+    async def result(self, job: Job) -> Any:
+        """Queue a job and wait for its "done"."""
+        self.scheduler.submit(job)
+        async for kind, value in self.scheduler.events(job):
+            if kind == "done":
+                return value
+        raise AssertionError("events end with done or raise")
+
+
+async def while_connected(request: Request, work: Awaitable[T]) -> T:
+    """The result of `work`, which is cancelled when the client goes away."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if tasks[0].done():
+            return tasks[0].result()
+        raise ApiError(499, "client_closed_request", "the client went away")  # nobody reads it; it is in the figures
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
