@@ -124,7 +124,8 @@ class TokenizerTask(Task):
         return batch
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
-        return [self.batches.source.key(index) for index in indices]
+        turns = (self.batches.source.turn(index, epoch) for index in indices)  # of a mixture, every epoch another one
+        return [source.key(number) for source, number in turns]
 
     def prepare_step(self, batches: list[Any], step: int) -> None:
         """Stage one's losses are means over equally large batches: no counts are needed."""

@@ -161,7 +161,7 @@ def check(arguments: argparse.Namespace) -> int:
     for key in report.duplicate_keys[:_PRINTED]:
         print(f"key given twice        {_one_line(key)}")
     for place, reason in report.bad[:_PRINTED]:
-        print(f"bad sample {place}: {_one_line(reason)}")
+        print("bad sample", _one_line(reason if reason.startswith(place) else f"{place}: {reason}"))
     if report.num_bad > _PRINTED:
         print(
             f"... and {report.num_bad - _PRINTED} more bad ones{'' if arguments.json else ' (--json FILE lists them)'}"
