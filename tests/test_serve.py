@@ -10,7 +10,8 @@ from test_mllm_pipeline import make_pipeline, picture
 
 from unitok.mllm.chat import TextSampling, generate_answers
 from unitok.mllm.session import answer_text, text_deltas
-from unitok.serve.answers import TextStream
+from unitok.serve.answers import Row, TextStream, answer_rows
+from unitok.serve.model import ServedModel
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +125,6 @@ def test_a_large_picture_is_seen_as_the_pipeline_sees_it(pipe, client):
 
 
 def client_seen(pipe, image):
-    from unitok.serve.model import ServedModel
-
     return ServedModel(pipe).seen(image)
 
 
@@ -221,21 +220,47 @@ def test_pushed_ids_give_the_pieces_of_text_deltas(pipe, seed):
     assert "".join(pieces) == answer_text(tokenizer, ids)
 
 
-def test_rows_are_those_of_generate_answers(pipe):
-    from unitok.serve.answers import Row, answer_rows
-
+def rows_for(pipe, texts, wanted=None):
+    """Rows with a seed each; `wanted[i](row)` says whether somebody waits for row i."""
     tokenizer = pipe.processor.tokenizer
-    prompts = pipe._chat_prompts([[{"role": "user", "content": text}] for text in ("red", "two", "yes")], 20)
+    prompts = pipe._chat_prompts([[{"role": "user", "content": text}] for text in texts], 20)
     sampling = TextSampling(do_sample=True, temperature=1.3)
     rows = [
         Row(prompt, TextStream(tokenizer), sampling, seed, 20, lambda text: None, lambda: True)
         for seed, prompt in enumerate(prompts)
     ]
+    for place, says in (wanted or {}).items():
+        rows[place].wanted = lambda row=rows[place], says=says: says(row)
     answer_rows(pipe.model, rows, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return rows, prompts, sampling
+
+
+def test_rows_are_those_of_generate_answers(pipe):
+    rows, prompts, sampling = rows_for(pipe, ["red", "two", "yes"])
+    tokenizer = pipe.processor.tokenizer
     expected = generate_answers(
         pipe.model, prompts, tokenizer.eos_token_id, tokenizer.pad_token_id, 20, sampling, [0, 1, 2]
     )
     assert [row.stream.ids for row in rows] == expected
+
+
+def test_a_row_that_nobody_waits_for_stops_and_leaves_the_others_alone(pipe):
+    whole, *_ = rows_for(pipe, ["red", "two", "yes"])
+    cut, *_ = rows_for(pipe, ["red", "two", "yes"], {1: lambda row: len(row.stream.ids) < 3})
+    assert len(whole[1].stream.ids) > 3 and cut[1].stream.ids == whole[1].stream.ids[:3]
+    assert cut[1].finish_reason is None
+    assert [cut[i].stream.ids for i in (0, 2)] == [whole[i].stream.ids for i in (0, 2)]
+    none, *_ = rows_for(pipe, ["red", "two"], dict.fromkeys((0, 1), lambda row: False))
+    assert [row.stream.ids for row in none] == [[], []]
+
+
+def test_choices_have_seeds_in_a_row(client):
+    asked = {"model": "tiny", "messages": [{"role": "user", "content": "two"}], "max_tokens": 12, "temperature": 2.0}
+    several = client.chat.completions.create(**asked, seed=4, n=3)
+    alone = [client.chat.completions.create(**asked, seed=seed) for seed in (4, 5, 6)]
+    texts = [choice.message.content for choice in several.choices]
+    assert texts == [one.choices[0].message.content for one in alone] and len(set(texts)) > 1
+    assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
 
 
 def test_the_example_of_the_documentation(server, capsys):

@@ -5,7 +5,7 @@ const QUESTIONS = [
   "what color is the circle?",
   "how many objects are there?",
   "is there a green triangle?",
-  "describe the image.",
+  "how many squares are there?",
 ];
 let messages = [];
 let picture = null; // data URL of the next question
