@@ -339,13 +339,14 @@ def test_launcher_says_that_the_same_command_goes_on(monkeypatch: pytest.MonkeyP
 def test_log_shows_the_share_of_waiting(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     class Slow(ToyTask):
         def load_batch(self, indices: list[int], epoch: int) -> Any:
-            time.sleep(0.05)
+            time.sleep(0.3)
             return super().load_batch(indices, epoch)
 
     run_toy(Slow(), tmp_path / "slow", steps=5)
     run_toy(ToyTask(), tmp_path / "fast", steps=5)
     slow, fast = (read_log(tmp_path / name / "log.jsonl", timing=True) for name in ("slow", "fast"))
-    assert all(0.5 < record["data_wait"] <= 1 for record in slow[1:])
-    assert all(record["data_wait"] < 0.5 for record in fast[1:])
+    assert all(0 <= record["data_wait"] <= 1 for record in slow + fast)
+    # of times, only that sleeping adds to the share: the machine may be busy
+    assert sum(record["data_wait"] for record in slow) > sum(record["data_wait"] for record in fast)
     assert "% of the time waiting for data" in capsys.readouterr().out
     assert read_log(tmp_path / "slow" / "log.jsonl") == read_log(tmp_path / "fast" / "log.jsonl")
