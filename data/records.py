@@ -5,6 +5,7 @@ Text of records is held as bytes or left in the file, which worker processes sha
 
 import json
 import logging
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,9 @@ class RecordSource(Source):
         if images is not None and not images.is_dir():
             raise DataError(f"{path}: images={images} is no folder")
 
+    @abstractmethod
     def _line(self, index: int) -> bytes:
-        raise NotImplementedError
+        """The text of one record."""
 
     def key(self, index: int) -> str:
         try:

@@ -1,7 +1,7 @@
 """What a source of images with words is: `source[i] -> Sample`, in any order, from any process."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,6 +75,24 @@ class Source(BadSamples, ABC):
 
     def _load(self, path: Path, shrink: Shrink | None) -> Decoded:
         return decode(read_file(path), str(path), self.max_pixels, shrink)
+
+
+class Picked:
+    """Some samples of a source, in the order of `indices`; a bad one is bad here too."""
+
+    def __init__(self, source: Any, indices: Sequence[int]) -> None:
+        self.source, self.indices = source, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.source[self.indices[index]]
+
+    @property
+    def bad(self) -> set[int]:
+        """Of those that were read, the numbers here of bad ones."""
+        return {at for at, index in enumerate(self.indices) if index in getattr(self.source, "bad", {})}
 
 
 def good_samples(source: Any, limit: int | None = None) -> Iterator[tuple[int, Any]]:

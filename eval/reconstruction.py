@@ -9,6 +9,7 @@ from PIL import Image
 from unitok.core.distributed import all_gather_object, rank, world_size
 from unitok.core.errors import DataError
 from unitok.data.detector import agrees, detect
+from unitok.data.samples import Picked
 from unitok.data.shapes import Scene
 from unitok.data.transforms import to_pil
 from unitok.eval.codes import CodeCounter, evaluation_mode, images_to_pixels
@@ -36,23 +37,6 @@ def ssim(a_BCHW: torch.Tensor, b_BCHW: torch.Tensor) -> torch.Tensor:
     # In float64: on bright flat ground E[x^2] - E[x]^2 loses so many digits in float32 that equal images get 0.9994.
     a, b = to_bytes(a_BCHW).double(), to_bytes(b_BCHW).double()
     return structural_similarity_index_measure(a, b, data_range=255.0, reduction="none").reshape(-1)
-
-
-class _Part:
-    """Every `step`-th sample of a source from `first` on, up to `count`: one rank's share."""
-
-    def __init__(self, source: Any, first: int, step: int, count: int) -> None:
-        self.source, self.indices = source, range(first, count, step)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.indices[index]]
-
-    @property
-    def bad(self) -> set[int]:
-        return {at for at, index in enumerate(self.indices) if index in getattr(self.source, "bad", {})}
 
 
 def evaluate_reconstruction(
@@ -93,7 +77,7 @@ def evaluate_reconstruction(
     features = None if inception is None else (Features(inception), Features(inception))
     agreement: list[tuple[bool, bool] | None] = []
     pairs: list[tuple[Image.Image, Image.Image]] = []
-    part = _Part(source, rank(), world_size(), count)
+    part = Picked(source, range(rank(), count, world_size()))
     with evaluation_mode(tokenizer):
         for samples in sample_batches(part, len(part), batch_size, "reconstruction"):
             pixels = images_to_pixels([sample.image for sample in samples], config, device)

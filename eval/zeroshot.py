@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unitok.core.errors import DataError, UserError
+from unitok.data.samples import Picked
 from unitok.eval.image_text import BATCH_OF_TEXTS, ImageText
 from unitok.eval.progress import batches, progress, sample_batches
 
@@ -81,7 +82,7 @@ def image_features(
 ) -> tuple[Tensor, Tensor]:
     """Features `[N, D]` and classes `[N]` of the first `limit` images, taken in turn from the classes."""
     at = {folder: index for index, folder in enumerate(folders)}
-    part = _InTurn(source, limit)
+    part = _in_turn(source, limit)
     features, labels = [], []
     for samples in sample_batches(part, len(part), batch_size, "image features"):
         unknown = {_folder(sample.key) for sample in samples} - set(at)
@@ -94,27 +95,15 @@ def image_features(
     return torch.cat(features), torch.tensor(labels)
 
 
-class _InTurn:
+def _in_turn(source: Any, limit: int | None) -> Picked:
     """A source in an order in which every class comes once before any comes again, so that a limit leaves none out."""
-
-    def __init__(self, source: Any, limit: int | None) -> None:
-        seen: dict[str, int] = {}
-        order = []
-        for index in range(len(source)):
-            folder = _folder(source.key(index))
-            order.append((seen.get(folder, 0), index))
-            seen[folder] = seen.get(folder, 0) + 1
-        self.source, self.indices = source, [index for _, index in sorted(order)][:limit]
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> Any:
-        return self.source[self.indices[index]]
-
-    @property
-    def bad(self) -> set[int]:
-        return {at for at, index in enumerate(self.indices) if index in getattr(self.source, "bad", {})}
+    seen: dict[str, int] = {}
+    order = []
+    for index in range(len(source)):
+        folder = _folder(source.key(index))
+        order.append((seen.get(folder, 0), index))
+        seen[folder] = seen.get(folder, 0) + 1
+    return Picked(source, [index for _, index in sorted(order)][:limit])
 
 
 def classifier(model: ImageText, names: Sequence[str], templates: Sequence[Template]) -> Tensor:

@@ -12,7 +12,8 @@ from unitok.core import permutation
 from unitok.core.errors import CheckpointError, ConfigError
 from unitok.core.permutation import Permutation
 from unitok.core.rng import numpy_rng
-from unitok.core.sampling import SampleOrder, WindowOrder, check_same_order, order_of
+from unitok.core.sampling import SampleOrder, WindowOrder, batches, check_same_order, order_of
+from unitok.data.bad import SampleError
 from unitok.data.texts import TextOrder
 
 
@@ -131,3 +132,17 @@ def test_stopped_in_mid_epoch_the_next_samples_follow(tmp_path: Path, workers: i
     assert not recorded(tmp_path / "then", range(5))
     found = recorded(tmp_path / "first", range(5)) + recorded(tmp_path / "then", range(5, 20))
     assert found == expected and all(len(set(found[start : start + 50])) == 50 for start in (0, 50, 100))
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_mistake_in_the_data_is_the_same_line_with_and_without_workers(num_workers):
+    """torch would wrap what a worker raises in its traceback; one of more than a message keeps what it has."""
+
+    class Broken(ToyTask):
+        def load_batch(self, indices, epoch):
+            raise SampleError("shard 3: the picture is cut off", "truncated")
+
+    stream = batches(Broken(), SampleOrder(50, 0), 0, 50, 5, num_workers)
+    with pytest.raises(SampleError) as caught:
+        next(stream)
+    assert str(caught.value) == "shard 3: the picture is cut off" and caught.value.kind == "truncated"

@@ -7,7 +7,7 @@ from typing import Any
 from unitok.commands.t2i import (
     add_generation_arguments,
     add_share_arguments,
-    load_pipeline,
+    begin_generation,
     model_needed,
     plan,
     sampler_of,
@@ -63,11 +63,8 @@ def generate(arguments: argparse.Namespace) -> int:
     """Draw this process's share of the images."""
     from unitok.eval.geneval import load_prompts
     from unitok.eval.geneval_run import (
-        file_name_and_hash,
         generate_folder,
-        generation_protocol,
         read_rewrite,
-        write_generation,
     )
 
     use_share(arguments)
@@ -79,17 +76,8 @@ def generate(arguments: argparse.Namespace) -> int:
         return 0
     metadata = load_prompts(arguments.prompts)[: arguments.limit]
     rewrite = read_rewrite(arguments.rewrite, [entry["prompt"] for entry in metadata]) if arguments.rewrite else None
-    pipeline, out = load_pipeline(arguments), Path(arguments.out)
-    out.mkdir(parents=True, exist_ok=True)
-    protocol = generation_protocol(
-        pipeline,
-        sampler_of(arguments),
-        prompts=file_name_and_hash(arguments.prompts),
-        num_prompts=len(metadata),
-        samples_per_prompt=arguments.samples,
-        rewrite=file_name_and_hash(arguments.rewrite) if arguments.rewrite else None,
-    )
-    write_generation(out, protocol, arguments.seed, arguments.model)
+    out = Path(arguments.out)
+    pipeline, _ = begin_generation(arguments, out, len(metadata), arguments.samples)
     generate_folder(
         pipeline, metadata, out, arguments.samples, arguments.seed, rewrite=rewrite,
         batch_size=arguments.batch_size, **sampler_of(arguments),

@@ -106,9 +106,29 @@ def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
     return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype)
 
 
+def begin_generation(
+    arguments: argparse.Namespace, out: Path, num_prompts: int, samples: int
+) -> tuple["UniTokPipeline", dict[str, Any]]:
+    """The pipeline, and the protocol, which is written into the folder `out` (or must equal the one there)."""
+    from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, write_generation
+
+    pipeline = load_pipeline(arguments)
+    out.mkdir(parents=True, exist_ok=True)
+    protocol = generation_protocol(
+        pipeline,
+        sampler_of(arguments),
+        prompts=file_name_and_hash(arguments.prompts),
+        num_prompts=num_prompts,
+        samples_per_prompt=samples,
+        rewrite=file_name_and_hash(arguments.rewrite) if arguments.rewrite else None,
+    )
+    write_generation(out, protocol, arguments.seed, arguments.model)
+    return pipeline, protocol
+
+
 def t2i(arguments: argparse.Namespace) -> int:
     """Draw the images; FID of MJHQ-30K where its images and Inception are given."""
-    from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, read_rewrite, write_generation
+    from unitok.eval.geneval_run import read_rewrite
     from unitok.eval.t2i_runs import BENCHES, generate_bench
 
     spec, out = BENCHES[arguments.bench], Path(arguments.out)
@@ -123,17 +143,7 @@ def t2i(arguments: argparse.Namespace) -> int:
         return 0
     items = spec.load(Path(arguments.prompts))[: arguments.limit]
     rewrite = read_rewrite(arguments.rewrite, [item.prompt for item in items]) if arguments.rewrite else None
-    pipeline = load_pipeline(arguments)
-    out.mkdir(parents=True, exist_ok=True)
-    protocol = generation_protocol(
-        pipeline,
-        sampler_of(arguments),
-        prompts=file_name_and_hash(arguments.prompts),
-        num_prompts=len(items),
-        samples_per_prompt=spec.samples,
-        rewrite=file_name_and_hash(arguments.rewrite) if arguments.rewrite else None,
-    )
-    write_generation(out, protocol, arguments.seed, arguments.model)
+    pipeline, protocol = begin_generation(arguments, out, len(items), spec.samples)
     missing = generate_bench(
         pipeline, arguments.bench, items, out, arguments.seed, rewrite=rewrite, batch_size=arguments.batch_size,
         **sampler_of(arguments),

@@ -18,7 +18,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
 
@@ -140,7 +140,12 @@ class _Loads(torch.utils.data.Dataset):
         self.task = task
 
     def __getitem__(self, request: tuple[list[int], int]) -> Any:
-        return self.task.load_batch(*request)
+        """The batch, or the UserError that says why there is none: raised in a worker, torch would wrap it in a
+        traceback."""
+        try:
+            return self.task.load_batch(*request)
+        except UserError as error:
+            return error
 
 
 def _begin_worker(_worker: int) -> None:
@@ -164,7 +169,7 @@ def batches(
         for indices, epoch in requests:
             yield task.load_batch(indices, epoch)
         return
-    yield from torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         _Loads(task),
         sampler=requests,
         batch_size=None,
@@ -173,3 +178,7 @@ def batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
+    for batch in loader:
+        if isinstance(batch, UserError):
+            raise batch
+        yield batch
