@@ -19,6 +19,7 @@ from unitok import cli
 from unitok.core.checkpoint import latest_complete, verify
 from unitok.core.distributed import free_port
 from unitok.core.errors import CheckpointError
+from unitok.data.transforms import as_pixels
 from unitok.scripts.soak import end_group, last_step, main, rank_processes
 
 pytestmark = pytest.mark.slow
@@ -58,6 +59,7 @@ def test_stage_one_skips_with_both_networks(files: dict[str, Path], tmp_path: Pa
 
         def spoiled(engines: Any, batch: Any, micro_index: int, step: int) -> Any:
             if step in (4, 12):
+                batch["pixels"] = as_pixels(batch["pixels"])
                 batch["pixels"][0, 0, 0, 0] = float("nan")
             return micro_step(engines, batch, micro_index, step)
 
