@@ -130,6 +130,7 @@ def _add_demo(commands: argparse._SubParsersAction) -> None:
     demo.add_argument(
         "--quick", action="store_true", help="a few steps only: shows that everything runs, learns nothing"
     )
+    demo.add_argument("--recipe", default="shapes", metavar="NAME", help="configurations (default: %(default)s)")
     demo.set_defaults(run=("demo", "demo"))
 
 

@@ -30,21 +30,23 @@ QUICK = {
 }
 
 
-def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
+def run_demo(out: Path, seed: int = 0, quick: bool = False, recipe: str = "shapes") -> dict[str, Any]:
     """Train, evaluate and report into `out`; returns the figures that stand in `out/results.json`.
 
+    `recipe` names the configuration file of each stage (configs/tokenizer/NAME.yaml and configs/mllm/NAME.yaml).
     The final export is `out/model`. An interrupted demo goes on where its last checkpoint was; its time is then that of
     all calls together.
     """
     out.mkdir(parents=True, exist_ok=True)
     with _counted(out, "training"):
-        source = _train_tokenizer(out, seed, quick)
+        source = _train_tokenizer(out, seed, quick, recipe)
         _extract(out, source)
-        _train_model(out, seed, quick)
+        _train_model(out, seed, quick, recipe)
     with _counted(out, "evaluation", anew=True) as spent:
         results = _evaluate(out, seed, quick)
     results |= {
         "wall_seconds": round(sum(part["seconds"] for part in spent.values()), 1),
+        "training_cpu_seconds": round(spent["training"]["cpu_seconds"], 1),
         "peak_memory_mb": round(max(part["peak_mb"] for part in spent.values()), 1),
     }
     write_results(out / "results.json", results)
@@ -55,21 +57,26 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False) -> dict[str, Any]:
 
 @contextmanager
 def _counted(out: Path, part: str, anew: bool = False) -> Iterator[dict[str, dict[str, float]]]:
-    """Seconds and largest memory of every part, which `out/spent.json` remembers over calls.
+    """Seconds, CPU seconds (of all ranks) and largest memory of every part, as `out/spent.json` remembers over calls.
 
     What this call spends is added to `part`, or replaces it if `anew`: training goes on, an evaluation starts again.
     """
     record = out / "spent.json"
     spent = json.loads(record.read_text()) if record.is_file() else {}
-    before = {"seconds": 0.0, "peak_mb": 0.0} if anew else spent.get(part, {"seconds": 0.0, "peak_mb": 0.0})
-    started = time.monotonic()
+    nothing = {"seconds": 0.0, "cpu_seconds": 0.0, "peak_mb": 0.0}
+    before = nothing if anew else nothing | spent.get(part, {})
+    started, cpu = time.monotonic(), sum(os.times()[:4])
     watch = MemoryWatch()
     try:
         with watch:
             yield spent
     finally:
         seconds = before["seconds"] + time.monotonic() - started
-        spent[part] = {"seconds": seconds, "peak_mb": max(before["peak_mb"], watch.peak_mb)}
+        spent[part] = {
+            "seconds": seconds,
+            "cpu_seconds": before["cpu_seconds"] + sum(os.times()[:4]) - cpu,
+            "peak_mb": max(before["peak_mb"], watch.peak_mb),
+        }
         temporary = record.with_suffix(".tmp")
         temporary.write_text(json.dumps(spent) + "\n")
         os.replace(temporary, record)
@@ -79,9 +86,9 @@ def _section(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def _train(stage: str, out: Path, seed: int, quick: bool, places: dict[str, Path]) -> Config:
+def _train(stage: str, recipe: str, out: Path, seed: int, quick: bool, places: dict[str, Path]) -> Config:
     """One stage on two ranks where there are two cores, at the batch size of its configuration file."""
-    file = f"{stage}/shapes.yaml"
+    file = f"{stage}/{recipe}.yaml"
     overrides = [f"output_dir={out / stage}", f"seed={seed}", *(QUICK[stage] if quick else [])]
     overrides += [f"{name}={path}" for name, path in places.items()]
     config = stage_config(stage, file, overrides)
@@ -95,10 +102,10 @@ def _train(stage: str, out: Path, seed: int, quick: bool, places: dict[str, Path
     return config
 
 
-def _train_tokenizer(out: Path, seed: int, quick: bool) -> str:
+def _train_tokenizer(out: Path, seed: int, quick: bool, recipe: str) -> str:
     """Stage one; returns the data source that it trained on."""
     _section("stage one: the visual tokenizer")
-    return _train("tokenizer", out, seed, quick, {}).data.source
+    return _train("tokenizer", recipe, out, seed, quick, {}).data.source
 
 
 def _extract(out: Path, source: str) -> None:
@@ -118,10 +125,10 @@ def _extract(out: Path, source: str) -> None:
     extract_codes(tokenizer, open_source(source), codes)
 
 
-def _train_model(out: Path, seed: int, quick: bool) -> None:
+def _train_model(out: Path, seed: int, quick: bool, recipe: str) -> None:
     """Stage two; its export is copied to `out/model`."""
     _section("stage two: the unified model")
-    _train("mllm", out, seed, quick, {"tokenizer": out / "tokenizer" / "export", "data.codes": out / "codes"})
+    _train("mllm", recipe, out, seed, quick, {"tokenizer": out / "tokenizer" / "export", "data.codes": out / "codes"})
     shutil.rmtree(out / "model", ignore_errors=True)
     shutil.copytree(out / "mllm" / "export", out / "model")
 

@@ -8,5 +8,5 @@ def demo(arguments: argparse.Namespace) -> int:
     """Run the whole demo into `--out`."""
     from unitok.demo import run_demo
 
-    run_demo(Path(arguments.out), arguments.seed, arguments.quick)
+    run_demo(Path(arguments.out), arguments.seed, arguments.quick, arguments.recipe)
     return 0
