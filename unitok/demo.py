@@ -43,7 +43,7 @@ def run_demo(out: Path, seed: int = 0, quick: bool = False, recipe: str = "shape
         _extract(out, source)
         _train_model(out, seed, quick, recipe)
     with _counted(out, "evaluation", anew=True) as spent:
-        results = _evaluate(out, seed, quick)
+        results = evaluate_model(out / "model", out, seed, quick)
     results |= {
         "wall_seconds": round(sum(part["seconds"] for part in spent.values()), 1),
         "training_cpu_seconds": round(spent["training"]["cpu_seconds"], 1),
@@ -133,8 +133,9 @@ def _train_model(out: Path, seed: int, quick: bool, recipe: str) -> None:
     shutil.copytree(out / "mllm" / "export", out / "model")
 
 
-def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
-    """Every figure on held-out scenes, each with its baseline, and what the report shows."""
+def evaluate_model(model: Path, out: Path, seed: int, quick: bool = False) -> dict[str, Any]:
+    """Every figure of the export in `model` on held-out scenes, each with its baseline; `out` gets what the report
+    shows."""
     from unitok.data.captions import geneval_prompts, paraphrase
     from unitok.data.detector import detect
     from unitok.data.source import open_source
@@ -151,7 +152,7 @@ def _evaluate(out: Path, seed: int, quick: bool) -> dict[str, Any]:
     scale = 20 if quick else 1
     images, questions, prompts = (n // scale for n in (HELD_OUT_IMAGES, VQA_QUESTIONS, GENEVAL_PROMPTS))
     source = open_source(f"shapes:val?num={images}&seed={seed}")
-    pipeline = UniTokPipeline.from_pretrained(out / "model")
+    pipeline = UniTokPipeline.from_pretrained(model)
     tokenizer = pipeline.tokenizer
     reconstruction = evaluate_reconstruction(tokenizer, source, device=tokenizer.device)
     retrieval = evaluate_retrieval(tokenizer, source, device=tokenizer.device)
