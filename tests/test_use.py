@@ -137,7 +137,7 @@ def test_progress_is_for_terminals(model, here, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--seeds", "1,x"], "--seeds"),
+        (["--seeds", "1,x"], "--seeds: '1,x': expected whole numbers, as in 3,5,9"),
         (["--seeds", "1,1"], "names a seed twice"),
         (["--seeds", "1,2", "--num", "2"], "without --seed and --num"),
         (["--grid", "grid.jpg"], "--grid grid.jpg: expected a file ending in .png"),
@@ -196,12 +196,16 @@ def test_pairs_with_psnr(model, here, capsys):
     assert "without --out and --alone" in capsys.readouterr().err
 
 
-def test_weights_of_half_the_bits(model, here, pipe, capsys):
-    """Stored in fp16, computed in fp32."""
-    half = load_model_folder(UniTok, model / "visual_tokenizer").half()
+def test_weights_of_half_the_bits(tmp_path, here):
+    """Stored in fp16, computed in fp32: drawing, reading and reconstructing."""
+    half = make_pipeline(tmp_path)
+    half.model.half()
+    half.tokenizer.half()
     half.save_pretrained("half")
-    assert load_model_folder(UniTok, "half").dtype == torch.float16
-    assert main(["reconstruct", "red.png", "--tokenizer", "half"]) == 0
+    assert load_model_folder(UniTok, "half/visual_tokenizer").dtype == torch.float16
+    assert main(["generate", "red", "--model", "half", "--out", "drawn.png"]) == 0
+    assert main(["chat", "what color is it?", "--image", "drawn.png", "--model", "half", "--max-new-tokens", "2"]) == 0
+    assert main(["reconstruct", "drawn.png", "--tokenizer", "half/visual_tokenizer"]) == 0
 
 
 # ---- conversations

@@ -23,10 +23,10 @@ if TYPE_CHECKING:
 FILE = "file"  # entry of a picture's info: where it is on the disk
 HELP = """\
 QUESTION          ask; earlier turns are remembered
-FILE ...          pictures for the next question, alone or within it: type paths, or drag files into the window
-/image FILE ...   the same
+FILE ...          pictures for the next question, alone or within it: type paths,
+                  or drag files into the window; /image FILE ... is the same
 /generate PROMPT  draw a picture, which then waits for the next question
-/save FILE        write the conversation, with the paths of its pictures, as one line of JSON
+/save FILE        write the conversation as one line of JSON, with paths of pictures
 /reset            begin a new conversation
 /help             this
 Ctrl-C stops an answer or a drawing; at the prompt it leaves, as Ctrl-D does."""

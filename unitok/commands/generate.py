@@ -49,7 +49,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
 
 def whole_numbers(text: str) -> list[int]:
     """The different numbers of "3,5,9"."""
-    numbers = [int(one) for one in text.split(",")]
+    try:
+        numbers = [int(one) for one in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected whole numbers, as in 3,5,9") from None
     if len(set(numbers)) < len(numbers):
         raise argparse.ArgumentTypeError(f"{text} names a seed twice")
     return numbers
