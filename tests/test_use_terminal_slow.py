@@ -27,7 +27,7 @@ class Terminal:
         self.socket = str(folder / "tmux")
         start = [f"cd {shlex.quote(str(folder))}", f"export PYTHONPATH={shlex.quote(str(ROOT))} OMP_NUM_THREADS=1"]
         self.tmux("-f", "/dev/null", "new-session", "-d", "-x", "100", "-y", "200", "sh")
-        self.type(f"{' && '.join(start)}; PS1='shell> '; clear")
+        self.type(f"{' && '.join(start)}; PS1='shell> '")
         self.wait_for("shell>")
 
     def tmux(self, *words: str) -> str:
@@ -35,22 +35,24 @@ class Terminal:
         return done.stdout
 
     def type(self, text: str) -> None:
-        self.tmux("send-keys", "-l", text)
+        """A line, and the return key."""
+        self.press("-l", text)
         self.tmux("send-keys", "Enter")
+
+    def press(self, *keys: str) -> None:
+        self.before = len(self.lines())
+        self.tmux("send-keys", *keys)
 
     def lines(self) -> list[str]:
         return [line.rstrip() for line in self.tmux("capture-pane", "-p").splitlines() if line.strip()]
 
     def wait_for(self, last: str, seconds: float = SOON) -> list[str]:
-        """The screen, once its last line is `last`."""
+        """The screen, once its last line is `last` below what was there when keys were last pressed."""
         deadline = time.monotonic() + seconds
-        while not (lines := self.lines()) or lines[-1] != last:
+        while len(lines := self.lines()) <= self.before or lines[-1] != last:
             assert time.monotonic() < deadline, lines
             time.sleep(0.1)
         return lines
-
-    def interrupt(self) -> None:
-        self.tmux("send-keys", "C-c")
 
 
 @pytest.fixture
@@ -72,9 +74,9 @@ def test_a_conversation(terminal, tmp_path):
     terminal.type("what color is the circle?")  # random weights: a long answer
     deadline = time.monotonic() + SOON
     while terminal.lines()[-1].startswith("you"):  # until the first pieces have come
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, terminal.lines()
         time.sleep(0.02)
-    terminal.interrupt()
+    terminal.press("C-c")
     lines = terminal.wait_for("you:")
     assert lines[-2].endswith("^C"), "the answer was stopped while it was written"
 
@@ -96,16 +98,15 @@ def test_a_conversation(terminal, tmp_path):
     terminal.type("/paint")
     assert "/paint: no such command" in " ".join(terminal.wait_for("you:")[-4:])
 
-    terminal.interrupt()
+    terminal.press("C-c")
     terminal.wait_for("shell>")
     terminal.type("echo status $?")
     lines = terminal.wait_for("shell>")
     assert lines[-2] == "status 0" and not any("Traceback" in line for line in lines)
 
-    terminal.type(f"clear; {chat} --max-new-tokens 4")  # Ctrl-D leaves in the same way
+    terminal.type(f"{chat} --max-new-tokens 4")  # Ctrl-D leaves in the same way
     terminal.wait_for("you:", START)
-    terminal.tmux("send-keys", "C-d")
+    terminal.press("C-d")
     terminal.wait_for("shell>")
     terminal.type("echo status $?")
-    terminal.wait_for("shell>")
-    assert terminal.lines()[-2] == "status 0"
+    assert terminal.wait_for("shell>")[-2] == "status 0"
