@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+import unitok
 from unitok.core.distributed import is_distributed, rank, world_size
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline, seeds_of
@@ -36,6 +38,7 @@ def generate_many(
     overlap: bool | None = None,
     graph: bool | None = None,
     on_image: Callable[[int, Path], None] | None = None,
+    on_position: Callable[[int, int], None] | None = None,
     **sampler: Any,
 ) -> list[Path]:
     """One PNG per prompt, named by its index or as `names` say; the paths of all, those of other ranks included.
@@ -50,6 +53,7 @@ def generate_many(
             cores).
         graph: see `generate_codes`.
         on_image: called with index and path after each file of this rank, from one thread.
+        on_position: called after each image position of a batch, with how many are done of how many.
 
     Raises:
         UserError: an image that is there was made in another way (it says in what), or by something else.
@@ -59,14 +63,8 @@ def generate_many(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     settings = pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None}
-    common = {
-        "settings": settings,
-        "precision": str(pipeline.model.dtype).removeprefix("torch."),
-        "weights": pipeline.model.weight_kind,
-        "model": fingerprint(pipeline),  # last: rounded weights have another one
-    }
     seeds = seeds_of(seed, len(prompts), "prompts")
-    records = [{"prompt": prompt, "seed": own, **common} for prompt, own in zip(prompts, seeds, strict=True)]
+    records = image_records(pipeline, prompts, seeds, **settings)
     digits = max(_DIGITS, len(str(len(prompts) - 1)))
     paths = [folder / name for name in names or (f"{index:0{digits}}.png" for index in range(len(prompts)))]
     first, step = own_share()
@@ -75,7 +73,7 @@ def generate_many(
 
     def finish(indices: Sequence[int], codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> None:
         for index, pixels in zip(indices, _decode(pipeline, codes_BKL, sampled), strict=True):
-            write_image(pipeline.picture(pixels), paths[index], records[index])
+            write_image(pipeline.picture(pixels), paths[index], records[index], prompts[index])
             if on_image is not None:
                 on_image(index, paths[index])
 
@@ -84,7 +82,7 @@ def generate_many(
         for start in range(0, len(missing), batch_size):
             indices = missing[start : start + batch_size]
             own = [[values[index] for index in indices] for values in (prompts, seeds)]
-            codes_BKL = pipeline.sample_codes(*own, settings, graph=graph)
+            codes_BKL = pipeline.sample_codes(*own, settings, on_position, graph)
             if pending is not None:
                 pending.result()  # an error of the last batch ends it all
             if overlap:
@@ -97,6 +95,20 @@ def generate_many(
     return paths
 
 
+def image_records(
+    pipeline: UniTokPipeline, prompts: Sequence[str], seeds: Sequence[int], **sampler: Any
+) -> list[Record]:
+    """What decides how each image looks: prompt, seed, sampler, precision and the model. `sampler`: as in
+    `generate_many`."""
+    common = {
+        "settings": pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None},
+        "precision": str(pipeline.model.dtype).removeprefix("torch."),
+        "weights": pipeline.model.weight_kind,
+        "model": fingerprint(pipeline),  # last: rounded weights have another one
+    }
+    return [{"prompt": prompt, "seed": seed, **common} for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
 def own_share() -> tuple[int, int]:
     """This process's number and how many there are: of the process group, or as `torchrun` says."""
     if is_distributed():
@@ -105,9 +117,11 @@ def own_share() -> tuple[int, int]:
 
 
 def fingerprint(pipeline: UniTokPipeline) -> str:
-    """Tells one trained model from another by some of its weights: norms and the first row of the code head."""
+    """Tells one trained model from another by some of its weights: norms and the first row of the code head, and of
+    the visual tokenizer all vectors (norms, biases)."""
     depth, digest = pipeline.model.depth, hashlib.blake2b(digest_size=8)
-    for weight in (depth.norm.weight, depth.layers[0].input_layernorm.weight, depth.head.weight[0, 0]):
+    visual = [weight for weight in pipeline.tokenizer.state_dict().values() if weight.dim() == 1]
+    for weight in (depth.norm.weight, depth.layers[0].input_layernorm.weight, depth.head.weight[0, 0], *visual):
         digest.update(weight.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -139,16 +153,24 @@ def _difference(found: Any, wanted: Any) -> tuple[Any, Any]:
     return {name: found.get(name) for name in names}, {name: wanted.get(name) for name in names}
 
 
-def write_image(image: Image.Image, path: Path, record: Record) -> None:
-    """The PNG with its record, all at once."""
+def write_image(image: Image.Image, path: Path, record: Record, description: str | None = None) -> None:
+    """The PNG with its record, all at once. `description`, and the versions that wrote it, have PNG's own names."""
     info = PngInfo()
     info.add_text(RECORD, json.dumps(record))
+    info.add_text("Software", _software())  # not part of the record: a new version goes on with a folder
+    if description is not None:
+        info.add_text("Description", description)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _software() -> str:
+    versions = {"unitok": unitok.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 @torch.no_grad()

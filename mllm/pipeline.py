@@ -50,7 +50,7 @@ class UniTokPipeline:
     ) -> "UniTokPipeline":
         """From an export folder; UserError when the folder is missing or something else.
 
-        `dtype` of the unified model (the visual tokenizer stays as it is); `weights`: see `quantize_weights`.
+        `dtype` of the unified model (the visual tokenizer computes in fp32); `weights`: see `quantize_weights`.
         """
         folder = Path(path)
         check_model_folder(folder, UniTokMLLM.config_class.model_type)
@@ -81,7 +81,9 @@ class UniTokPipeline:
         """The visual tokenizer, checked against the model's code sizes."""
         if self._tokenizer is None:
             source = self._tokenizer_source
-            tokenizer = load_model_folder(UniTok, source) if isinstance(source, Path) else source
+            tokenizer = source
+            if isinstance(source, Path):  # also where its weights are stored in half as many bits
+                tokenizer = load_model_folder(UniTok, source, dtype=torch.float32)
             check_same_codes(self.model, tokenizer)
             self._tokenizer = tokenizer.to(self.model.device).eval().requires_grad_(False)
         return self._tokenizer

@@ -129,9 +129,9 @@ def test_chat_answers_a_question_and_holds_a_conversation(run, capsys, monkeypat
 def test_reconstruct(run):
     images = [str(run / "red.png"), str(run / "blue.jpg")]
     assert main(["reconstruct", *images, *tokenizer_of(run), "--out", str(run / "back")]) == 0
+    assert {path.name for path in (run / "back").iterdir()} == {"red_pair.png", "blue_pair.png"}
     for path in (run / "back").glob("*.png"):
-        assert Image.open(path).size == (32, 32)
-    assert len(list((run / "back").glob("*.png"))) == 2
+        assert Image.open(path).size == (32 + 2 + 32, 32)
 
 
 @pytest.mark.parametrize("kind", ["reconstruction", "retrieval", "vqa"])

@@ -12,7 +12,7 @@ from tiny import make_text_tokenizer, make_tokenizer, roughen
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 from unitok.cli import main as cli
-from unitok.commands.use import _converse
+from unitok.commands.chat import Conversation, converse
 from unitok.core.errors import CheckpointError, UserError
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
@@ -256,14 +256,14 @@ def test_a_conversation_on_the_terminal(pipe, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     blue = f"/image {tmp_path / 'blue.png'}"
     lines = iter(["two", blue, f"{blue}x", "/image", blue, "yes", "stop", "red", KeyboardInterrupt, "never read"])
-    assert _converse(session, [picture()], max_new_tokens=6) == 0
+    assert converse(Conversation(session, [picture()], max_new_tokens=6)) == 0
     assert asked == [("two", 1), ("yes", 2), ("stop", 0), ("red", 0)]
     printed = capsys.readouterr()
     assert printed.err.count("cannot read image") == 1 and printed.err.count("name a file") == 1
     answers = [message["content"] for message in session.messages if message["role"] == "assistant"]
     assert len(answers) == 4 and printed.out == "".join(f"{answer}\n" for answer in [*answers, ""])
     lines = iter(["/reset", "two", KeyboardInterrupt])
-    _converse(session, [picture()], max_new_tokens=6)
+    converse(Conversation(session, [picture()], max_new_tokens=6))
     assert asked[-1] == ("two", 0) and len(session.messages) == 2
 
 
@@ -330,7 +330,7 @@ def test_progress_and_truncated_pixels(pipe, monkeypatch):
 def test_a_mistyped_command_of_a_chat_is_named(pipe, monkeypatch, capsys):
     lines = iter(["/rest", "/reset", "/image"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
-    assert _converse(pipe.new_session(), [], 4) == 0
+    assert converse(Conversation(pipe.new_session(), [], 4)) == 0
     errors = capsys.readouterr().err.splitlines()
     assert ["/rest: no such command" in errors[0], "/image: name a file" in errors[1], len(errors)] == [True, True, 2]
 

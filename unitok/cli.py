@@ -182,48 +182,25 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
 
 
 def _add_use(commands: argparse._SubParsersAction) -> None:
-    reconstruct = commands.add_parser("reconstruct", help="send images through the tokenizer and back")
-    reconstruct.add_argument("images", nargs="+", metavar="IMAGE")
-    reconstruct.add_argument("--tokenizer", default=DEFAULT_TOKENIZER, metavar="DIR", help="default: %(default)s")
-    reconstruct.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
-    reconstruct.set_defaults(run=("use", "reconstruct"))
+    from unitok.commands.chat import add_chat_arguments
+    from unitok.commands.generate import add_generate_arguments
+    from unitok.commands.reconstruct import add_reconstruct_arguments
 
+    add_reconstruct_arguments(commands.add_parser("reconstruct", help="images beside their reconstructions, and PSNR"))
     generate = commands.add_parser("generate", help="draw images from text")
-    generate.add_argument("prompts", nargs="*", metavar="PROMPT")
-    generate.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
-    generate.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
-    generate.add_argument("--num", type=positive_int, default=1, help="images per prompt (default: %(default)s)")
-    generate.add_argument("--seed", type=int, default=0, help="the same seed gives the same image")
-    generate.add_argument("--guidance", type=float, metavar="G", help="classifier-free guidance, 1 = off")
-    generate.add_argument("--temperature", type=float, metavar="T", help="high: varied, low: cautious")
-    generate.add_argument(
-        "--depth-temperature", type=float, metavar="T", help="of all codes of a position but the first: how things look"
-    )
-    generate.add_argument(
-        "--from-file", metavar="FILE", help="one prompt per line; given again, the command goes on where it was stopped"
-    )
-    generate.add_argument(
-        "--no-graph", action="store_true", help="on a GPU: begin at once instead of compiling for a minute, but slower"
-    )
+    add_generate_arguments(generate)
     _add_precision(generate)
-    generate.set_defaults(run=("use", "generate"), positional="prompts")
-
-    chat = commands.add_parser(
-        "chat", help="ask about images; without a question: a conversation (/image FILE adds one, /reset begins anew)"
-    )
-    chat.add_argument("question", nargs="?", metavar="QUESTION")
-    chat.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
-    chat.add_argument("--image", action="append", default=[], metavar="FILE", help="may be given several times")
-    chat.add_argument("--max-new-tokens", type=positive_int, default=128)
+    chat = commands.add_parser("chat", help="ask about images; without a question: a conversation")
+    add_chat_arguments(chat)
     _add_precision(chat)
-    chat.set_defaults(run=("use", "chat"), positional="question")
 
 
 def _add_serve(commands: argparse._SubParsersAction) -> None:
     from unitok.commands.serve import add_serve_arguments
+    from unitok.commands.use import small_model
 
     serve = commands.add_parser("serve", help="chat and pictures over HTTP, in OpenAI's form, and a web page")
-    serve.add_argument("--model", default=DEFAULT_MODEL, metavar="DIR", help="default: %(default)s")
+    serve.add_argument("--model", default=small_model(), metavar="DIR", help="default: %(default)s")
     add_serve_arguments(serve)
     _add_precision(serve)
 

@@ -38,7 +38,7 @@ def add_serve_arguments(serve: argparse.ArgumentParser) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Answer requests until a signal ends it."""
-    from unitok.commands.use import _pipeline
+    from unitok.commands.use import load_pipeline
     from unitok.serve.app import create_app
     from unitok.serve.server import Server
     from unitok.serve.settings import LOOPBACK, ServeSettings
@@ -59,7 +59,7 @@ def serve(arguments: argparse.Namespace) -> int:
     check_address(arguments.host, arguments.port)
     if arguments.host not in LOOPBACK and settings.api_key is None:
         _LOGGER.warning("--host %s without an API key: everybody who reaches this machine can ask", arguments.host)
-    Server(create_app(_pipeline(arguments), settings), arguments.host, arguments.port).run()
+    Server(create_app(load_pipeline(arguments), settings), arguments.host, arguments.port).run()
     return 0
 
 

@@ -34,7 +34,10 @@ def check_model_folder(folder: Path, model_type: str) -> None:
             f"{folder}: is a file, expected a model folder (`unitok convert` makes one of a released checkpoint)"
         )
     if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such model folder")
+        raise CheckpointError(
+            f"{folder}: no such model folder; give another, or make one: `unitok demo` trains runs/demo/model, "
+            "`unitok convert` makes one of a released checkpoint"
+        )
     if not config_file.is_file():
         raise CheckpointError(f"{folder}: not a model folder (it has no config.json)")
     for file in sorted(folder.glob("*.json")):

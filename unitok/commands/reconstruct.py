@@ -1,0 +1,71 @@
+"""`unitok reconstruct`: images beside what the tokenizer's codes keep of them."""
+
+import argparse
+import json
+from pathlib import Path
+from statistics import fmean
+
+from unitok.commands.use import image_file, output_files, sheet, small_tokenizer
+from unitok.core.errors import UserError
+
+
+def add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `unitok reconstruct`."""
+    parser.description = (
+        "Write every image as the tokenizer sees it, beside its reconstruction, and print the PSNR of each and the "
+        "mean. PSNR is taken after rounding to 8 bits, as `unitok eval reconstruction` does."
+    )
+    parser.add_argument("images", nargs="+", metavar="IMAGE")
+    parser.add_argument("--tokenizer", default=small_tokenizer(), metavar="DIR", help="default: %(default)s")
+    parser.add_argument("--out", metavar="FILE|DIR", help="file for one image, else folder (default: here)")
+    parser.add_argument("--alone", action="store_true", help="write reconstructions alone, without the originals")
+    parser.add_argument("--sheet", metavar="FILE", help="all pairs in one picture, in place of a file for each")
+    parser.add_argument("--json", metavar="FILE", help="write the figures as JSON")
+    parser.set_defaults(run=("reconstruct", "reconstruct"))
+
+
+def reconstruct(arguments: argparse.Namespace) -> int:
+    """Write pairs, or reconstructions alone, and print PSNRs."""
+    import torch
+
+    from unitok.core.pretrained import load_model_folder
+    from unitok.data.transforms import eval_transform, load_image, to_pil
+    from unitok.eval.reconstruction import psnr_db
+    from unitok.tokenizer import UniTok
+
+    if arguments.sheet and (arguments.out or arguments.alone):
+        raise UserError("--sheet is all pairs in one picture: give it without --out and --alone")
+    images = [load_image(Path(name)) for name in arguments.images]
+    kind = "reconstruction" if arguments.alone else "pair"
+    names = [f"{Path(name).stem}_{kind}.png" for name in arguments.images]
+    files = [image_file("--sheet", arguments.sheet)] if arguments.sheet else output_files(arguments.out, names)
+    tokenizer = load_model_folder(UniTok, arguments.tokenizer, dtype=torch.float32).eval()
+    pairs, figures = [], []
+    for number, (name, image) in enumerate(zip(arguments.images, images, strict=True)):
+        pixels = eval_transform(image, tokenizer.config.image_size, tokenizer.config.preprocess).unsqueeze(0)
+        with torch.no_grad():
+            again = tokenizer.reconstruct(pixels)
+        pair = [to_pil(pixels[0]), to_pil(again[0])]
+        figure = {"image": name, "psnr_db": psnr_db(pixels, again).item()}
+        if arguments.sheet:
+            pairs += pair
+        else:
+            (pair[1] if arguments.alone else sheet(pair, 2)).save(files[number])
+            figure["file"] = str(files[number])
+        print(f"{figure.get('file', name)}  PSNR {figure['psnr_db']:.2f} dB", flush=True)
+        figures.append(figure)
+    mean = fmean(figure["psnr_db"] for figure in figures)
+    if len(figures) > 1:
+        print(f"mean of {len(figures)} images: PSNR {mean:.2f} dB")
+    if arguments.sheet:
+        sheet(pairs, 2 * _pairs_in_a_row(len(figures))).save(files[0])
+        print(files[0])
+    if arguments.json:
+        results = {"tokenizer": str(arguments.tokenizer), "images": figures, "mean_psnr_db": mean}
+        Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _pairs_in_a_row(count: int) -> int:
+    """So that the sheet is nearly square: a pair is twice as wide as it is high."""
+    return max(1, round((count / 2) ** 0.5))
