@@ -2,7 +2,7 @@
 
 from setuptools import find_packages, setup
 
-FOLDERS = ("tokenizer", "mllm", "data", "eval", "configs", "scripts")
+FOLDERS = ("tokenizer", "mllm", "data", "eval", "configs", "scripts", "assets")
 
 packages = ["unitok", *(f"unitok.{name}" for name in find_packages("unitok"))]
 package_dir = {"unitok": "unitok"}
@@ -15,6 +15,7 @@ setup(
     package_dir=package_dir,
     package_data={
         "unitok.configs": ["**/*.yaml"],
+        "unitok.assets": ["shapes-mini/**/*"],
         "unitok": ["**/*.html", "**/*.j2", "**/*.css", "**/*.js"],
         "unitok.eval": ["*.j2"],
         "unitok.eval.lm_eval_tasks": ["*.yaml"],

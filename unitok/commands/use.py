@@ -18,9 +18,13 @@ SMALL_MODEL = "assets/shapes-mini"
 
 
 def small_model() -> str:
-    """The model that comes with the repository: seen from here, or else in the checkout that this package is in."""
-    checkout = Path(__file__).resolve().parents[2] / SMALL_MODEL
-    return str(checkout) if checkout.is_dir() and not Path(SMALL_MODEL).is_dir() else SMALL_MODEL
+    """The model that comes with the project: seen from here, or in the checkout or installation of this package."""
+    if not Path(SMALL_MODEL).is_dir():
+        package = Path(__file__).resolve().parents[1]
+        for folder in (package.parent / SMALL_MODEL, package / SMALL_MODEL):
+            if folder.is_dir():
+                return str(folder)
+    return SMALL_MODEL
 
 
 def small_tokenizer() -> str:
