@@ -1,4 +1,4 @@
-"""What can be measured side by side: UniTok folders and releases, and autoencoders of diffusers (SD-VAE, VQGAN and others).
+"""What can be measured side by side: UniTok folders and releases, and autoencoders of diffusers (SD-VAE and others).
 
 Each is a module with `config.image_size`, `config.preprocess`, `encode(pixels)` and `decode(what encode gave)`, pixels
 in [-1, 1]; those with codes also have `config.num_codebooks` and `config.codebook_size`.
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from unitok.core.errors import CheckpointError, UserError
 from unitok.core.pretrained import load_model_folder, read_json
-
 
 # Image autoencoders of diffusers that have been tried. Others encode videos or sound, or draw noise while decoding.
 DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderDC", "VQModel")

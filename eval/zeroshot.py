@@ -176,7 +176,8 @@ def accuracies(scores_NM: Tensor, labels_N: Tensor) -> dict[str, float]:
 def linear_probe(
     train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], strength: float, seed: int
 ) -> dict[str, float]:
-    """{"linear_probe", "linear_probe_se"}: accuracy on `val` of scikit-learn's logistic regression (L-BFGS, at most 1000 rounds) fitted to `train`.
+    """{"linear_probe", "linear_probe_se"}: accuracy on `val` of scikit-learn's logistic regression (L-BFGS, at most
+    1000 rounds) fitted to `train`.
 
     strength: its C, the inverse of the penalty. Features are unit vectors.
     """

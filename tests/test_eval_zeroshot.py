@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
-from unitok.data.source import Sample, open_source
 from unitok.data.shapes import PALETTE
+from unitok.data.source import Sample, open_source
 from unitok.eval.image_text import open_image_text
 from unitok.eval.retrieval import _both_ranks, recalls
 from unitok.eval.zeroshot import (

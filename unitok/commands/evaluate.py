@@ -28,7 +28,8 @@ def retrieval(arguments: argparse.Namespace) -> int:
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
     figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
-    return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
+    details = {"preprocess": tokenizer.config.preprocess, "image_size": tokenizer.config.image_size}
+    return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]}, **details)
 
 
 def vqa(arguments: argparse.Namespace) -> int:
@@ -46,7 +47,10 @@ def vqa(arguments: argparse.Namespace) -> int:
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
     figures = with_errors(figures, ("accuracy",), figures["num_questions"])
-    return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
+    model = pipeline.model
+    details = {"embedder_cache": model.config.embedder_cache, "precision": str(model.dtype).removeprefix("torch.")}
+    details |= {"weights": model.weight_kind, "decoding": "greedy", "paraphrase": arguments.paraphrase}
+    return _finish(arguments, "vqa", figures, counts, **details)
 
 
 def geneval(arguments: argparse.Namespace) -> int:

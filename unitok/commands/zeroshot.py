@@ -20,7 +20,9 @@ def add_zeroshot_arguments(parser: argparse.ArgumentParser, default: str) -> Non
         "--model", action="append", metavar="DIR|FILE|open_clip:MODEL:WEIGHTS",
         help=f"UniTok folder, released .pth, or a model of open_clip; may be given several times (default: {default})",
     )  # fmt: skip
-    parser.add_argument("--source", required=True, metavar="DIR", help="images in folders named by class; or the shapes world")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="images in folders named by class; or the shapes world"
+    )
     parser.add_argument("--train", metavar="DIR", help="images of a linear probe, of the same classes")
     parser.add_argument("--classes", metavar="FILE", help="a name for each class folder, in sorted order, one a line")
     parser.add_argument(
