@@ -12,6 +12,7 @@ from typing import Any
 from unitok.core.errors import UserError
 
 _USER_MISTAKES = ("Tasks not found", "No tasks specified")  # what lm-eval says, as a plain ValueError
+_JUDGE = "give --judge MODULE:FUNCTION, (question, reference, answer) -> [0, 1]"
 _BATCH_SIZE = "32"  # lm-eval's default is 1
 
 
@@ -146,8 +147,10 @@ def _list_data(argv: list[str]) -> int:
     from unitok.eval.benchmarks import BENCHMARKS
     from unitok.eval.results import print_table
 
-    asked = [name for name in BENCHMARKS if any(f"unitok_{name}" in one.split(",") for one in argv)] or list(BENCHMARKS)
+    asked = [name for name in BENCHMARKS if any(f"unitok_{name}" in one.split(",") for one in argv)]
+    asked = asked or ([] if _others(argv) else list(BENCHMARKS))
     rows = [(f"unitok_{name}", missing_data(name) or "there") for name in asked]
+    rows += [(task, "lm-eval's own task: from the hub, as its task file says") for task in _others(argv)]
     print_table(rows, ("task", "data"))
     given = ",".join(one.removeprefix("--model_args=") for one in argv)
     for part in given.split(","):
@@ -157,9 +160,17 @@ def _list_data(argv: list[str]) -> int:
     return 0
 
 
+def _others(argv: list[str]) -> list[str]:
+    """Tasks asked for that are not ours."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", "-t", nargs="*", default=[])
+    asked = [task for text in parser.parse_known_args(argv)[0].tasks for task in text.split(",")]
+    return [task for task in asked if task and not task.startswith("unitok_")]
+
+
 def rescore(arguments: argparse.Namespace) -> int:
     """Figures of stored answers, without the model."""
-    from unitok.eval.rescore import read_samples, rescore_samples, rescored_run
+    from unitok.eval.rescore import load_judge, read_samples, rescore_samples, rescored_run
     from unitok.eval.results import print_table, write_results
 
     path = Path(arguments.samples)
@@ -168,12 +179,18 @@ def rescore(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         there = "is there" if path.is_file() else "is missing: run `unitok lm-eval --tasks unitok_... --log_samples`"
         print(f"would score the stored answers of {path}, which {there}")
+        if arguments.judge:
+            load_judge(arguments.judge)
+        else:
+            print(f"left out: scores of a judge, which MM-Vet needs; {_JUDGE}")
         return 0
     name, samples = read_samples(path, arguments.limit)
     metrics, groups = rescore_samples(name, samples, arguments.judge)
     rows = [(metric.name, f"{metric.value:.4f}", metric.n) for metric in metrics]
     rows += [(f"{metric} of {group}", f"{value:.4f}", "") for metric, group, value in groups]
     print_table(rows, (f"figure of {name}", "value", "n"))
+    if name == "mmvet" and not arguments.judge:
+        print(f"no score: MM-Vet is scored by a judge; {_JUDGE}")
     if arguments.out:
         model = Path(arguments.model) if arguments.model else None
         run = rescored_run(name, metrics, samples, path, arguments.seed, arguments.judge, model)

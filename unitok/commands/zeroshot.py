@@ -124,13 +124,24 @@ def _one(
 
 def _plan(arguments: argparse.Namespace, names: list[str]) -> int:
     print(f"would measure: zero-shot classification of {arguments.source} by {', '.join(names)}")
-    hints = [(arguments.source, "images in class folders, such as ImageNet's val (https://image-net.org)")]
+    hints = [
+        (
+            arguments.source,
+            "images in class folders, such as ImageNet's val (https://image-net.org); or shapes:val?num=2000",
+        )
+    ]
     hints += [(arguments.train, "images of the linear probe in the same class folders")] if arguments.train else []
     hints += [(arguments.captions, "images with captions, such as Flickr30k's")] if arguments.captions else []
     hints += [(name, "train it, or convert a release") for name in names if not name.startswith("open_clip:")]
+    hints += [(arguments.classes, "a name for each class folder, one a line")] if arguments.classes else []
+    if arguments.templates not in (None, "imagenet", "simple", "photo"):
+        hints.append((arguments.templates, "one prompt a line, {} standing for the class"))
     for path, hint in hints:
         if not path.startswith("shapes") and not Path(path).exists():
             print(f"missing: {path}: {hint}")
+    for name in names:
+        if name.startswith("open_clip:") and not Path(name.rpartition(":")[2]).exists():
+            print(f"needed: {name}: open_clip fetches it (github.com/mlfoundations/open_clip); or give its file")
     return 0
 
 
