@@ -274,7 +274,8 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
         "cpu",
     ]
     more = ["--include_path", str(world / "tasks"), "--output_path", str(out), "--log_samples", "--batch_size", "4"]
-    assert main(["lm-eval", *arguments, *more]) == 0
+    runs = world / "runs.json"
+    assert main(["lm-eval", *arguments, *more, "--out", str(runs)]) == 0
     results = json.loads(next(out.rglob("results_*.json")).read_text())
     rows = json.loads((world / "data.json").read_text())
     said = pipe.answer([s.image for s in samples], [row["question"] for row in rows])
@@ -287,6 +288,13 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
         scores = hf.loglikelihood([request("loglikelihood", row["question"], f" {choice}") for choice in choices])
         right += max(range(4), key=lambda index, s=scores: s[index][0]) == row["target"]
     assert results["results"]["shapes_text"]["acc,none"] == pytest.approx(right / len(rows))
+    written = json.loads(runs.read_text())["runs"]
+    assert written["shapes_vqa"]["metrics"][0] | {"standard_error": 0} == {
+        "metric": "acc", "value": pytest.approx(ours), "standard_error": 0, "n": len(rows),
+    }  # fmt: skip
+    assert written["shapes_text"]["benchmark"] == "shapes_text" and written["shapes_vqa"]["checkpoint"]["sha256"]
+    assert written["shapes_vqa"]["command"].endswith(f"--out {runs}")
+    assert written["shapes_vqa"]["protocol"]["generation"]["max_gen_toks"] == 16
     kept = [json.loads(line) for line in next(out.rglob("samples_shapes_vqa_*.jsonl")).read_text().splitlines()]
     assert [one["resps"][0][0].strip() for one in kept] == [text.strip() for text in said]
 

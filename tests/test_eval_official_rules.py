@@ -15,37 +15,8 @@ from unitok.eval.geneval_score import COLORS
 from unitok.eval.vqa import soft_accuracy
 from unitok.eval.vqa_accuracy import normalise_answer
 
-WORDS = [
-    "the",
-    "a",
-    "an",
-    "none",
-    "zero",
-    "two",
-    "ten",
-    "eleven",
-    "dont",
-    "don't",
-    "its",
-    "it's",
-    "couldnt've",
-    "John's",
-]
-WORDS += [
-    "U.S.",
-    "3.5",
-    "1,000",
-    "10,000.",
-    "t-shirt",
-    "and/or",
-    "a.m.",
-    "yes!",
-    "(red)",
-    "O'Neil",
-    "no",
-    "stop;",
-    "-5",
-]
+WORDS = "the a an none zero two ten eleven dont don't its it's couldnt've John's U.S. 3.5 1,000 10,000.".split()
+WORDS += "t-shirt and/or a.m. yes! (red) O'Neil no stop; -5".split()
 WORDS += ["", "  ", "\n", "\tblue", "?", ",", ".", "...", "@home", "50%", "$5", "é", "somebody'd", "whats", "y'all'dve"]
 
 
@@ -54,29 +25,7 @@ def evalai_answer(text):
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
     out = text
-    for mark in [
-        ";",
-        "/",
-        "[",
-        "]",
-        '"',
-        "{",
-        "}",
-        "(",
-        ")",
-        "=",
-        "+",
-        "\\",
-        "_",
-        "-",
-        ">",
-        "<",
-        "@",
-        "`",
-        ",",
-        "?",
-        "!",
-    ]:
+    for mark in ';/[]"{}()=+\\_-><@`,?!':
         if mark + " " in text or " " + mark in text or re.search(r"(\d)(,)(\d)", text):
             out = out.replace(mark, "")
         else:
@@ -222,14 +171,11 @@ def official(metadata, detections):
                     reasons.append(f"no target for {name} to be {wanted}")
                 else:
                     pairs = [(item, other) for item in found for other in groups[target]]
-                    wrong = [
-                        found for found in (relations(a["box"], b["box"]) for a, b in pairs) if wanted not in found
-                    ]
+                    seen = [relations(item["box"], other["box"]) for item, other in pairs]
+                    wrong = [" and ".join(sorted(one)) for one in seen if wanted not in one]
                     if wrong:
                         matched = False
-                        reasons.append(
-                            f"expected {name} {wanted} target, found {' and '.join(sorted(wrong[0]))} target"
-                        )
+                        reasons.append(f"expected {name} {wanted} target, found {wrong[0]} target")
         groups.append(found if matched else None)
     for clause in metadata.get("exclude", []):
         if len(objects.get(clause["class"], [])) >= clause["count"]:
