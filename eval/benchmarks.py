@@ -296,6 +296,8 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
         },
         config="en",
+        # The set holds every rotation as a row of its own, by the index of the question plus millions: we rotate.
+        keep=lambda doc: int(doc["index"]) < 1_000_000,
         rotations=lambda doc: len([letter for letter in "ABCD" if _given(doc.get(letter))]),
     ),
 }

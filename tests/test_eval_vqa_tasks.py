@@ -91,6 +91,8 @@ DOCUMENTS = {
             "answer": "A",
             **PICTURE,
         },
+        # the set's own rotation of question 8, which is asked by rotating
+        {"index": 1000008, "question": "Who?", "hint": "Look.", "A": "dog", "B": "cat", "answer": "B", **PICTURE},
     ],
 }
 ANSWERS = {
