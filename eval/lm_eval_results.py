@@ -15,6 +15,11 @@ OURS = "unitok_"
 _PREFIX = "results_"
 
 
+def is_ours(task: str) -> bool:
+    """Is this one of our VQA tasks?"""
+    return task.startswith(OURS) and task.removeprefix(OURS) in BENCHMARKS
+
+
 def is_lm_eval(data: Mapping[str, Any]) -> bool:
     """Is this what lm-eval wrote as results_DATE.json?"""
     return all(isinstance(data.get(part), Mapping) for part in ("results", "configs", "n-samples", "config"))
@@ -93,7 +98,7 @@ def _protocol(data: Mapping[str, Any], task: str) -> dict[str, Any]:
     """What decides the figures; of a group what its first task has."""
     leaf = _leaves(data, task)[0]
     config = data["configs"].get(leaf) or {}
-    known = BENCHMARKS.get(task.removeprefix(OURS)) if task.startswith(OURS) else None
+    known = BENCHMARKS[task.removeprefix(OURS)] if is_ours(task) else None
     return {
         "task": task,
         "version": (data.get("versions") or {}).get(task),

@@ -103,7 +103,7 @@ def _take_out(argv: list[str]) -> tuple[list[str], str | None]:
 
 def _write_runs(folder: Path, since: float, out: str | None) -> None:
     """What lm-eval wrote, once more in the form of every run; figures of kept answers with their standard errors."""
-    from unitok.eval.lm_eval_results import OURS, lm_eval_runs, newest, samples_beside
+    from unitok.eval.lm_eval_results import is_ours, lm_eval_runs, newest, samples_beside
     from unitok.eval.rescore import read_samples, rescore_samples
     from unitok.eval.results import metrics_form, read_results, write_results
 
@@ -112,7 +112,7 @@ def _write_runs(folder: Path, since: float, out: str | None) -> None:
         return
     runs = lm_eval_runs(read_results(path), path)
     for task, run in runs.items():
-        samples = samples_beside(path, task) if task.startswith(OURS) else None
+        samples = samples_beside(path, task) if is_ours(task) else None
         if samples is not None:
             run["metrics"] = metrics_form(rescore_samples(*read_samples(samples))[0])
     target = Path(out) if out else path.with_name(path.name.replace("results_", "runs_", 1))
