@@ -299,6 +299,30 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
     assert [one["resps"][0][0].strip() for one in kept] == [text.strip() for text in said]
 
 
+def test_kept_answers_give_standard_errors_and_captions_a_perplexity(world, monkeypatch, capsys):
+    """Our own tasks through the command: an ordinary mean, and a text task that is no VQA benchmark."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    out = world / "ours.json"
+    command = ["lm-eval", "--model_args", f"pretrained={world / 'model'}", "--device", "cpu", "--limit", "4"]
+    more = ["--tasks", "unitok_shapes,unitok_shapes_text", "--log_samples", "--output_path", str(world / "ours")]
+    more += ["--gen_kwargs", "max_gen_toks=4"]
+    assert main([*command, *more, "--out", str(out)]) == 0
+    runs = json.loads(out.read_text())["runs"]
+    vqa, text = runs["unitok_shapes"], runs["unitok_shapes_text"]
+    assert vqa["benchmark"] == "shapes" and vqa["metrics"][0]["n"] == 4
+    assert vqa["metrics"][0]["standard_error"] is not None
+    values = {row["metric"]: row["value"] for row in text["metrics"]}
+    assert values["word_perplexity"] > values["byte_perplexity"] > 1
+    assert text["protocol"]["generation"] is None and vqa["protocol"]["answers"] == 4
+    samples = next((world / "ours").rglob("samples_unitok_shapes_2*.jsonl"))
+    again = world / "again.json"
+    model = ["--model", str(world / "model")]
+    assert main(["eval", "rescore", str(samples), *model, "--out", str(again)]) == 0
+    assert main(["report", str(out), str(again)]) == 0, "re-scored answers have the protocol of the run that gave them"
+    assert "shapes_text" in capsys.readouterr().out
+
+
 def test_an_unknown_task_is_one_line(capsys):
     assert main(["lm-eval", "--tasks", "nonsense", "--model_args", "pretrained=x"]) == 2
     last = capsys.readouterr().err.splitlines()[-1]

@@ -134,7 +134,7 @@ def _list_missing(arguments: argparse.Namespace) -> None:
     from unitok.eval.geneval import PROMPTS_FROM
 
     made = "train it (unitok demo), convert a release (unitok convert), or name another"
-    prompts = f"GenEval's prompts: {PROMPTS_FROM}"
+    prompts = f"GenEval's prompts; from {PROMPTS_FROM}"
     for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
         path = getattr(arguments, name, None)
         if isinstance(path, str) and not Path(path).exists():

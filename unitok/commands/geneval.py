@@ -68,7 +68,7 @@ def generate(arguments: argparse.Namespace) -> int:
 
     use_share(arguments)
     if arguments.dry_run:
-        needed = [(arguments.prompts, f"GenEval's prompts: {PROMPTS_FROM}"), model_needed(arguments)]
+        needed = [(arguments.prompts, f"GenEval's prompts; from {PROMPTS_FROM}"), model_needed(arguments)]
         if arguments.rewrite:
             needed.append((arguments.rewrite, "the rewritten prompts, a JSON object"))
         plan(f"{arguments.samples} images for each prompt of GenEval into {arguments.out}", needed)
