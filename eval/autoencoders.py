@@ -4,6 +4,7 @@ Each is a module with `config.image_size`, `config.preprocess`, `encode(pixels)`
 in [-1, 1]; those with codes also have `config.num_codebooks` and `config.codebook_size`.
 """
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,13 @@ from torch import Tensor, nn
 
 from unitok.core.errors import CheckpointError, UserError
 from unitok.core.pretrained import load_model_folder, read_json
+
+# Image autoencoders of diffusers that have been tried. Others encode videos or sound, or draw noise while decoding.
+DIFFUSERS = ("AutoencoderKL", "AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderDC", "VQModel")
+ACCEPTED = (
+    "a UniTok folder, a released UniTok .pth, or a folder (or hub:OWNER/REPOSITORY[/SUBFOLDER]) of diffusers whose "
+    f"config.json has the _class_name {', '.join(DIFFUSERS[:-1])} or {DIFFUSERS[-1]}"
+)
 
 
 class DiffusersAutoencoder(nn.Module):
@@ -31,11 +39,30 @@ class DiffusersAutoencoder(nn.Module):
         return self.network.decode(latents).sample
 
 
+class DiffusersVQ(DiffusersAutoencoder):
+    """VQModel of diffusers (VQGAN): one codebook, whose codes `[B, 1, L]` are counted as UniTok's are."""
+
+    def __init__(self, network: Any, image_size: int, preprocess: str) -> None:
+        super().__init__(network, image_size, preprocess)
+        self.config.num_codebooks, self.config.codebook_size = 1, network.config.num_vq_embeddings
+
+    def encode(self, pixels_B3HW: Tensor) -> Tensor:
+        _, _, (_, _, indices) = self.network.quantize(self.network.encode(pixels_B3HW).latents)
+        return indices.reshape(len(pixels_B3HW), 1, -1)
+
+    def decode(self, codes_B1L: Tensor) -> Tensor:
+        side = math.isqrt(codes_B1L.shape[-1])
+        quantize = self.network.quantize
+        entries = quantize.get_codebook_entry(codes_B1L.flatten(), (len(codes_B1L), side, side, quantize.vq_embed_dim))
+        quantized = self.network.post_quant_conv(entries)
+        spatial = entries if self.network.config.norm_type == "spatial" else None
+        return self.network.decoder(quantized, spatial)
+
+
 def open_autoencoder(
     name: str, device: torch.device | str = "cpu", image_size: int | None = None, preprocess: str = "plain"
 ) -> nn.Module:
-    """By what `name` is: a UniTok folder, a released UniTok file (.pth), or a folder of diffusers (`_class_name` in its
-    config.json; also hub:OWNER/REPOSITORY[/SUBFOLDER]).
+    """By what `name` is, one of `ACCEPTED`.
 
     image_size, preprocess: for diffusers, which fix neither (256 pixels where nothing is given).
     Raises CheckpointError or UserError that names what is there.
@@ -45,10 +72,27 @@ def open_autoencoder(
     path = Path(name)
     if path.is_file():
         return UniTok.from_official(path).eval().to(device)
-    if name.startswith("hub:") or (path / "config.json").is_file() and "_class_name" in read_json(path / "config.json"):
-        network = _from_diffusers(name)
-        return DiffusersAutoencoder(network, image_size or 256, preprocess).eval().to(device)
+    if name.startswith("hub:"):
+        return _diffusers(name, image_size or 256, preprocess).eval().to(device)
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    if "_class_name" in config:
+        _check_class(name, config["_class_name"])
+        return _diffusers(name, image_size or 256, preprocess).eval().to(device)
+    if config.get("model_type", UniTok.config_class.model_type) != UniTok.config_class.model_type:
+        raise CheckpointError(f"{name}: model_type is {config['model_type']!r}; expected {ACCEPTED}")
     return load_model_folder(UniTok, path).eval().to(device)
+
+
+def _check_class(name: str, found: Any) -> None:
+    if found not in DIFFUSERS:
+        raise CheckpointError(f"{name}: _class_name is {found!r}; expected {ACCEPTED}")
+
+
+def _diffusers(name: str, image_size: int, preprocess: str) -> DiffusersAutoencoder:
+    network = _from_diffusers(name)
+    _check_class(name, type(network).__name__)  # of the hub it is known only now
+    kind = DiffusersVQ if type(network).__name__ == "VQModel" else DiffusersAutoencoder
+    return kind(network, image_size, preprocess)
 
 
 def _from_diffusers(name: str) -> Any:
@@ -56,16 +100,13 @@ def _from_diffusers(name: str) -> Any:
         import diffusers
     except ImportError as error:
         raise UserError(f"{name} is a model of diffusers, which is not installed: install unitok[diffusers]") from error
-    options: dict[str, Any] = {}
+    where, options = name, {}
     if name.startswith("hub:"):
-        owner, repository, *rest = name.removeprefix("hub:").split("/")
-        where = f"{owner}/{repository}"
-        options = {"subfolder": "/".join(rest)} if rest else {}
-    else:
-        where = name
-        cls = read_json(Path(name) / "config.json")["_class_name"]
-        if not (isinstance(cls, str) and cls.startswith(("Autoencoder", "VQModel", "Consistency", "Asymmetric"))):
-            raise CheckpointError(f"{name}: _class_name is {cls!r}; expected an autoencoder of diffusers")
+        owner, _, rest = name.removeprefix("hub:").partition("/")
+        repository, _, subfolder = rest.partition("/")
+        if not owner or not repository:
+            raise UserError(f"{name}: expected hub:OWNER/REPOSITORY[/SUBFOLDER], such as hub:stabilityai/sd-vae-ft-mse")
+        where, options = f"{owner}/{repository}", {"subfolder": subfolder} if subfolder else {}
     try:
         return diffusers.AutoModel.from_pretrained(where, use_safetensors=True, **options)
     except (OSError, ValueError, AttributeError) as error:

@@ -5,8 +5,8 @@ set on the hub; wordings are those of LLaVA-1.5's evaluation, which the models o
 """
 
 import ast
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from unitok.core.errors import DataError
@@ -21,11 +21,16 @@ LETTER = "Answer with the option's letter from the given choices directly."
 
 @dataclass(frozen=True)
 class Metric:
-    """`item(doc, answer)` is what is kept of one answer, `total(items)` the figure of all."""
+    """`item(doc, answer)` is what is kept of one answer, `total(items)` the figure of all.
+
+    `unit(item)`: what was drawn by itself, for the standard error: questions on one picture that are counted together
+    are one unit (None: every answer is one).
+    """
 
     item: Callable[[Doc, str], Any]
     total: Callable[[Sequence[Any]], float] = metrics.mean
     higher_is_better: bool = True
+    unit: Callable[[Any], Hashable] | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,7 @@ class Benchmark:
     rotations: Callable[[Doc], int] | None = None
     image_config: tuple[str, str] | None = None  # (configuration of the pictures, field that names one)
     generated: bool = False  # `hub` is a source of ours that needs no data
+    setting: Mapping[str, Any] = field(default_factory=dict)  # what a protocol names beside the task
 
 
 def score(name: str, doc: Doc, answer: str) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def _mme(total: Callable[[Sequence[Any]], float]) -> Metric:
         correct = metrics.mme_answer(answer) == doc["answer"].strip().lower()
         return doc["category"], str(doc["question_id"]), correct
 
-    return Metric(item, total)
+    return Metric(item, total, unit=lambda kept: kept[:2])
 
 
 def _scienceqa_correct(doc: Doc, answer: str) -> bool:
@@ -201,7 +207,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         image_config=("testdev_balanced_images", "imageId"),
     ),
     "textvqa": Benchmark(
-        "lmms-lab/textvqa", "validation", ("question", "answers"), _short, {"accuracy": Metric(_soft)}
+        "lmms-lab/textvqa",
+        "validation",
+        ("question", "answers"),
+        _short,
+        {"accuracy": Metric(_soft)},
+        setting={"ocr_hints": False},
     ),
     "textvqa_ocr": Benchmark(
         "lmms-lab/textvqa",
@@ -209,6 +220,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         ("question", "answers", "ocr_tokens"),
         _short_with_ocr,
         {"accuracy": Metric(_soft)},
+        setting={"ocr_hints": True},
     ),
     "pope": Benchmark(
         "lmms-lab/POPE",
@@ -275,13 +287,17 @@ BENCHMARKS: dict[str, Benchmark] = {
         _mmbench_question,
         {
             "circular_accuracy": Metric(
-                lambda doc, answer: (str(doc["index"]), _mmbench_correct(doc, answer)), metrics.circular_accuracy
+                lambda doc, answer: (str(doc["index"]), _mmbench_correct(doc, answer)),
+                metrics.circular_accuracy,
+                unit=lambda kept: kept[0],
             ),
             "vanilla_accuracy": Metric(
                 lambda doc, answer: (doc["rotation"], _mmbench_correct(doc, answer)), metrics.first_accuracy
             ),
         },
         config="en",
+        # The set holds every rotation as a row of its own, by the index of the question plus millions: we rotate.
+        keep=lambda doc: int(doc["index"]) < 1_000_000,
         rotations=lambda doc: len([letter for letter in "ABCD" if _given(doc.get(letter))]),
     ),
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.core.errors import DataError, UserError
+from unitok.eval.lm_eval_results import is_lm_eval, lm_eval_runs
 from unitok.eval.paper import paper_rows
 from unitok.eval.results import format_table, protocol_differences, read_results
 
@@ -42,12 +43,15 @@ class Table:
 
 
 def read_runs(path: Path | str) -> list[Run]:
-    """The run of a `results.json`, or its `runs`, where one file holds those of several systems.
+    """The run of a `results.json`, or its `runs`, where one file holds those of several systems, or the tasks of a
+    results file of lm-eval.
 
     Raises:
         DataError: the file is not of that form.
     """
     data = read_results(path)
+    if is_lm_eval(data):
+        data = {"runs": lm_eval_runs(data, Path(path))}
     runs = data.get("runs") or {"": data}
     if not isinstance(runs, Mapping):
         raise DataError(f"{path}: runs is a {type(runs).__name__}; expected an object of results by system")

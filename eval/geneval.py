@@ -25,6 +25,8 @@ Metadata = Mapping[str, Any]
 Detect = Callable[[Image.Image], Sequence[Detected]]
 Generate = Callable[[list[str], list[int]], list[Image.Image]]  # (prompts, seeds) -> one image each
 
+PROMPTS_FROM = "github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+
 
 def load_prompts(path: Path | str) -> list[dict[str, Any]]:
     """Reads prompts in GenEval's JSON lines format (`evaluation_metadata.jsonl`).
@@ -37,7 +39,7 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
-            f"cannot read GenEval prompts from {path} ({type(error).__name__}); give a .jsonl file"
+            f"cannot read GenEval prompts from {path} ({type(error).__name__}); get {PROMPTS_FROM}"
         ) from None
     prompts = [_parse_prompt(line, f"{path}:{number}") for number, line in enumerate(lines, 1) if line.strip()]
     if not prompts:

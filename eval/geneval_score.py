@@ -138,9 +138,7 @@ def _clause_failures(
     wanted = clause.get("color")
     colors = [] if wanted is None else [item.color for item in found]  # naming a colour may cost a network's pass
     if wanted is not None and colors.count(wanted) < count:
-        # Colours outside GenEval's ten cannot be named by its classifier; list them last rather than hide them.
-        names = [*COLORS, *sorted(set(colors) - set(COLORS))]
-        others = ", ".join(f"{colors.count(name)} {name}" for name in names if name in colors)
+        others = ", ".join(f"{colors.count(name)} {name}" for name in COLORS if name in colors)
         return [f"expected {wanted} {kind}>={count}, found {colors.count(wanted)} {wanted}; and {others}"]
     return _position_failures(clause, found, groups, rule) if "position" in clause else []
 

@@ -58,6 +58,10 @@ class OpenClipImageText:
             known = ", ".join(found for found in open_clip.list_models() if found[:5] == name[:5]) or "ViT-L-14, ..."
             raise UserError(f"open_clip has no model {name!r}; near it: {known[:200]}")
         _check_activation(name, weights)
+        tags = open_clip.list_pretrained_tags_by_model(name)
+        if weights not in tags and not Path(weights).is_file():  # open_clip would log a page before it refuses
+            known = f"a name that open_clip can fetch, such as {', '.join(tags[:3])}" if tags else "another model"
+            raise UserError(f"{OPEN_CLIP}{name}:{weights}: no such file or name; give a file of weights, or {known}")
         try:
             model, _, prepare = open_clip.create_model_and_transforms(
                 name, pretrained=weights, device=device, weights_only=True
@@ -65,8 +69,7 @@ class OpenClipImageText:
         except (RuntimeError, OSError, ValueError) as error:
             text = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{OPEN_CLIP}{name}:{weights} cannot be loaded ({text}); give a file of weights, or a name that "
-                f"open_clip can fetch, such as {open_clip.list_pretrained_tags_by_model(name)[:3]}"
+                f"{OPEN_CLIP}{name}:{weights} cannot be loaded ({text}); give its weights as a file, or go online"
             ) from None
         self.model, self.prepare, self.device = model.eval(), prepare, device
         self.tokenize = open_clip.get_tokenizer(name)

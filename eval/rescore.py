@@ -8,7 +8,8 @@ from typing import Any
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.benchmarks import benchmark, score, totals
-from unitok.eval.results import Metric, run_results, share
+from unitok.eval.lm_eval_results import beside
+from unitok.eval.results import Metric, bootstrap_error, run_results, share
 from unitok.eval.vqa_metrics import by_group, mean
 
 Judge = Callable[[str, str, str], float]  # (question, reference, answer) -> score in [0, 1]
@@ -68,7 +69,7 @@ def rescore_samples(
     """
     items = [score(name, sample["doc"], sample["answer"]) for sample in samples]
     metrics = [
-        _metric(metric, value, [item[metric] for item in items]) for metric, value in totals(name, items).items()
+        _metric(name, metric, value, [item[metric] for item in items]) for metric, value in totals(name, items).items()
     ]
     groups: list[tuple[str, str, float]] = []
     if judge is not None:
@@ -84,11 +85,12 @@ def rescore_samples(
     return metrics, groups
 
 
-def _metric(name: str, value: float, items: Sequence[Any]) -> Metric:
-    """With a standard error where the figure is the mean of the items."""
+def _metric(benchmark_name: str, name: str, value: float, items: Sequence[Any]) -> Metric:
+    """With a standard error: of a mean by its formula, of anything else by drawing again."""
     if all(isinstance(item, float | bool) for item in items) and abs(mean(items) - value) < 1e-12:
         return share(name, items)
-    return Metric(name, value, None, len(items))
+    rule = benchmark(benchmark_name).metrics[name]
+    return Metric(name, value, bootstrap_error(rule.total, items, rule.unit), len(items))
 
 
 def load_judge(spec: str) -> Judge:
@@ -124,6 +126,8 @@ def rescored_run(
     judge: str | None,
     model: Path | None,
 ) -> dict[str, Any]:
-    """The run in the form that `unitok report` reads. `model`: the folder whose answers they are, for its hash."""
-    protocol = {"task": f"unitok_{name}", "answers": len(samples), "judge": judge, "generation": samples[0]["settings"]}
+    """The run in the form that `unitok report` reads; its protocol is that of the run which gave the answers, where
+    lm-eval's results still lie beside them. `model`: the folder whose answers they are, for its hash."""
+    protocol = beside(path, f"unitok_{name}") or {"task": f"unitok_{name}", "generation": samples[0]["settings"]}
+    protocol |= {"answers": len(samples), **benchmark(name).setting} | ({"judge": judge} if judge else {})
     return run_results(name, metrics, protocol, [seed], model) | {"samples": path.name}

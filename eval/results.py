@@ -8,7 +8,7 @@ import platform
 import resource
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from unitok import __version__
 from unitok.core.errors import CheckpointError, DataError
+from unitok.core.rng import numpy_rng
 
 _LEFT_OUT = frozenset(
     {"pairs", "records", "rows", "images"}
@@ -60,6 +61,29 @@ def share(name: str, outcomes: Sequence[float | bool]) -> Metric:
     return Metric(name, mean, None if variance is None else math.sqrt(variance / n), n)
 
 
+def bootstrap_error(
+    total: Callable[[Sequence[Any]], float],
+    items: Sequence[Any],
+    unit: Callable[[Any], Hashable] | None = None,
+    rounds: int = 200,
+) -> float | None:
+    """Standard error of `total(items)` where it is no mean: its deviation over draws of as many units with replacement.
+
+    unit: of an item, what was drawn by itself (None: the item). None where there is a single unit.
+    """
+    units: dict[Hashable, list[Any]] = {}
+    for number, item in enumerate(items):
+        units.setdefault(number if unit is None else unit(item), []).append(item)
+    groups = list(units.values())
+    if len(groups) < 2:
+        return None
+    rng = numpy_rng("bootstrap", len(groups))
+    draws = (rng.integers(len(groups), size=len(groups)) for _ in range(rounds))
+    totals = [total([item for number in draw for item in groups[number]]) for draw in draws]
+    mean = math.fsum(totals) / rounds
+    return math.sqrt(math.fsum((value - mean) ** 2 for value in totals) / (rounds - 1))
+
+
 def run_results(
     benchmark: str,
     metrics: Sequence[Metric],
@@ -83,16 +107,21 @@ def run_results(
         raise DataError(f"{benchmark}: metrics {names}; expected at least one, each name once")
     return {
         "benchmark": benchmark,
-        "metrics": [
-            {"metric": metric.name, **{key: value for key, value in asdict(metric).items() if key != "name"}}
-            for metric in metrics
-        ],
+        "metrics": metrics_form(metrics),
         "protocol": dict(protocol),
         "seeds": list(seeds),
         "checkpoint": None if checkpoint is None else {"path": str(checkpoint), "sha256": checkpoint_hash(checkpoint)},
         "versions": _versions(),
         "command": shlex.join([_program(), *sys.argv[1:]]),
     }
+
+
+def metrics_form(metrics: Sequence[Metric]) -> list[dict[str, Any]]:
+    """Metrics as a `results.json` holds them."""
+    return [
+        {"metric": metric.name, **{key: value for key, value in asdict(metric).items() if key != "name"}}
+        for metric in metrics
+    ]
 
 
 def _program() -> str:

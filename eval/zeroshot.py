@@ -4,7 +4,8 @@ The zero-shot classifier is that of CLIP and open_clip: per class the mean of it
 normalised again; the class of the largest cosine wins. N images, M classes, D width.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unitok.core.errors import DataError, UserError
-from unitok.data.samples import Picked
+from unitok.data.captions import with_article
+from unitok.data.samples import Picked, Sample
+from unitok.data.shapes import COLORS, SHAPES, Scene
 from unitok.eval.image_text import BATCH_OF_TEXTS, ImageText
 from unitok.eval.progress import batches, progress, sample_batches
 
@@ -28,8 +31,12 @@ def imagenet_names() -> list[str]:
 
 
 def load_templates(name: str) -> list[Template]:
-    """ "imagenet" (CLIP's 80), "simple" (its 7), or a file with one prompt a line, `{}` standing for the class."""
+    """ "imagenet" (CLIP's 80), "simple" (its 7), "photo" ("a photo of a CLASS", as the shapes world's captions say it),
+    or a file with one prompt a line, `{}` standing for the class."""
     import open_clip
+
+    if name == "photo":
+        return [lambda text: f"a photo of {with_article(text)}"]
 
     if name == "imagenet":
         return list(open_clip.OPENAI_IMAGENET_TEMPLATES)
@@ -65,8 +72,47 @@ def _lines(file: Path, what: str) -> list[str]:
     return lines
 
 
+class SceneClasses(Picked):
+    """The scenes with one object of a source of the shapes world, keys as in class folders: red_circle/NAME.
+
+    All combinations of colour and shape are classes, whether or not a scene of them is there.
+    """
+
+    folders = sorted(f"{color}_{shape}" for color in COLORS for shape in SHAPES)
+
+    def __init__(self, source: Any, classes: Mapping[int, str]) -> None:
+        super().__init__(source, list(classes))
+        self.name, self._classes = source.name, list(classes.values())
+
+    def key(self, index: int) -> str:
+        return f"{self._classes[index]}/{self.source.key(self.indices[index])}"
+
+    def __getitem__(self, index: int) -> Sample:
+        return replace(super().__getitem__(index), key=self.key(index))
+
+
+def by_class(source: Any) -> Any:
+    """A source whose keys are CLASS/NAME: itself, or, where its samples are scenes, `SceneClasses`.
+
+    Raises:
+        DataError: no scene has a single object.
+    """
+    if not len(source) or not isinstance(source.words(0).meta.get("scene"), Scene):
+        return source
+    classes = {}
+    for index in range(len(source)):
+        objects = source.words(index).meta["scene"].objects
+        if len(objects) == 1:
+            classes[index] = f"{objects[0].color}_{objects[0].kind}"
+    if not classes:
+        raise DataError(f"{source.name}: none of the {len(source)} scenes has a single object; give more images")
+    return SceneClasses(source, classes)
+
+
 def class_folders(source: Any) -> list[str]:
     """The sorted class folders of a source whose keys are CLASS/NAME; DataError where they are not."""
+    if isinstance(source, SceneClasses):
+        return source.folders
     folders = {_folder(source.key(index)) for index in range(len(source))}
     if "" in folders or len(folders) < 2:
         raise DataError(f"{source.name}: expected images in at least two folders named by class (CLASS/NAME.jpg)")
@@ -127,8 +173,11 @@ def accuracies(scores_NM: Tensor, labels_N: Tensor) -> dict[str, float]:
     return out
 
 
-def linear_probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], strength: float, seed: int) -> float:
-    """Accuracy on `val` of scikit-learn's logistic regression (L-BFGS, at most 1000 rounds) fitted to `train`.
+def linear_probe(
+    train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], strength: float, seed: int
+) -> dict[str, float]:
+    """{"linear_probe", "linear_probe_se"}: accuracy on `val` of scikit-learn's logistic regression (L-BFGS, at most
+    1000 rounds) fitted to `train`.
 
     strength: its C, the inverse of the penalty. Features are unit vectors.
     """
@@ -138,4 +187,5 @@ def linear_probe(train: tuple[Tensor, Tensor], val: tuple[Tensor, Tensor], stren
         raise DataError("the training images of the linear probe are of one class; expected at least two")
     model = LogisticRegression(C=strength, max_iter=1000, random_state=seed)
     model.fit(train[0].numpy(), train[1].numpy())
-    return float(model.score(val[0].numpy(), val[1].numpy()))
+    share = float(model.score(val[0].numpy(), val[1].numpy()))
+    return {"linear_probe": share, "linear_probe_se": (share * (1 - share) / len(val[1])) ** 0.5}

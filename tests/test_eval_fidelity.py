@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from unitok.cli import main
-from unitok.core.errors import DataError, UserError
+from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.data.source import open_source
 from unitok.eval.autoencoders import open_autoencoder
 from unitok.eval.fidelity import LAYER, LOGITS, Features, distances, fid_to_statistics, load_inception, to_uint8
@@ -155,6 +155,50 @@ def test_a_vae_of_diffusers_beside_another_in_one_command(vae, tmp_path, capsys)
     assert first == second and 0 < first["psnr_db"] < 30 and written["protocol"]["counts"]["images"] == 8
 
 
+def tiny_of_diffusers(kind):
+    """One of each kind that is accepted, with random weights, for 32 pixels."""
+    import diffusers
+
+    down, up, attention = ("DownEncoderBlock2D",) * 2, ("UpDecoderBlock2D",) * 2, {"attention_head_dim": 4}
+    blocks = {"down_block_types": down, "up_block_types": up, "norm_num_groups": 4}
+    deep = {"encoder_block_types": ("ResBlock",) * 2, "decoder_block_types": ("ResBlock",) * 2, **attention}
+    deep |= {f"{side}_block_out_channels": (8, 16) for side in ("encoder", "decoder")}
+    deep |= {f"{side}_layers_per_block": (1, 1) for side in ("encoder", "decoder")}
+    deep |= {f"{side}_qkv_multiscales": ((), ()) for side in ("encoder", "decoder")}
+    sizes = {
+        "AutoencoderTiny": {
+            "encoder_block_out_channels": (8, 8), "decoder_block_out_channels": (8, 8),
+            "num_encoder_blocks": (1, 1), "num_decoder_blocks": (1, 1),
+        },
+        "AsymmetricAutoencoderKL": {
+            "down_block_types": down, "up_block_types": up, "down_block_out_channels": (32, 32),
+            "up_block_out_channels": (32, 32), "latent_channels": 2,
+        },
+        "AutoencoderDC": {"latent_channels": 8, **deep},
+        "VQModel": {**blocks, "block_out_channels": (8, 16), "latent_channels": 3, "num_vq_embeddings": 24},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    return getattr(diffusers, kind)(**sizes[kind]).eval()
+
+
+@pytest.mark.parametrize("kind", ["AutoencoderTiny", "AsymmetricAutoencoderKL", "AutoencoderDC", "VQModel"])
+def test_autoencoders_of_diffusers_by_the_name_of_their_class(kind, tmp_path):
+    pytest.importorskip("diffusers", reason="diffusers is not installed (unitok[diffusers])")
+    network = tiny_of_diffusers(kind)
+    network.save_pretrained(tmp_path)
+    model = open_autoencoder(str(tmp_path), image_size=32)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    with torch.no_grad():
+        encoded = model.encode(pixels)
+        # AutoencoderTiny's own pass stores its latent in 8 bits; decoding the latent itself is how it is used
+        whole = network.decode(network.encode(pixels).latents) if kind == "AutoencoderTiny" else network(pixels)
+        torch.testing.assert_close(model.decode(encoded), whole.sample, rtol=1e-4, atol=1e-5)
+    if kind == "VQModel":
+        assert encoded.shape == (2, 1, 16 * 16) and len(encoded.unique()) > 1
+        found = evaluate_reconstruction(model, open_source("shapes:val?num=2&size=32"))
+        assert found["dead_codes"] == 24 - round(found["usage"] * 24) < 24
+
+
 def test_dry_run_lists_what_is_missing(tmp_path, capsys):
     command = ["eval", "reconstruction", "--source", "shapes:val?num=8", "--tokenizer", str(tmp_path / "none")]
     assert main([*command, "--inception", str(tmp_path / "inception.pth"), "--dry-run"]) == 0
@@ -165,6 +209,13 @@ def test_dry_run_lists_what_is_missing(tmp_path, capsys):
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     pytest.importorskip("diffusers", reason="diffusers is not installed (unitok[diffusers])")
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="expected an autoencoder"):
-        open_autoencoder(str(tmp_path))
+    for config, found in (
+        ({"_class_name": "UNet2DModel"}, "_class_name is 'UNet2DModel'"),
+        ({"_class_name": "AutoencoderKLWan"}, "_class_name is 'AutoencoderKLWan'"),  # of videos
+        ({"model_type": "bert"}, "model_type is 'bert'"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=f"{found}; expected a UniTok folder.*VQModel"):
+            open_autoencoder(str(tmp_path))
+    with pytest.raises(UserError, match="expected hub:OWNER/REPOSITORY"):
+        open_autoencoder("hub:sd-vae")

@@ -274,7 +274,8 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
         "cpu",
     ]
     more = ["--include_path", str(world / "tasks"), "--output_path", str(out), "--log_samples", "--batch_size", "4"]
-    assert main(["lm-eval", *arguments, *more]) == 0
+    runs = world / "runs.json"
+    assert main(["lm-eval", *arguments, *more, "--out", str(runs)]) == 0
     results = json.loads(next(out.rglob("results_*.json")).read_text())
     rows = json.loads((world / "data.json").read_text())
     said = pipe.answer([s.image for s in samples], [row["question"] for row in rows])
@@ -287,8 +288,39 @@ def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, sam
         scores = hf.loglikelihood([request("loglikelihood", row["question"], f" {choice}") for choice in choices])
         right += max(range(4), key=lambda index, s=scores: s[index][0]) == row["target"]
     assert results["results"]["shapes_text"]["acc,none"] == pytest.approx(right / len(rows))
+    written = json.loads(runs.read_text())["runs"]
+    assert written["shapes_vqa"]["metrics"][0] | {"standard_error": 0} == {
+        "metric": "acc", "value": pytest.approx(ours), "standard_error": 0, "n": len(rows),
+    }  # fmt: skip
+    assert written["shapes_text"]["benchmark"] == "shapes_text" and written["shapes_vqa"]["checkpoint"]["sha256"]
+    assert written["shapes_vqa"]["command"].endswith(f"--out {runs}")
+    assert written["shapes_vqa"]["protocol"]["generation"]["max_gen_toks"] == 16
     kept = [json.loads(line) for line in next(out.rglob("samples_shapes_vqa_*.jsonl")).read_text().splitlines()]
     assert [one["resps"][0][0].strip() for one in kept] == [text.strip() for text in said]
+
+
+def test_kept_answers_give_standard_errors_and_captions_a_perplexity(world, monkeypatch, capsys):
+    """Our own tasks through the command: an ordinary mean, and a text task that is no VQA benchmark."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    out = world / "ours.json"
+    command = ["lm-eval", "--model_args", f"pretrained={world / 'model'}", "--device", "cpu", "--limit", "4"]
+    more = ["--tasks", "unitok_shapes,unitok_shapes_text", "--log_samples", "--output_path", str(world / "ours")]
+    more += ["--gen_kwargs", "max_gen_toks=4"]
+    assert main([*command, *more, "--out", str(out)]) == 0
+    runs = json.loads(out.read_text())["runs"]
+    vqa, text = runs["unitok_shapes"], runs["unitok_shapes_text"]
+    assert vqa["benchmark"] == "shapes" and vqa["metrics"][0]["n"] == 4
+    assert vqa["metrics"][0]["standard_error"] is not None
+    values = {row["metric"]: row["value"] for row in text["metrics"]}
+    assert values["word_perplexity"] > values["byte_perplexity"] > 1
+    assert text["protocol"]["generation"] is None and vqa["protocol"]["answers"] == 4
+    samples = next((world / "ours").rglob("samples_unitok_shapes_2*.jsonl"))
+    again = world / "again.json"
+    model = ["--model", str(world / "model")]
+    assert main(["eval", "rescore", str(samples), *model, "--out", str(again)]) == 0
+    assert main(["report", str(out), str(again)]) == 0, "re-scored answers have the protocol of the run that gave them"
+    assert "shapes_text" in capsys.readouterr().out
 
 
 def test_an_unknown_task_is_one_line(capsys):

@@ -6,14 +6,17 @@ import math
 import sys
 
 import pytest
+import torch
 
 from unitok.cli import main
 from unitok.core.errors import CheckpointError, DataError, UserError
-from unitok.eval.compare import as_html, as_text, compare
+from unitok.eval.benchmarks import BENCHMARKS
+from unitok.eval.compare import as_html, as_text, compare, read_runs
 from unitok.eval.geneval_score import TAGS
 from unitok.eval.paper import PAPER
 from unitok.eval.results import (
     Metric,
+    bootstrap_error,
     checkpoint_hash,
     protocol_differences,
     read_results,
@@ -22,6 +25,7 @@ from unitok.eval.results import (
     write_run,
 )
 from unitok.eval.run_form import figures_as_metrics, with_errors
+from unitok.eval.zeroshot import accuracies
 
 PROTOCOL = {"sampler": {"guidance_scale": 5.0, "top_k": 0}, "embedder_cache": "consistent", "num_prompts": 553}
 
@@ -161,6 +165,76 @@ def test_the_papers_data_is_well_formed():
                 assert all(0 < value < 1 for value in row.metrics.values()), benchmark
     tags = {name: value for name, value in PAPER["geneval"][0].metrics.items() if name != "overall"}
     assert sum(tags.values()) / 6 == pytest.approx(PAPER["geneval"][0].metrics["overall"], abs=0.006)
+
+
+def test_the_papers_metrics_are_named_as_ours():
+    """So that `unitok report` sets both into one column. GenAI-Bench is scored by another program."""
+    ours = {name: set(rule.metrics) for name, rule in BENCHMARKS.items()} | {
+        "reconstruction": {"rfid"},
+        "zeroshot": set(accuracies(torch.zeros(1, 1), torch.zeros(1, dtype=torch.long))),
+        "geneval": {"overall", *TAGS},
+        "class_conditional": {"fid", "isc"},
+        "mjhq30k": {"fid"},
+        "genai_bench": {"basic", "advanced"},
+    }
+    ours["mmvet"].add("score")
+    for benchmark, rows in PAPER.items():
+        for row in rows:
+            assert set(row.metrics) <= ours[benchmark], benchmark
+
+
+def test_pope_of_a_run_and_of_the_paper_are_one_column(tmp_path):
+    path = write(tmp_path / "pope.json", benchmark="pope", f1_mean=0.8)
+    (table,) = compare([path])
+    column = table.headers.index("f1_mean")
+    assert [row[column] for row in table.rows] == ["0.8", "0.832"]
+
+
+def lm_eval_file(path, value=0.5, precision="torch.float32", **figures):
+    """As lm-eval writes it, of a text task, one of ours, and a group."""
+    whole = {
+        "results": {
+            "lambada": {"alias": "lambada", "acc,none": value, "acc_stderr,none": 0.01, "sample_len": 4},
+            "unitok_pope": {"accuracy,none": 0.75, "accuracy_stderr,none": "N/A", "f1_mean,none": 0.8},
+            "both": {"acc,none": 0.25, "acc,strict": 0.5, "acc_stderr,none": 0.1},
+        },
+        "group_subtasks": {"both": ["lambada", "unitok_pope"]},
+        "configs": {
+            "lambada": {"output_type": "loglikelihood", "generation_kwargs": {"until": []}},
+            "unitok_pope": {"output_type": "generate_until", "generation_kwargs": {"do_sample": False}},
+        },
+        "versions": {"lambada": 1.0},
+        "n-shot": {"lambada": 0},
+        "n-samples": {"lambada": {"effective": 4}, "unitok_pope": {"effective": 8}},
+        "config": {"model_args": {"pretrained": "DIR", "seed": 3}, "model_dtype": precision, "model_sha": "abcdef0123"},
+    }
+    path.write_text(json.dumps(whole))
+    return path
+
+
+def test_results_of_lm_eval_stand_beside_others(tmp_path):
+    first = lm_eval_file(tmp_path / "results_a.json")
+    both, lambada, pope = compare([first, lm_eval_file(tmp_path / "results_b.json", 0.75)])
+    assert lambada.headers == ["run", "checkpoint", "seeds", "acc"]
+    assert [row[1:] for row in lambada.rows] == [["abcdef01", "3", "0.5 ± 0.01"], ["abcdef01", "3", "0.75 ± 0.01"]]
+    assert pope.headers[3:] == ["accuracy", "f1_mean"] and pope.rows[-1][4] == "0.832"
+    assert both.headers[3:] == ["acc", "acc (strict)"]
+    runs = {run.benchmark: run for run in read_runs(first)}
+    assert runs["both"].metrics["acc"] == (0.25, 0.1, 12) and runs["lambada"].protocol["generation"] is None
+    assert runs["pope"].protocol["generation"] == {"do_sample": False}
+    with pytest.raises(UserError, match=r"precision: float32 \| bfloat16"):
+        compare([first, lm_eval_file(tmp_path / "results_c.json", precision="torch.bfloat16")])
+
+
+def test_bootstrap_is_the_formula_for_a_mean_and_takes_whole_units():
+    outcomes = [1.0] * 30 + [0.0] * 50
+    error = bootstrap_error(lambda items: sum(items) / len(items), outcomes)
+    assert error == pytest.approx(share("a", outcomes).standard_error, rel=0.2)
+    assert error == bootstrap_error(lambda items: sum(items) / len(items), outcomes), "the same draws every time"
+    pairs = [(number // 2, value) for number, value in enumerate(value for value in outcomes for _ in range(2))]
+    by_units = bootstrap_error(lambda items: sum(v for _, v in items) / len(items), pairs, lambda item: item[0])
+    assert by_units == pytest.approx(error, rel=1e-9), "the same answer given twice is no second answer"
+    assert bootstrap_error(sum, [1.0]) is None
 
 
 def test_every_command_writes_that_form(tmp_path, capsys):

@@ -8,6 +8,7 @@ from PIL import Image, ImageColor
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
+from unitok.data.source import open_source
 from unitok.eval.benchmark_data import load_documents, pictures, question
 from unitok.eval.benchmarks import BENCHMARKS, LETTER, SHORT, benchmark
 from unitok.eval.rescore import judged, read_samples, rescore_samples
@@ -90,6 +91,8 @@ DOCUMENTS = {
             "answer": "A",
             **PICTURE,
         },
+        # the set's own rotation of question 8, which is asked by rotating
+        {"index": 1000008, "question": "Who?", "hint": "Look.", "A": "dog", "B": "cat", "answer": "B", **PICTURE},
     ],
 }
 ANSWERS = {
@@ -326,6 +329,13 @@ def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
     assert list(picture.getdata()) == list(source[asked[7].index].image.getdata())
 
 
+def test_captions_are_the_text_of_the_shapes_world():
+    from unitok.eval.lm_eval_tasks.utils import load_texts
+
+    source = open_source("shapes:val?num=3")
+    assert load_texts("shapes:val?num=3")["test"]["text"] == [source[index].captions[0] for index in range(3)]
+
+
 def test_a_damaged_picture_is_named(data):
     (doc, *_) = load_documents("gqa", str(data))
     with pytest.raises(UserError, match="lost.png"):
@@ -340,6 +350,8 @@ def test_every_task_file_names_the_metrics_of_its_benchmark():
     from unitok.commands.lm_eval import task_folders
 
     files = {path.stem: path for path in Path(task_folders()[0]).glob("*.yaml")}
+    texts = files.pop("shapes_text")
+    assert {one["metric"] for one in load_yaml(texts)["metric_list"]} >= {"word_perplexity", "bits_per_byte"}
     assert files.keys() == BENCHMARKS.keys()
     for name, path in files.items():
         task = load_yaml(path)

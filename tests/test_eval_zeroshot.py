@@ -9,11 +9,13 @@ from torch.nn import functional as F
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
+from unitok.data.shapes import PALETTE
 from unitok.data.source import Sample, open_source
 from unitok.eval.image_text import open_image_text
 from unitok.eval.retrieval import _both_ranks, recalls
 from unitok.eval.zeroshot import (
     accuracies,
+    by_class,
     class_folders,
     classifier,
     image_features,
@@ -61,7 +63,7 @@ def test_classes_are_told_apart_and_swapped_names_are_not(folder):
     assert accuracies(features @ weights.T, labels)["top1"] == 1
     swapped = classifier(ByColour(), ["red", "blue", "green"], load_templates("simple"))
     assert accuracies(features @ swapped.T, labels)["top1"] == 0
-    assert linear_probe((features, labels), (features, labels), 100.0, 0) == 1
+    assert linear_probe((features, labels), (features, labels), 100.0, 0)["linear_probe"] == 1
 
 
 def test_a_limit_takes_from_every_class(folder):
@@ -153,6 +155,61 @@ def test_the_command_beside_a_model_of_open_clip(folder, clip_file, tmp_path, ca
     assert counts["top1"] == 9 and counts["image_to_text_recall5"] == 5 < counts["text_to_image_recall1"]
     assert written["protocol"]["templates"] == "simple" and len(written["systems"]) == 2
     assert main(["report", str(out)]) == 0  # both in one column: how a model cuts its images is its own affair
+    assert "linear_probe" in capsys.readouterr().out
+
+
+class ByColourOfScene(ByColour):
+    """Scenes are told apart by the colour of their one object: the pixel farthest from the ground."""
+
+    def images(self, images):
+        return super().images([Image.new("RGB", (2, 2), self._colour(image)) for image in images])
+
+    def _colour(self, image):
+        ground = image.getpixel((0, 0))[0]
+        return max(image.getcolors(image.width**2), key=lambda found: sum(abs(one - ground) for one in found[1]))[1]
+
+    def texts(self, texts):
+        colours = [next(value for name, value in PALETTE.items() if f" {name} " in text) for text in texts]
+        return F.normalize(torch.tensor(colours).float(), dim=-1)
+
+
+@pytest.mark.parametrize("as_shards", [False, True])
+def test_scenes_of_one_object_are_classes(as_shards, tmp_path):
+    """Whoever knows the colour alone is right within the first five, of nine colours with three shapes each."""
+    spec = "shapes:val?num=120&size=32"
+    if as_shards:
+        assert main(["data", "shapes", "--out", str(tmp_path), "--num", "120", "--split", "val", "--size", "32"]) == 0
+        spec = str(tmp_path)
+    source = by_class(open_source(spec))
+    scenes = [open_source("shapes:val?num=120&size=32").scene(index) for index in range(120)]
+    wanted = [f"{s.objects[0].color}_{s.objects[0].kind}" for s in scenes if len(s.objects) == 1]
+    assert [source.key(index).split("/")[0] for index in range(len(source))] == wanted and 10 < len(wanted) < 120
+    folders = class_folders(source)
+    assert len(folders) == 27 and load_names(folders, None)[0] == "black circle"
+    features, labels = image_features(ByColourOfScene(), source, folders, 20, 8)
+    assert len(labels) == 20 and len(labels.unique()) > 10
+    weights = classifier(ByColourOfScene(), load_names(folders, None), load_templates("photo"))
+    found = accuracies(features @ weights.T, labels)
+    assert found["top5"] > 0.8 and found["top1"] == 0  # the three shapes of a colour tie, and ties are no knowledge
+    assert load_templates("photo")[0]("orange circle") == "a photo of an orange circle"
+    with pytest.raises(DataError, match="has a single object"):
+        by_class(open_source("shapes:val?num=1&seed=3&size=32"))
+
+
+def test_the_command_on_the_shapes_world(tmp_path, capsys):
+    import tiny
+
+    tokenizer, out = tmp_path / "tokenizer", tmp_path / "out.json"
+    tiny.make_tokenizer(text_tower=tiny.text_tower(tokenizer="clip", vocab_size=49408)).save_pretrained(tokenizer)
+    command = ["eval", "zeroshot", "--model", str(tokenizer), "--out", str(out), "--limit", "9"]
+    more = ["--source", "shapes:val?num=60&size=32", "--train", "shapes:train?num=150&size=32"]
+    assert main([*command, *more]) == 0
+    written = json.loads(out.read_text())
+    assert written["protocol"]["templates"] == "photo" and written["protocol"]["counts"]["num_classes"] == 27
+    (run,) = written["runs"].values()
+    metrics = {row["metric"]: row for row in run["metrics"]}
+    assert metrics["linear_probe"]["standard_error"] is not None and metrics["top1"]["n"] == 9
+    assert metrics["chance"]["value"] == pytest.approx(1 / 27)
     assert "linear_probe" in capsys.readouterr().out
 
 

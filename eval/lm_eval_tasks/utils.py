@@ -12,6 +12,17 @@ def load(benchmark: str, data: str | None = None, **_: Any) -> dict[str, Any]:
     return {"test": benchmark_data.load_documents(benchmark, data)}
 
 
+def load_texts(source: str, **_: Any) -> dict[str, Any]:
+    """The first caption of every sample of a source, as documents of text."""
+    from datasets import Dataset
+
+    from unitok.data.source import open_source
+
+    opened = open_source(source)
+    texts = [words.captions[0] for words in map(opened.words, range(len(opened))) if words.captions]
+    return {"test": Dataset.from_list([{"text": text} for text in texts])}
+
+
 def question(doc: dict[str, Any]) -> str:
     return benchmark_data.question(doc)
 

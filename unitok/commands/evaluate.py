@@ -6,13 +6,19 @@ from typing import Any
 
 from unitok.core.errors import UserError
 
+_WORLD = "the embedded world needs no data: shapes:val?num=500"
+_DATA_FROM = {
+    "reconstruction": f"ImageNet's val is at https://image-net.org (ILSVRC2012_img_val.tar); {_WORLD}",
+    "retrieval": f"images with captions, such as COCO's val2017 of https://cocodataset.org; {_WORLD}",
+    "vqa": f"images with questions (docs/data.md); {_WORLD}; benchmarks' own data: unitok lm-eval --dry-run",
+}
+
 
 def reconstruction(arguments: argparse.Namespace) -> int:
     """Figures of one autoencoder, or of several side by side."""
     from unitok.commands.reconstruction import compare
 
-    source = _open(arguments)
-    return 0 if source is None else compare(arguments, source, _finish)
+    return compare(arguments, _open(arguments), _finish)
 
 
 def retrieval(arguments: argparse.Namespace) -> int:
@@ -21,14 +27,13 @@ def retrieval(arguments: argparse.Namespace) -> int:
     from unitok.eval.run_form import with_errors
 
     source = _open(arguments)
-    if source is None or _only_planned(
-        arguments, f"caption retrieval on {_count(arguments, len(source))} images of {source.name}"
-    ):
+    if _only_planned(arguments, f"caption retrieval on {arguments.limit or 'all'} images of {arguments.source}"):
         return 0
     tokenizer = _tokenizer(arguments)
     figures = evaluate_retrieval(tokenizer, source, arguments.limit, arguments.batch_size, tokenizer.device)
     figures = with_errors(figures, ("top1", "top5"), figures["num_images"])
-    return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]})
+    details = {"preprocess": tokenizer.config.preprocess, "image_size": tokenizer.config.image_size}
+    return _finish(arguments, "retrieval", figures, {"images": figures["num_images"]}, **details)
 
 
 def vqa(arguments: argparse.Namespace) -> int:
@@ -38,7 +43,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
-    if source is None or _only_planned(arguments, f"visual question answering on {source.name}"):
+    if _only_planned(arguments, f"visual question answering on {arguments.source}"):
         return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
@@ -46,7 +51,10 @@ def vqa(arguments: argparse.Namespace) -> int:
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
     counts = {"questions": figures["num_questions"]}
     figures = with_errors(figures, ("accuracy",), figures["num_questions"])
-    return _finish(arguments, "vqa", figures, counts, paraphrase=arguments.paraphrase)
+    model = pipeline.model
+    details = {"embedder_cache": model.config.embedder_cache, "precision": str(model.dtype).removeprefix("torch.")}
+    details |= {"weights": model.weight_kind, "decoding": "greedy", "paraphrase": arguments.paraphrase}
+    return _finish(arguments, "vqa", figures, counts, **details)
 
 
 def geneval(arguments: argparse.Namespace) -> int:
@@ -117,22 +125,20 @@ def _open(arguments: argparse.Namespace) -> Any:
     try:
         return open_source(arguments.source)
     except UserError as error:  # what a dry run is for
-        print(f"missing: {error}")
+        print(f"missing: {error}; {_DATA_FROM[arguments.kind]}")
         return None
 
 
 def _list_missing(arguments: argparse.Namespace) -> None:
     """What a dry run does not find, and where it comes from."""
+    from unitok.eval.geneval import PROMPTS_FROM
+
     made = "train it (unitok demo), convert a release (unitok convert), or name another"
-    prompts = "GenEval's prompts; from github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
+    prompts = f"GenEval's prompts; from {PROMPTS_FROM}"
     for name, hint in (("model", made), ("tokenizer", made), ("prompts", prompts)):
         path = getattr(arguments, name, None)
         if isinstance(path, str) and not Path(path).exists():
             print(f"missing: {path}: {hint}")
-
-
-def _count(arguments: argparse.Namespace, available: int) -> int:
-    return available if arguments.limit is None else min(arguments.limit, available)
 
 
 def _only_planned(arguments: argparse.Namespace, plan: str) -> bool:

@@ -13,9 +13,8 @@ from unitok.commands.t2i import (
     sampler_of,
     use_share,
 )
-from unitok.core.errors import UserError
+from unitok.core.errors import DataError, UserError
 
-PROMPTS_FROM = "github.com/djghosh13/geneval, prompts/evaluation_metadata.jsonl"
 _DETECTORS = ("mask2former", "owlv2", "shapes")
 
 
@@ -61,7 +60,7 @@ def add_score_arguments(parser: argparse.ArgumentParser) -> None:
 
 def generate(arguments: argparse.Namespace) -> int:
     """Draw this process's share of the images."""
-    from unitok.eval.geneval import load_prompts
+    from unitok.eval.geneval import PROMPTS_FROM, load_prompts
     from unitok.eval.geneval_run import (
         generate_folder,
         read_rewrite,
@@ -100,6 +99,8 @@ def score(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _plan_score(arguments, folder)
         return 0
+    if not folder.is_dir():
+        raise DataError(f"{folder} is no folder; expected images in GenEval's layout, as geneval-generate makes them")
     detector = _detector(arguments, folder)
     rows = score_run(folder, detector, out, arguments.limit, own_share())
     if rows is None:
@@ -128,7 +129,8 @@ def _plan_score(arguments: argparse.Namespace, folder: Path) -> None:
     if arguments.detector != "shapes":
         weights = arguments.detector_weights
         name = _default_weights(arguments.detector)
-        if weights is None or not weights.count("/") == 1 or Path(weights).exists():
+        of_the_hub = weights is not None and weights.count("/") == 1 and weights[0] not in "./~"
+        if not of_the_hub or Path(weights).exists():
             needed.append((weights, f"the detector's folder; without it {name} of the hub"))
         needed.append((arguments.clip, f"CLIP, which names colors (--clip FILE); get {CLIP_HINT}"))
     plan(f"scores of the images in {folder} by {arguments.detector}", needed)

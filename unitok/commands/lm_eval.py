@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+import tempfile
+import time
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 from unitok.core.errors import UserError
 
 _USER_MISTAKES = ("Tasks not found", "No tasks specified")  # what lm-eval says, as a plain ValueError
+_JUDGE = "give --judge MODULE:FUNCTION, (question, reference, answer) -> [0, 1]"
 _BATCH_SIZE = "32"  # lm-eval's default is 1
 
 
@@ -21,7 +24,7 @@ def add_lm_eval_command(commands: Any) -> None:
         usage="unitok lm-eval ARGS...",
         description="lm-eval's own command line, where --model unitok (the default) is the unified model in "
         "--model_args pretrained=DIR, and the tasks unitok_* are VQA benchmarks on $UNITOK_DATA. --dry-run lists them "
-        "and what data they lack; --help is lm-eval's.",
+        "and what data they lack; --out FILE writes the figures as `unitok report` reads them; --help is lm-eval's.",
         help="lm-eval's command line with the unified model (--model unitok) and VQA tasks; --dry-run lists their data",
     )
 
@@ -50,25 +53,70 @@ def lm_eval(arguments: argparse.Namespace) -> int:
     from lm_eval.utils import setup_logging
 
     import unitok.eval.lm_eval_model  # noqa: F401  (registers the model)
-    from unitok.core.distributed import init_distributed, shutdown_distributed
+    from unitok.core.distributed import init_distributed, is_main, shutdown_distributed
 
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1  # under torchrun every rank answers its share
     if several:
         init_distributed()
     setup_logging()
-    sys.argv = ["unitok lm-eval", *_with_defaults(arguments.arguments)]
+    own, out = _take_out(arguments.arguments)
+    sys.argv = ["unitok", "lm-eval", *arguments.arguments]  # as results name the command
+    start, command = time.time(), _with_defaults(own)
     harness = HarnessCLI()
-    parsed = harness.parse_args()
-    parsed.include_path = task_folders(getattr(parsed, "include_path", None))
-    try:
-        harness.execute(parsed)
-    except ValueError as error:
-        if not str(error).startswith(_USER_MISTAKES):
-            raise
-        raise UserError(f"{error} (`unitok lm-eval ls tasks` lists all, `unitok lm-eval --dry-run` ours)") from None
+    with tempfile.TemporaryDirectory() as scratch:
+        if out and not {one.split("=")[0] for one in command} & {"--output_path", "-o"}:
+            command += ["--output_path", scratch]
+        parsed = _parsed(harness, command)
+        parsed.include_path = task_folders(getattr(parsed, "include_path", None))
+        try:
+            harness.execute(parsed)
+        except ValueError as error:
+            if not str(error).startswith(_USER_MISTAKES):
+                raise
+            raise UserError(f"{error} (`unitok lm-eval ls tasks` lists all, `unitok lm-eval --dry-run` ours)") from None
+        if is_main() and getattr(parsed, "output_path", None):
+            _write_runs(Path(parsed.output_path), start, out)
     if several:
         shutdown_distributed()
     return 0
+
+
+def _parsed(harness: Any, command: list[str]) -> argparse.Namespace:
+    """lm-eval reads sys.argv alone."""
+    before, sys.argv = sys.argv, ["unitok lm-eval", *command]
+    try:
+        return harness.parse_args()
+    finally:
+        sys.argv = before
+
+
+def _take_out(argv: list[str]) -> tuple[list[str], str | None]:
+    """lm-eval's arguments, and the file of --out, which is ours."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--out")
+    try:
+        known, rest = parser.parse_known_args(argv)
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error}; give --out FILE") from None
+    return rest, known.out
+
+
+def _write_runs(folder: Path, since: float, out: str | None) -> None:
+    """What lm-eval wrote, once more in the form of every run; figures of kept answers with their standard errors."""
+    from unitok.eval.lm_eval_results import is_ours, lm_eval_runs, newest, samples_beside
+    from unitok.eval.rescore import read_samples, rescore_samples
+    from unitok.eval.results import metrics_form, read_results, write_results
+
+    path = newest(folder.parent if folder.suffix == ".json" else folder, since)
+    if path is None:  # `ls` and `validate` measure nothing
+        return
+    runs = lm_eval_runs(read_results(path), path)
+    for task, run in runs.items():
+        samples = samples_beside(path, task) if is_ours(task) else None
+        if samples is not None:
+            run["metrics"] = metrics_form(rescore_samples(*read_samples(samples))[0])
+    target = Path(out) if out else path.with_name(path.name.replace("results_", "runs_", 1))
+    print(write_results(target, {"runs": runs}))
 
 
 def _with_defaults(argv: list[str]) -> list[str]:
@@ -94,20 +142,35 @@ def task_folders(given: str | list[str] | None = None) -> list[str]:
 
 
 def _list_data(argv: list[str]) -> int:
-    """Every VQA task with its data: where they are, or where they come from."""
+    """Every VQA task with its data: where they are, or where they come from; and whether the model is there."""
     from unitok.eval.benchmark_data import missing_data
     from unitok.eval.benchmarks import BENCHMARKS
     from unitok.eval.results import print_table
 
-    asked = [name for name in BENCHMARKS if any(f"unitok_{name}" in one.split(",") for one in argv)] or list(BENCHMARKS)
+    asked = [name for name in BENCHMARKS if any(f"unitok_{name}" in one.split(",") for one in argv)]
+    asked = asked or ([] if _others(argv) else list(BENCHMARKS))
     rows = [(f"unitok_{name}", missing_data(name) or "there") for name in asked]
+    rows += [(task, "lm-eval's own task: from the hub, as its task file says") for task in _others(argv)]
     print_table(rows, ("task", "data"))
+    given = ",".join(one.removeprefix("--model_args=") for one in argv)
+    for part in given.split(","):
+        name, _, path = part.partition("=")
+        if name == "pretrained" and not Path(path).exists():
+            print(f"missing: {path}: the unified model; train it (unitok demo), convert a release, or name another")
     return 0
+
+
+def _others(argv: list[str]) -> list[str]:
+    """Tasks asked for that are not ours."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--tasks", "-t", nargs="*", default=[])
+    asked = [task for text in parser.parse_known_args(argv)[0].tasks for task in text.split(",")]
+    return [task for task in asked if task and not task.startswith("unitok_")]
 
 
 def rescore(arguments: argparse.Namespace) -> int:
     """Figures of stored answers, without the model."""
-    from unitok.eval.rescore import read_samples, rescore_samples, rescored_run
+    from unitok.eval.rescore import load_judge, read_samples, rescore_samples, rescored_run
     from unitok.eval.results import print_table, write_results
 
     path = Path(arguments.samples)
@@ -116,12 +179,18 @@ def rescore(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         there = "is there" if path.is_file() else "is missing: run `unitok lm-eval --tasks unitok_... --log_samples`"
         print(f"would score the stored answers of {path}, which {there}")
+        if arguments.judge:
+            load_judge(arguments.judge)
+        else:
+            print(f"left out: scores of a judge, which MM-Vet needs; {_JUDGE}")
         return 0
     name, samples = read_samples(path, arguments.limit)
     metrics, groups = rescore_samples(name, samples, arguments.judge)
     rows = [(metric.name, f"{metric.value:.4f}", metric.n) for metric in metrics]
     rows += [(f"{metric} of {group}", f"{value:.4f}", "") for metric, group, value in groups]
     print_table(rows, (f"figure of {name}", "value", "n"))
+    if name == "mmvet" and not arguments.judge:
+        print(f"no score: MM-Vet is scored by a judge; {_JUDGE}")
     if arguments.out:
         model = Path(arguments.model) if arguments.model else None
         run = rescored_run(name, metrics, samples, path, arguments.seed, arguments.judge, model)

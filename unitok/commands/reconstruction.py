@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from unitok.core.errors import UserError
@@ -35,9 +36,9 @@ def compare(arguments: argparse.Namespace, source: Any, finish: Callable[..., in
     from unitok.eval.autoencoders import open_autoencoder, system_names
 
     paths = arguments.tokenizer or [arguments.default_tokenizer]
-    count = len(source) if arguments.limit is None else min(arguments.limit, len(source))
     if arguments.dry_run:
-        _plan(arguments, paths, f"reconstruction of {count} images of {source.name}")
+        count = "the" if source is None else min(arguments.limit or len(source), len(source))
+        _plan(arguments, paths, f"reconstruction of {count} images of {arguments.source}")
         return 0
     device = init_distributed("auto")
     try:
@@ -87,25 +88,32 @@ def _measures(arguments: argparse.Namespace, device: Any) -> dict[str, Any]:
 
     out: dict[str, Any] = {}
     if arguments.lpips:
-        network = LPIPS.from_file(arguments.lpips).to(device)
+        network = LPIPS.from_file(arguments.lpips, _lpips_weights()).to(device)
         out["lpips"] = lambda a, b: torch.stack([network(b[i : i + 1], a[i : i + 1]) for i in range(len(a))])
     if arguments.inception:
         out["inception"] = load_inception(arguments.inception, device)
     return out
 
 
+def _lpips_weights() -> Any:
+    """Training's file, as the option of this command names it."""
+    from unitok.tokenizer.weights import LPIPS_WEIGHTS
+
+    return replace(LPIPS_WEIGHTS, field="--lpips", hint=LPIPS_WEIGHTS.hint.partition("; or set")[0])
+
+
 def _plan(arguments: argparse.Namespace, paths: list[str], what: str) -> None:
     from pathlib import Path
 
     from unitok.eval.fidelity import INCEPTION_WEIGHTS
-    from unitok.tokenizer.weights import HUB_PREFIX, LPIPS_WEIGHTS
+    from unitok.tokenizer.weights import HUB_PREFIX
 
     print(f"would measure: {what}")
     for path in paths:
         if not path.startswith(HUB_PREFIX) and not Path(path).exists():
             print(f"missing: {path}: train it (unitok demo), convert a release, or give another --tokenizer")
     for given, names, figures in (
-        (arguments.lpips, LPIPS_WEIGHTS, "LPIPS"),
+        (arguments.lpips, _lpips_weights(), "LPIPS"),
         (arguments.inception, INCEPTION_WEIGHTS, "rFID, ISC, KID, precision, recall"),
     ):
         if not given:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unitok.core.errors import UserError
+from unitok.core.errors import DataError, UserError
 
 if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
@@ -141,6 +141,8 @@ def t2i(arguments: argparse.Namespace) -> int:
     if arguments.dry_run:
         _plan(arguments, spec)
         return 0
+    if not Path(arguments.prompts).exists():
+        raise DataError(f"{arguments.prompts}: no prompts of {spec.title}; get {spec.prompts_from}")
     items = spec.load(Path(arguments.prompts))[: arguments.limit]
     rewrite = read_rewrite(arguments.rewrite, [item.prompt for item in items]) if arguments.rewrite else None
     pipeline, protocol = begin_generation(arguments, out, len(items), spec.samples)

@@ -12,15 +12,22 @@ PREPROCESS = ("clip_val", "inference", "vae_val", "plain")
 
 def add_zeroshot_arguments(parser: argparse.ArgumentParser, default: str) -> None:
     """The options of the command."""
-    parser.description = "Classify images in class folders (ImageNet's layout). Several --model give columns."
+    parser.description = (
+        "Classify images in class folders (ImageNet's layout), or, of a source such as shapes:val?num=2000, scenes of "
+        "one object by colour and shape. Several --model give columns."
+    )
     parser.add_argument(
         "--model", action="append", metavar="DIR|FILE|open_clip:MODEL:WEIGHTS",
         help=f"UniTok folder, released .pth, or a model of open_clip; may be given several times (default: {default})",
     )  # fmt: skip
-    parser.add_argument("--source", required=True, metavar="DIR", help="images in folders named by class")
-    parser.add_argument("--train", metavar="DIR", help="images of a linear probe, in the same class folders")
+    parser.add_argument(
+        "--source", required=True, metavar="DIR", help="images in folders named by class; or the shapes world"
+    )
+    parser.add_argument("--train", metavar="DIR", help="images of a linear probe, of the same classes")
     parser.add_argument("--classes", metavar="FILE", help="a name for each class folder, in sorted order, one a line")
-    parser.add_argument("--templates", default="imagenet", metavar="imagenet|simple|FILE", help="default: %(default)s")
+    parser.add_argument(
+        "--templates", metavar="imagenet|simple|photo|FILE", help="default: imagenet; photo for the shapes world"
+    )
     parser.add_argument("--preprocess", choices=PREPROCESS, default="clip_val", help="of UniTok (default: %(default)s)")
     parser.add_argument("--captions", metavar="SOURCE", help="images with captions: also recall in both directions")
     parser.add_argument("--probe-c", type=float, default=1.0, metavar="C", help="inverse penalty of the linear probe")
@@ -41,7 +48,7 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     from unitok.eval.image_text import open_image_text
     from unitok.eval.results import print_table, write_results
     from unitok.eval.retrieval import recalls
-    from unitok.eval.zeroshot import class_folders, load_names, load_templates
+    from unitok.eval.zeroshot import SceneClasses, by_class, class_folders, load_names, load_templates
 
     names = arguments.model or [arguments.default_model]
     if arguments.dry_run:
@@ -49,10 +56,11 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     if arguments.limit is not None and arguments.limit < 1:
         raise UserError(f"--limit {arguments.limit}: expected at least 1")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    source = open_source(arguments.source)
+    source = by_class(open_source(arguments.source))
     folders = class_folders(source)
+    arguments.templates = arguments.templates or ("photo" if isinstance(source, SceneClasses) else "imagenet")
     classes, templates = load_names(folders, arguments.classes), load_templates(arguments.templates)
-    train = open_source(arguments.train) if arguments.train else None
+    train = by_class(open_source(arguments.train)) if arguments.train else None
     captions = open_source(arguments.captions) if arguments.captions else None
     figures, settings = {}, {}
     for short, name in zip(system_names(names), names, strict=True):
@@ -110,19 +118,30 @@ def _one(
     figures: dict[str, Any] = accuracies(features @ classifier(model, classes, templates).T, labels)
     if train is not None:
         probe = image_features(model, train, folders, None, arguments.batch_size)
-        figures["linear_probe"] = linear_probe(probe, (features, labels), arguments.probe_c, arguments.seed)
+        figures |= linear_probe(probe, (features, labels), arguments.probe_c, arguments.seed)
     return figures | {"chance": 1 / len(classes), "num_images": len(labels)}
 
 
 def _plan(arguments: argparse.Namespace, names: list[str]) -> int:
     print(f"would measure: zero-shot classification of {arguments.source} by {', '.join(names)}")
-    hints = [(arguments.source, "images in class folders, such as ImageNet's val (https://image-net.org)")]
+    hints = [
+        (
+            arguments.source,
+            "images in class folders, such as ImageNet's val (https://image-net.org); or shapes:val?num=2000",
+        )
+    ]
     hints += [(arguments.train, "images of the linear probe in the same class folders")] if arguments.train else []
     hints += [(arguments.captions, "images with captions, such as Flickr30k's")] if arguments.captions else []
     hints += [(name, "train it, or convert a release") for name in names if not name.startswith("open_clip:")]
+    hints += [(arguments.classes, "a name for each class folder, one a line")] if arguments.classes else []
+    if arguments.templates not in (None, "imagenet", "simple", "photo"):
+        hints.append((arguments.templates, "one prompt a line, {} standing for the class"))
     for path, hint in hints:
         if not path.startswith("shapes") and not Path(path).exists():
             print(f"missing: {path}: {hint}")
+    for name in names:
+        if name.startswith("open_clip:") and not Path(name.rpartition(":")[2]).exists():
+            print(f"needed: {name}: open_clip fetches it (github.com/mlfoundations/open_clip); or give its file")
     return 0
 
 
