@@ -15,6 +15,7 @@ import torch
 from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
+from unitok.core.distributed import free_port
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
@@ -247,3 +248,22 @@ def test_two_commands_killed_at_random_end_with_the_same_bytes(tokenizer, shards
     assert killed
     assert [process.wait(timeout=120) for process in [start(rank, out) for rank in range(2)]] == [0, 0]
     assert made(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["torchrun.sh", "deepspeed.sh"])
+def test_launch_scripts_share_the_work(tokenizer, shards, expected, tmp_path, script):
+    """`scripts/cluster` starts two processes, each of which encodes its own units."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "hostfile").write_text("localhost slots=2\n")
+    root = Path(__file__).parents[1]
+    own = {"TOKENIZER": tmp_path / "tokenizer", "SHARDS": shards, "CODES": tmp_path / "out", "GPUS": "2"}
+    own |= {"HOSTS": tmp_path / "hostfile", "PORT": free_port(), "PYTHONPATH": root, "DS_ACCELERATOR": "cpu"}
+    own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {name: str(value) for name, value in own.items()}
+    command = ["bash", str(root / "scripts" / "cluster" / script), "codes", "--batch-size", "3"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert made(tmp_path / "out") == expected
+    logs = [(tmp_path / "out" / f"extract-rank{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [len(lines) for lines in logs] == [3, 2]
