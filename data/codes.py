@@ -187,6 +187,15 @@ class CodeSource(BadSamples):
     def __len__(self) -> int:
         return len(self.reader)
 
+    @property
+    def parts(self) -> "list[CodeSource]":
+        """What is read one after the other for all its words: itself (see `code_mixtures` for several)."""
+        return [self]
+
+    def turn(self, index: int, epoch: int) -> "tuple[CodeSource, int]":
+        """The source and its sample that place `index` of an epoch takes."""
+        return self, index
+
     def key(self, index: int) -> str:
         return self.reader.keys[index]
 

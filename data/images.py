@@ -43,7 +43,8 @@ class ImageDataConfig(Config):
 
 
 class ImageBatches:
-    """`load(indices, epoch)` is a pure function of the source, the seed and its arguments."""
+    """`load(indices, epoch)` is a pure function of the source, the seed and its arguments. Indices of `len(self)` or
+    more are those of later epochs (see `unitok.core.task.Task.place`)."""
 
     def __init__(self, config: ImageDataConfig, image_size: int, seed: int) -> None:
         self.config, self.image_size, self.seed = config, image_size, seed
@@ -68,7 +69,7 @@ class ImageBatches:
         images, captions = zip(*(self._one(index, epoch) for index in indices), strict=True)
         batch: dict[str, Any] = {"pixels": to_levels(images), "captions": list(captions)}
         if isinstance(self.source, MixtureSource):
-            batch["sources"] = torch.tensor([self.source.member(index) for index in indices])
+            batch["sources"] = torch.tensor([self.source.member(index % len(self)) for index in indices])
         return batch
 
     def count_sources(self, batch: dict[str, Any], times: int) -> dict[str, torch.Tensor]:
@@ -82,6 +83,8 @@ class ImageBatches:
         return {f"samples/{name}": count for name, count in zip(self.source.names, counts, strict=True)}
 
     def _one(self, index: int, epoch: int) -> tuple[Image.Image, str]:
+        later, index = divmod(index, len(self))
+        epoch += later
         image, captions = self._read(index, epoch)
         if not captions:
             return image, ""

@@ -8,7 +8,7 @@ more than once oftener than another. The order of `unitok.core.sampling` shuffle
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import yaml
@@ -36,41 +36,55 @@ class SourceShare(Config):
     name: str | None = None
 
 
-class MixtureSource(Source):
-    """Place `index` of epoch `epoch` takes the sample that `turn(index, epoch)` says: a pure function of the seed and
-    both. As a plain source, `mixture[index]` is that of epoch 0.
+P = TypeVar("P")
 
-    counts: samples of each member in an epoch. names: of the members, for the log.
+
+class Mixed(Generic[P]):
+    """What mixtures of any kind of source share: whose turn it is at each place of an epoch.
+
+    Place `index` of epoch `epoch` takes the sample that `turn(index, epoch)` says, which depends on the seed and both.
+
+    parts: the members. counts: samples of each in an epoch. names: of the members, for the log.
 
     Raises:
         DataError: weights are given for some members only, or one is too small for a single sample.
     """
 
-    def __init__(self, members: Sequence[Source], shares: Sequence[SourceShare], seed: int = 0) -> None:
-        super().__init__(" + ".join(member.name for member in members), 1.0)  # members watch over their own
+    name: str
+    parts: list[P]
+
+    def share_out(self, members: Sequence[P], shares: Sequence[SourceShare], seed: int) -> None:
+        """Called once, when `name` is set."""
         self.parts = list(members)
         given = [share.weight for share in shares if share.weight is not None]
         if given and len(given) < len(shares):
             raise DataError(f"{self.name}: {len(given)} of {len(shares)} sources have a weight; give it to all or none")
-        weights = given or [len(member) for member in members]
+        sizes = [len(member) for member in members]
+        weights = given or sizes
         self.names = _names([share.name or share.source for share in shares])
-        self.counts = _divide(sum(map(len, members)), weights)
+        self.counts = _divide(sum(sizes), weights)
         for name, count, weight in zip(self.names, self.counts, weights, strict=True):
             if count < 1:
                 raise DataError(
                     f"source {name} with weight {weight} gets no sample of {len(self)}; give it more or drop it"
                 )
         self._ends = np.cumsum(self.counts)
-        self._orders = [SampleOrder(len(member), derive_seed("mixture", seed, k)) for k, member in enumerate(members)]
+        self._orders = [SampleOrder(size, derive_seed("mixture", seed, k)) for k, size in enumerate(sizes)]
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    @property
+    def shares(self) -> list[list[int]]:
+        """Of each member: its samples in an epoch, and its size. With the seed they decide whose turn it is."""
+        return [[count, len(member)] for count, member in zip(self.counts, self.parts, strict=True)]
 
     def member(self, index: int) -> int:
         """The number of the member that place `index` belongs to, in every epoch."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
-    def turn(self, index: int, epoch: int) -> tuple[Source, int]:
+    def turn(self, index: int, epoch: int) -> tuple[P, int]:
+        """The source and its sample that place `index` of an epoch takes."""
         k = self.member(index)
         position = epoch * self.counts[k] + index - (int(self._ends[k - 1]) if k else 0)
         return self.parts[k].turn(self._orders[k].index(position), self._orders[k].epoch(position))
@@ -80,6 +94,14 @@ class MixtureSource(Source):
         rows = zip(self.names, self.counts, self.parts, strict=True)
         passes = ", ".join(f"{name} {count} ({count / len(member):.3g} passes)" for name, count, member in rows)
         return f"an epoch of {len(self)} samples: {passes}"
+
+
+class MixtureSource(Mixed[Source], Source):
+    """A mixture of sources of images. As a plain source, `mixture[index]` is that of epoch 0."""
+
+    def __init__(self, members: Sequence[Source], shares: Sequence[SourceShare], seed: int = 0) -> None:
+        super().__init__(" + ".join(member.name for member in members), 1.0)  # members watch over their own
+        self.share_out(members, shares, seed)
 
     def key(self, index: int) -> str:
         source, number = self.turn(index, 0)

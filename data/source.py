@@ -49,8 +49,16 @@ class ShapesSource(Source):
         """The `Scene` of a sample."""
         return sample_scene(self.seed, self.split, index, self.size)
 
+    def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
+        scene = self.scene(index)  # once for both
+        image = render(scene)
+        return Sample(**vars(self._words_of(scene)), key=self.key(index), image=image, full_size=image.size)
+
     def _read_words(self, index: int) -> Words:
-        scene = self.scene(index)
+        return self._words_of(self.scene(index))
+
+    @staticmethod
+    def _words_of(scene: Scene) -> Words:
         _, text, metadata = caption(scene, numpy_rng("caption of", scene.key))
         captions = [text, *(other for other in whole_captions(scene) if other != text)]
         return Words(captions, questions(scene), [], {"scene": scene, "geneval": metadata})

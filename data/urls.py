@@ -126,7 +126,8 @@ def _asked(url: str, ask: Any, *arguments: Any) -> Any:
 def _network_errors() -> tuple[type[Exception], ...]:
     """OSError, and what the libraries behind fsspec raise beside it; only those in use are loaded."""
     found: list[type[Exception]] = [OSError, EOFError]
-    for module, name in (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError")):
+    known = (("aiohttp", "ClientError"), ("botocore.exceptions", "BotoCoreError"))
+    for module, name in (*known, ("httpx", "HTTPError"), ("httpx2", "HTTPError")):  # these two: huggingface_hub's
         if module in sys.modules:
             found.append(getattr(sys.modules[module], name))
     return tuple(found)

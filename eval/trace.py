@@ -43,9 +43,9 @@ class Trace:
         """The most bytes at a time without gradients of parameters."""
         return max(held for _, held in self.course)
 
-    def peak(self, share: float) -> float:
-        """The most bytes at a time with this share of every gradient that is there."""
-        return max(held + share * gradients for gradients, held in self.course)
+    def peak(self, share: float, beyond: int = 0) -> float:
+        """The most bytes at a time with this share of all bytes of gradients `beyond` so many that are there."""
+        return max(held + share * max(gradients - beyond, 0) for gradients, held in self.course)
 
 
 class LiveBytes(TorchDispatchMode):

@@ -3,6 +3,7 @@
 import logging
 
 from unitok.core.distributed import rank
+from unitok.data.code_mixtures import CodeMixture
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.mllm.settings import KINDS, Kind, MixtureConfig
 
@@ -15,14 +16,15 @@ def has_words(sample: CodeSample, kind: Kind) -> bool:
     return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
 
 
-def warn_of_missing_words(source: CodeSource, mixture: MixtureConfig) -> None:
+def warn_of_missing_words(source: CodeSource | CodeMixture, mixture: MixtureConfig) -> None:
     """A warning for each kind with a share that no sample looked at has words for: others take its place. Every rank
     looks, so that bad samples are counted alike; the first one speaks."""
     wanted = [kind for kind in KINDS if kind != "text" and getattr(mixture, kind) > 0]
-    for index in range(0, len(source), max(1, len(source) // _LOOKED_AT)):
+    step = max(1, len(source) // _LOOKED_AT)
+    for member, index in ((part, index) for part in source.parts for index in range(0, len(part), step)):
         if not wanted:
             return
-        sample = source.first_good(index, source.text)
+        sample = member.first_good(index, member.text)
         wanted = [kind for kind in wanted if not has_words(sample, kind)]
     for kind in wanted if rank() == 0 else ():
         words = "question or conversation" if kind == "chat" else "caption"

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from unitok.core.config import Config
 from unitok.core.optim import OptimizerConfig
 from unitok.core.run import TrainConfig
+from unitok.data.mixtures import SourceShare
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings
 
 Recipe = Literal["warmup", "pretrain", "sft", "align", "llava_sft"]
@@ -45,6 +46,7 @@ class MixtureConfig(Config):
 class MllmDataConfig(Config):
     """Code shards of stage one, documents, and how both become sequences.
 
+    `codes` is a folder of code shards, a brace pattern of several, or a list of {source, weight} (see docs/data.md).
     `texts` are files of documents for the mixture's `text`: `.jsonl` with a "text" in each line, or `.txt` with one
     document per line. A document of more than `max_length` ids gives one part each time it is its turn, in order.
 
@@ -61,7 +63,7 @@ class MllmDataConfig(Config):
     possible, each seeing only itself; what is learnt in a step stays the same.
     """
 
-    codes: str = "runs/codes"
+    codes: str | list[SourceShare] = "runs/codes"
     classes: str | None = None
     texts: list[str] = []
     mixture: MixtureConfig = MixtureConfig()

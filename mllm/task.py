@@ -13,7 +13,7 @@ from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
 from unitok.data.captions import paraphrase
-from unitok.data.classes import ClassSource
+from unitok.data.code_mixtures import CodeMixture, open_codes
 from unitok.data.codes import CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
@@ -86,13 +86,12 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        if data.classes is None:
-            self.source = CodeSource(data.codes, expected, data.max_bad_fraction)
-        else:
-            self.source = ClassSource(data.codes, data.classes, expected, data.max_bad_fraction)
+        self.source = open_codes(data.codes, expected, data.max_bad_fraction, data.classes, config.seed)
+        self.members = self.source.names if isinstance(self.source, CodeMixture) else []
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
         share = data.mixture.text / data.mixture.total
         self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None
+        self.epochs_differ = bool(self.members) or self.texts is not None
         self._logged_kinds = [kind for kind in KINDS if getattr(data.mixture, kind) > 0]
         self.builder: SequenceBuilder | None = None
         self._counts: dict[str, float] = {}
@@ -103,7 +102,7 @@ class MllmTask(Task):
 
     @property
     def shard_sizes(self) -> list[int] | None:
-        return self.source.reader.sizes
+        return self.source.reader.sizes if isinstance(self.source, CodeSource) else None
 
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
@@ -145,8 +144,8 @@ class MllmTask(Task):
         """Everything that will be tokenized (of documents a part), for a text tokenizer trained on the data."""
         settings = self.config.model
         texts = {settings.instruction_suffix, settings.unconditional_text, settings.system_prompt}
-        for index in range(len(self.source)):
-            sample = self.source.first_good(index, self.source.text)
+        for source, index in ((part, index) for part in self.source.parts for index in range(len(part))):
+            sample = source.first_good(index, source.text)
             texts |= set(sample.captions)
             texts |= {text for question in sample.questions for text in (question.question, question.answer)}
             if self.config.data.paraphrase:
@@ -162,7 +161,8 @@ class MllmTask(Task):
 
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One batch, right-padded or packed; what each place is used for depends on (seed, epoch, index) alone."""
-        loaded = [self._load(index, epoch) for index in indices]
+        loaded = [self._load(*self.place(index, epoch)) for index in indices]
+        kinds = self._count(indices, loaded)
         sequences = [one.sequence for one in loaded]
         if self.config.data.pack:
             rows = first_fit_decreasing([len(one.ids) for one in sequences], self.config.data.max_length)
@@ -180,24 +180,37 @@ class MllmTask(Task):
             "labels": labels,
             "codes": torch.cat([one.codes for one in loaded]),
             "learn_image": torch.tensor(learn_image, dtype=torch.bool),
-            "kinds": torch.tensor([sum(one.kind == kind for one in loaded) for kind in KINDS]),
+            "kinds": kinds,
         }
+
+    def _count(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
+        """How many samples are of each kind, and how many come from each member of a mixture, int64 `[kinds + members]`
+        (documents come from none)."""
+        counts = [sum(one.kind == kind for one in loaded) for kind in KINDS]
+        if isinstance(self.source, CodeMixture):
+            encoded = [index for index, one in zip(indices, loaded, strict=True) if one.kind != "text"]
+            members = [self.source.member(index % self.num_samples) for index in encoded]
+            counts += [members.count(number) for number in range(len(self.members))]
+        return torch.tensor(counts)
 
     def _load(self, index: int, epoch: int) -> Loaded:
         turn = None if self.text_order is None else self.text_order.turn(index, epoch)
         if turn is not None:
             return self._document(*turn)
-        return self.source.first_good(index, lambda i: self._read(i, epoch), always_bad=False)
+        source, first = self.source.turn(index, epoch)
+        place = index if self.members else None
+        return source.first_good(first, lambda number: self._read(number, epoch, source, place), always_bad=False)
 
     def _document(self, number: int, part: int) -> Loaded:
         length = self.config.data.max_length
         sequence = self.texts.first_good(number, lambda n: self.builder.text(self.texts[n], length, part))
         return Loaded("text", self._no_images, sequence)
 
-    def _read(self, index: int, epoch: int) -> Loaded:
-        """Sample `index` and what is learnt from it; DataError when it is bad."""
-        sample = self.source[index]
-        kind, sequence = self._sequence(sample, index, epoch)
+    def _read(self, number: int, epoch: int, source: CodeSource | None = None, place: int | None = None) -> Loaded:
+        """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
+        the epoch, where that is another one: of a mixture a sample may come twice in an epoch."""
+        sample = (source or self.source)[number]
+        kind, sequence = self._sequence(sample, number if place is None else place, epoch)
         if len(sequence.ids) > self.config.data.max_length:
             raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
         image = sample.latents.T if self.continuous else sample.codes
@@ -238,20 +251,24 @@ class MllmTask(Task):
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
         """Keys of the encoded images; a place that a document takes is "text N"."""
-        turns = [None if self.text_order is None else self.text_order.turn(index, epoch) for index in indices]
-        return [
-            self.source[index].key if turn is None else f"text {turn[0]}"
-            for index, turn in zip(indices, turns, strict=True)
-        ]
+        return [self._key(*self.place(index, epoch)) for index in indices]
+
+    def _key(self, index: int, epoch: int) -> str:
+        turn = None if self.text_order is None else self.text_order.turn(index, epoch)
+        if turn is not None:
+            return f"text {turn[0]}"
+        source, number = self.source.turn(index, epoch)
+        return source.text(number).key
 
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
-        """Count learnt ids and codes, and samples of each kind, of the whole step: over micro-batches and ranks."""
-        counts = torch.zeros(2 + len(KINDS), dtype=torch.float64)
+        """Count learnt ids and codes, and samples of each kind and member, of the whole step: over micro-batches and
+        ranks."""
+        counts = torch.zeros(2 + len(KINDS) + len(self.members), dtype=torch.float64)
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
             counts[1] += batch["learn_image"].sum() * batch["codes"].shape[1] * batch["codes"].shape[2]
             counts[2:] += batch["kinds"]
-        text, image, *kinds = all_reduce_sum_(counts).tolist()
+        text, image, *samples = all_reduce_sum_(counts).tolist()
         # The engine averages over micro-batches and ranks; sums are scaled so that this gives sum / global count.
         self._counts = {
             "text": max(text, 1.0),
@@ -261,7 +278,9 @@ class MllmTask(Task):
             "has_image": image > 0,
             "has_text": text > 0,
         }
-        self._kinds = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if k in self._logged_kinds}
+        kinds, members = samples[: len(KINDS)], samples[len(KINDS) :]
+        self._samples = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if k in self._logged_kinds}
+        self._samples |= {f"samples/{name}": n for name, n in zip(self.members, members, strict=True)}
 
     def micro_step(
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
@@ -284,28 +303,36 @@ class MllmTask(Task):
         if counts["has_text"]:
             metrics["text"] = text.detach()
             metrics["text_accuracy"] = sums.text_correct * per_id
-        return metrics | {name: torch.tensor(number) for name, number in self._kinds.items()}
+        return metrics | {name: torch.tensor(number) for name, number in self._samples.items()}
 
     def extra_state(self) -> dict[str, Any]:
         return {
             "visual_tokenizer": self.source.header["tokenizer"],
             "num_texts": 0 if self.texts is None else len(self.texts),
+            "mixture": self.source.shares if isinstance(self.source, CodeMixture) else None,
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
         """CheckpointError when the codes are of another visual tokenizer than those the weights were trained on, or
-        there are more or fewer documents, whose order would be another one."""
+        there are more or fewer documents, or members of a mixture share an epoch otherwise: the order would be another
+        one."""
         present = self.extra_state()
         if state.get("num_texts", 0) != present["num_texts"]:
             raise CheckpointError(
                 f"{self.config.output_dir}: the checkpoint was trained on {state.get('num_texts', 0)} documents, "
                 f"data.texts now holds {present['num_texts']}; resume with the same texts"
             )
+        if state.get("mixture") != present["mixture"]:
+            raise CheckpointError(
+                f"{self.config.output_dir}: the checkpoint was trained on the mixture [samples of an epoch, of the "
+                f"source] {state.get('mixture')}, data.codes now gives {present['mixture']}; resume with the same "
+                "sources and weights"
+            )
         saved, present = state["visual_tokenizer"], present["visual_tokenizer"]
         if saved != present:
             raise CheckpointError(
                 f"{self.config.output_dir}: the checkpoint was trained on codes of visual tokenizer {saved}, "
-                f"{self.config.data.codes} holds those of {present}; take another output_dir"
+                f"{self.source.name} holds those of {present}; take another output_dir"
             )
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:

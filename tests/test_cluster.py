@@ -66,6 +66,12 @@ def test_what_is_launched_exists(tmp_path, script, stage):
     code, said, errors = run(tmp_path, script, stage, *more, **slurm)
     assert code == 0, errors
     if stage == "codes":
+        launcher = {
+            "torchrun.sh": ["--master_port", "29500", "-m", "unitok"],
+            "deepspeed.sh": ["--module", "--no_local_rank", "unitok"],
+        }
+        before = launcher.get(script, ["-m", "unitok"])  # srun's ranks run python itself
+        assert said[said.index("data") - len(before) : said.index("data")] == before
         command = said[said.index("data") :]
         command = command[: next((i for i, word in enumerate(command) if word.startswith(("RANK=", "python"))), None)]
         assert parse(command).batch_size == 8

@@ -75,18 +75,20 @@ def test_stage_one_skips_with_both_networks(files: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("before,after", [(2, 1), (1, 2)])
-@pytest.mark.parametrize("zero", [0, 1, 2, 3])
-def test_universal_checkpoint_of_stage_one(
-    files: dict[str, Path], tmp_path: Path, zero: int, before: int, after: int
+@pytest.mark.parametrize("stage,zero", [*(("tokenizer", zero) for zero in range(4)), ("mllm", 2), ("mllm", 3)])
+def test_universal_checkpoint(
+    files: dict[str, Path], tmp_path: Path, stage: str, zero: int, before: int, after: int
 ) -> None:
-    """Both engines and the average, converted by one command; the run goes on elsewhere with other ranks."""
+    """All engines and the average, converted by one command; the run goes on elsewhere with other ranks. Stage two's
+    backbone and text tokenizer travel with it."""
     options = ["save_every=4", "keep_last=9", "ema_decay=0.9", f"engine.zero_stage={zero}"]
-    run = (run_stage, "tokenizer", files["tokenizer"])
+    run = (run_stage, stage, files[stage])
     log = run_ranks(before, *run, tmp_path / "run", before, options)[0]
     source, out = tmp_path / "run" / "checkpoints" / "step_12", tmp_path / "universal"
     assert cli.main(["checkpoint", "universal", str(source), str(out)]) == 0
     verify(out)
-    assert {path.name for path in out.iterdir()} >= {"tokenizer", "discriminator", "tokenizer.ema.safetensors", "run"}
+    engines = {"tokenizer": {"tokenizer", "discriminator"}, "mllm": {"mllm"}}[stage]
+    assert {path.name for path in out.iterdir()} >= {*engines, f"{stage}.ema.safetensors", "run"}
     shutil.rmtree(tmp_path / "run")  # nothing of the old run is needed
     moved = run_ranks(after, *run, tmp_path / "moved", after, [*options, f"resume={out}"])[0]
     found = differences(moved, log[12:])

@@ -2,9 +2,11 @@
 
 import functools
 import http.server
+import importlib.util
 import io
 import json
 import pickle
+import re
 import threading
 from collections import Counter
 
@@ -243,6 +245,33 @@ def test_urls_that_cannot_be_read(server, cache, monkeypatch):
             open_source(spec)
         assert "\n" not in str(caught.value)
     assert not [path for path in cache.rglob("*") if path.suffix in (".tar", ".tmp")]
+
+
+def test_urls_of_object_stores(cache, monkeypatch, capsys):
+    """Braces and stars over a store that has no folders and no server, and what is said where one cannot be reached."""
+    import fsspec
+    from huggingface_hub import constants
+
+    store = fsspec.filesystem("memory")
+    for number in range(3):
+        write_tar(cache.parent / "part.tar", many(4, 10 * number))
+        store.pipe(f"/bucket/train/part-{number}.tar", (cache.parent / "part.tar").read_bytes())
+    for spec in ("memory://bucket/train/part-{0..2}.tar", "memory://bucket/train/*.tar"):
+        source = open_source(spec)
+        assert len(source) == 12 and [source[n].key for n in (0, 4, 11)] == ["0000", "0010", "0023"]
+    mixed = open_source("mix:3=memory://bucket/train/part-0.tar;1=memory://bucket/train/part-{1..2}.tar")
+    assert mixed.counts == [9, 3]
+    store.rm("/bucket", recursive=True)
+    assert len(open_source("memory://bucket/train/part-{0..2}.tar")) == 12  # from the cache
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1")
+    wrong = {"memory://bucket/train/part-3.tar": "does not exist", "hf://datasets/a/b/x.tar": "cannot be fetched"}
+    for protocol, package in (("s3", "s3fs"), ("gs", "gcsfs")):
+        if importlib.util.find_spec(package) is None:
+            wrong[f"{protocol}://bucket/a.tar"] = f"nstall {package} to access .*{protocol}:// is not installed"
+    for spec, message in wrong.items():
+        assert main(["data", "check", spec]) == 2
+        said = capsys.readouterr().err.splitlines()
+        assert len(said) == 1 and re.search(message, said[0]), said
 
 
 # ---- mixtures

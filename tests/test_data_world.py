@@ -36,6 +36,7 @@ from unitok.data.shapes import (
     sample_scene,
     scene_from_dict,
 )
+from unitok.data.source import open_source
 from unitok.eval.geneval_score import GenEvalRule, relative_position, score_detections
 
 SCENES = [sample_scene(11, "val", index) for index in range(500)]
@@ -286,3 +287,13 @@ def test_whole_captions_are_true_and_speak_of_every_object():
             assert sum(clause["count"] for clause in true[text]["include"]) == len(scene.objects), text
         if len(scene.objects) == 1:
             assert len(whole_captions(scene)) == 2  # with and without its colour
+
+
+def test_a_sample_is_its_words_and_its_image() -> None:
+    """Read together, from one drawing of the scene, or apart."""
+    source = open_source("shapes:val?num=5&size=48")
+    for index in range(5):
+        sample, words = source.read(index), source.words(index)
+        assert sample.key == source.key(index) and sample.full_size == (48, 48)
+        assert {name: getattr(sample, name) for name in vars(words)} == vars(words)
+        assert sample.image.tobytes() == render(words.meta["scene"]).tobytes()

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import torch
 from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
+from unitok.core.distributed import free_port
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
@@ -220,6 +222,11 @@ def test_killed_at_every_moment_it_ends_with_the_same_bytes(tokenizer, shards, e
     assert made(tmp_path) == expected
 
 
+def names(folder: Path) -> set[str]:
+    """The units in a folder and what is being written of them."""
+    return {path.name for path in folder.glob("*codes-*")}
+
+
 @pytest.mark.slow
 def test_two_commands_killed_at_random_end_with_the_same_bytes(tokenizer, shards, expected, tmp_path):
     """As on two hosts: `unitok data codes` under a launcher's variables, killed and started again until done."""
@@ -234,16 +241,49 @@ def test_two_commands_killed_at_random_end_with_the_same_bytes(tokenizer, shards
             [*command, "--out", str(out)], env=environment, stdout=subprocess.DEVNULL, start_new_session=True
         )
 
-    started = time.monotonic()
-    assert start(0, tmp_path / "alone").wait(timeout=120) == 0
-    seconds, killed = time.monotonic() - started, 0
-    for _ in range(4):  # most of the time goes into imports
+    killed = 0
+    for _ in range(4):  # killed when something new stands there: clocks tell little, most of the time goes into imports
+        there = names(out)
         processes = [start(rank, out) for rank in range(2)]
-        time.sleep(seconds * draw.uniform(0.6, 1.1))
+        while names(out) <= there and any(process.poll() is None for process in processes):
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0, 0.03))
         for process in processes:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
             killed += process.wait() == -signal.SIGKILL
     assert killed
-    assert [process.wait(timeout=120) for process in [start(rank, out) for rank in range(2)]] == [0, 0]
+    assert [process.wait(timeout=300) for process in [start(rank, out) for rank in range(2)]] == [0, 0]
     assert made(out) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tool", ["torchrun", "deepspeed"])
+def test_launchers_share_the_work(tokenizer, shards, expected, tmp_path, tool):
+    """Two processes, each of which encodes its own units: by scripts/cluster/torchrun.sh, and by what deepspeed.sh
+    gives to `deepspeed` (which itself would ask for ssh)."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    root, port = Path(__file__).parents[1], str(free_port())
+    own = {"TOKENIZER": tmp_path / "tokenizer", "SHARDS": shards, "CODES": tmp_path / "out", "GPUS": 2, "PORT": port}
+    own |= {"PYTHONPATH": root, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": 1}
+    own |= {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["data", "codes", "--tokenizer", own["TOKENIZER"], "--shards", shards, "--out", own["CODES"]]
+    command = {
+        "torchrun": ["bash", root / "scripts" / "cluster" / "torchrun.sh", "codes"],
+        "deepspeed": [
+            "deepspeed", "--num_gpus", "2", "--master_port", port, "--module", "--no_local_rank", "unitok", *words
+        ],
+    }[tool]  # fmt: skip
+    environment = os.environ | {name: str(value) for name, value in own.items()}
+    done = subprocess.run(
+        [*map(str, command), "--batch-size", "3"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        executable=shutil.which(command[0], path=environment["PATH"]),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert made(tmp_path / "out") == expected
+    logs = [(tmp_path / "out" / f"extract-rank{rank}.jsonl").read_text().splitlines() for rank in range(2)]
+    assert [len(lines) for lines in logs] == [3, 2]

@@ -100,6 +100,8 @@ def test_codes_of_another_tokenizer_are_refused_by_the_task(files: dict[str, Pat
 
 def test_kinds_without_words_are_named(caplog):
     class Source:
+        parts = property(lambda self: [self])
+
         def __len__(self):
             return 3
 

@@ -1,7 +1,7 @@
 """`unitok plan` held against what real DeepSpeed engines on two ranks hold in memory, for both stages and ZeRO 0 to 3.
 
-Measured are bytes of tensor storages on rank 0. After a first whole step: every tensor that Python can reach (weights,
-masters, optimizer, average, partitions). During the second: what operations make and what is still there (`LiveBytes`),
+Measured are bytes of tensor storages on rank 0. After a few whole steps: every tensor that Python can reach (weights,
+masters, optimizer, average, partitions). During the next: what operations make and what is still there (`LiveBytes`),
 at its peak. The allocator's rounding, the interpreter and the reduce bucket, whose pages a CPU never touches, are left
 out on both sides.
 """
@@ -32,9 +32,9 @@ SIZES = {
     ],
 }  # fmt: skip
 WITHIN = 0.15
-# Planned too high, by up to 23 %, at these sizes: the plan has all weights gathered while activations are at their peak
-# (ZeRO 3), and the peak of a checkpointed forward pass may hide behind the bucket that a backward pass makes (ZeRO 2).
-TOO_HIGH = {("mllm", 2, True): 0.25, ("mllm", 3, False): 0.25, ("mllm", 3, True): 0.25}
+# The first step also tries whether packing works (`check_packing`): ZeRO 3, which fetches in the order of the step
+# before, gathers one layer at a time until it has seen two equal steps; from then on it keeps what is used again.
+WARM_UP = 4
 
 
 def held() -> int:
@@ -50,7 +50,7 @@ def held() -> int:
 
 
 def measure(stage: str, file: Path, out: Path, options: list[str]) -> tuple[int, int, float]:
-    """On one rank: bytes after a step, the most bytes made in the next one, mean ids of a sample of its batch."""
+    """On one rank: bytes after some steps, the most bytes made in the next one, mean ids of a sample of its batch."""
     from unitok.core.distributed import init_distributed, rank
     from unitok.core.run import set_up
     from unitok.eval.speed import training_step
@@ -61,7 +61,8 @@ def measure(stage: str, file: Path, out: Path, options: list[str]) -> tuple[int,
     before = held()
     run = set_up(task, config, config, device)
     batch: dict[str, Any] = task.load_batch(list(range(rank() * MICRO_BATCH, (rank() + 1) * MICRO_BATCH)), 0)
-    training_step(run, batch)
+    for _ in range(WARM_UP):
+        training_step(run, batch)
     standing = held() - before
     with LiveBytes() as live:
         training_step(run, batch)
@@ -87,7 +88,7 @@ CASES = [
 
 
 def test_memory_is_what_two_ranks_hold(tmp_path: Path) -> None:
-    """Totals within 15 % (see TOO_HIGH for three that are not); what stands between two steps within 3 %."""
+    """Totals within 15 %; what stands between two steps within 3 %."""
     files = write_configs(tmp_path)
     unique = list(dict.fromkeys((stage, tuple(options)) for stage, options in CASES))
     measured = {  # first of all: no rank may be forked from a process that has run a backward pass
@@ -113,7 +114,6 @@ def test_memory_is_what_two_ranks_hold(tmp_path: Path) -> None:
             stands += 4 * plan.networks["mllm"].trained  # where gradients are added up
         ratios = stands / standing, parts["total"] / (standing + peak)
         print(f"{stage} {' '.join(options)}: between steps {ratios[0]:.3f}, at the peak {ratios[1]:.3f} of measured")
-        above = TOO_HIGH.get((stage, zero, plan.checkpointing), WITHIN)
-        if abs(ratios[0] - 1) > 0.03 or not 1 - WITHIN <= ratios[1] <= 1 + above:
+        if abs(ratios[0] - 1) > 0.03 or abs(ratios[1] - 1) > WITHIN:
             wrong.append((stage, options, standing, peak, ratios, parts))
     assert not wrong, "\n".join(map(str, wrong))

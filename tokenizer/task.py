@@ -61,6 +61,10 @@ class TokenizerTask(Task):
         return len(self.batches)
 
     @property
+    def epochs_differ(self) -> bool:  # type: ignore[override]
+        return bool(self.batches.source.parts)
+
+    @property
     def shard_sizes(self) -> list[int] | None:
         reader = reader_of(self.batches.source)
         return None if reader is None else reader.sizes
@@ -124,7 +128,7 @@ class TokenizerTask(Task):
         return batch
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
-        turns = (self.batches.source.turn(index, epoch) for index in indices)  # of a mixture, every epoch another one
+        turns = (self.batches.source.turn(*self.place(index, epoch)) for index in indices)
         return [source.key(number) for source, number in turns]
 
     def prepare_step(self, batches: list[Any], step: int) -> None:

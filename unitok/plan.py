@@ -68,7 +68,8 @@ FORMULAS = {
     "gathered": "ZeRO 3: b min(P, 1.05e9) held whole around the layer at work",
     "activations": "traced: the most that forward and backward pass of one micro-batch hold at a time, autocast's bf16 "
     "copies of weights and one chunk of logits included",
-    "total": "the most at a time: without accumulation gradients grow while activations go, so less than the sum",
+    "total": "the most at a time: without accumulation gradients grow while activations go (under ZeRO 1 and 2 from "
+    "the first full bucket on), so less than the sum",
     "contrastive": "16 G D + 24 B G: features and logits of the global batch (G pairs, B of this GPU, width D)",
     "flops_per_step": "N x accumulation x traced products of a micro-batch: matrix products, convolutions, attention, "
     "a multiply-add as 2; nothing twice for checkpointing",
@@ -170,8 +171,10 @@ def memory(
     elif engine.accumulation_steps > 1 or zero_stage == 3:
         early += parts["gradients"]
     late = parts["gradients"] + parts["buckets"] - early
-    backward = standing + early + trace.peak(late / max(1, 4 * trained))
-    parts["total"] = max(backward, standing + parts["gradients"])
+    # ZeRO 1 and 2 reduce when a bucket is full, or in the end: until then gradients lie in the bucket alone.
+    waiting = 0 if zero_stage in (0, 3) or stays else width * BUCKET
+    backward = standing + early + trace.peak(late / max(1, 4 * trained), beyond=waiting)
+    parts["total"] = max(backward, standing + early + late)
     return parts
 
 

@@ -12,7 +12,7 @@ PORT=${PORT:-29500}
 source scripts/cluster/stages.sh
 stage_command "${1:-}"
 shift
-if ((ALONE)); then
-    exec python "${COMMAND[@]}" "$@"
+if [[ ${COMMAND[0]} == -m ]]; then # deepspeed's own word for it; the rank is in the environment too
+    COMMAND=(--module --no_local_rank "${COMMAND[@]:1}")
 fi
 exec deepspeed --hostfile "$HOSTS" --master_port "$PORT" "${COMMAND[@]}" "$@"

@@ -14,18 +14,15 @@ MODEL=${MODEL:-llama2_7b}                             # configs/mllm/MODEL_{warm
 
 RESUME_ME=75 # exit code of a run that a signal stopped, after it saved a checkpoint
 
-# Sets COMMAND, what every rank runs, and ALONE=1 for a stage of one process.
+# Sets COMMAND, what every rank runs: a script, or -m and a module. Ranks of `codes` share the input's shards without talking
+# to each other; started again, on any number of them, they make what is missing.
 stage_command() {
-    ALONE=0
     case "${1:-}" in
         tokenizer)
             COMMAND=(scripts/train_tokenizer.py --config configs/tokenizer/vitamin_l.yaml "data.source=$PAIRS"
                 "loss.lpips_weights=$LPIPS" "discriminator.dino_weights=$DINO")
             ;;
-        codes)
-            ALONE=1
-            COMMAND=(-m unitok data codes --tokenizer "$TOKENIZER" --shards "$SHARDS" --out "$CODES")
-            ;;
+        codes) COMMAND=(-m unitok data codes --tokenizer "$TOKENIZER" --shards "$SHARDS" --out "$CODES") ;;
         warmup) COMMAND=(scripts/train_mllm.py --config "configs/mllm/${MODEL}_warmup.yaml" "tokenizer=$TOKENIZER") ;;
         pretrain | sft) COMMAND=(scripts/train_mllm.py --config "configs/mllm/${MODEL}_$1.yaml") ;;
         *)

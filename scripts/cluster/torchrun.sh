@@ -18,9 +18,5 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE:-300}
 source scripts/cluster/stages.sh
 stage_command "${1:-}"
 shift
-if ((ALONE)); then
-    ((NODE_RANK == 0)) || exit 0
-    exec python "${COMMAND[@]}" "$@"
-fi
 exec torchrun --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$GPUS" \
     --master_addr "$MASTER" --master_port "$PORT" "${COMMAND[@]}" "$@"

@@ -42,6 +42,7 @@ def shapes(arguments: argparse.Namespace) -> int:
 
 def codes(arguments: argparse.Namespace) -> int:
     """Encode a source to code shards; of several processes each does its part."""
+    from unitok.core.distributed import inference_device
     from unitok.core.pretrained import load_model_folder
     from unitok.data.source import open_source
     from unitok.tokenizer import UniTok
@@ -57,7 +58,7 @@ def codes(arguments: argparse.Namespace) -> int:
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
     source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction)
     out = extract_codes(
-        load_model_folder(UniTok, arguments.tokenizer),
+        load_model_folder(UniTok, arguments.tokenizer).to(inference_device()),
         source,
         Path(arguments.out),
         arguments.batch_size,

@@ -44,7 +44,12 @@ class Recent(Generic[K, V]):
 
 
 class SampleOrder:
-    """The endless, reproducible order of `num_samples` samples."""
+    """The endless, reproducible order of `num_samples` samples.
+
+    epochs_differ: indices of a later epoch than the micro-batch's first one are numbered on (see `Task.place`).
+    """
+
+    epochs_differ = False
 
     def __init__(self, num_samples: int, seed: int) -> None:
         if num_samples < 1:
@@ -64,8 +69,13 @@ class SampleOrder:
 
     def micro_batch(self, start: int, size: int, rank: int) -> tuple[list[int], int]:
         """Indices of `rank`'s part of the global micro-batch that starts at position `start`, and its epoch."""
-        first = start + rank * size
-        return [self.index(position) for position in range(first, first + size)], self.epoch(start)
+        first, epoch = start + rank * size, self.epoch(start)
+        positions = range(first, first + size)
+        indices = [self.index(position) for position in positions]
+        if self.epochs_differ:
+            late = [self.num_samples * (self.epoch(position) - epoch) for position in positions]
+            indices = [index + more for index, more in zip(indices, late, strict=True)]
+        return indices, epoch
 
 
 class WindowOrder(SampleOrder):
@@ -108,12 +118,18 @@ class WindowOrder(SampleOrder):
 def order_of(task: Task, seed: int, window: int = 0) -> SampleOrder:
     """The order of a run: all samples shuffled together, or windows of shards; ConfigError where there are none."""
     if window == 0:
-        return SampleOrder(task.num_samples, seed)
-    sizes = task.shard_sizes
-    if sizes is None:
-        raise ConfigError(f"shuffle_window={window}: the data are no shards; leave it at 0 to shuffle all samples")
-    assert sum(sizes) == task.num_samples, (sum(sizes), task.num_samples)
-    return WindowOrder(sizes, seed, window)
+        order = SampleOrder(task.num_samples, seed)
+    else:
+        sizes = task.shard_sizes
+        if sizes is None:
+            raise ConfigError(
+                f"shuffle_window={window}: the data are no shards, or a mixture of several sources; leave it at 0 to "
+                "shuffle all samples"
+            )
+        assert sum(sizes) == task.num_samples, (sum(sizes), task.num_samples)
+        order = WindowOrder(sizes, seed, window)
+    order.epochs_differ = task.epochs_differ
+    return order
 
 
 def check_same_order(checkpoint: Path, saved: dict[str, Any], present: dict[str, Any]) -> None:

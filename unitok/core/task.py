@@ -39,6 +39,7 @@ class Task(ABC):
 
     name: str = "task"
     incidental: tuple[str, ...] = ()
+    epochs_differ: bool = False  # one index means another sample in another epoch, as in a mixture
     headline: tuple[str, ...] = ("loss",)
 
     @abstractmethod
@@ -59,8 +60,14 @@ class Task(ABC):
     def load_batch(self, indices: list[int], epoch: int) -> Any:
         """One micro-batch of this rank: a pure function of (seed, indices, epoch), without hidden state.
 
-        It may run in a worker process. `epoch` is that of the global micro-batch's first sample.
+        It may run in a worker process. `epoch` is that of the global micro-batch's first sample. Where
+        `epochs_differ`, an index of `num_samples` or more is one of a later epoch: see `place`.
         """
+
+    def place(self, index: int, epoch: int) -> tuple[int, int]:
+        """(index within its epoch, its epoch) of an index that `load_batch` was given with `epoch`."""
+        later, index = divmod(index, self.num_samples)
+        return index, epoch + later
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
         """The names of samples in their source, for messages about a batch."""
