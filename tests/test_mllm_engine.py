@@ -256,7 +256,7 @@ def test_prepared_linear_layers_equal_the_modules(bias):
         expected = torch.cat([module(x) for module in modules], dim=-1)
         torch.testing.assert_close(joined(modules, 5)(x), expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(joined(modules, 3)(x), expected, atol=1e-6, rtol=1e-5)
-        one = linear_map(modules[0].weight, modules[0].bias, 5)
+        one = linear_map(modules[0].weight, modules[0].bias, 5, owner=modules[0].weight)
         torch.testing.assert_close(one(x), expected[:, :40], atol=1e-6, rtol=1e-5)
         other = [nn.Sequential(module) for module in modules]  # not plain layers: called as they are
         assert torch.equal(joined(other, 5)(x), expected)
