@@ -18,6 +18,7 @@ from unitok.core.errors import UserError
 from unitok.core.onednn import wide_products
 from unitok.core.rng import torch_rng
 from unitok.mllm.backbone_steps import POSITIONS_AT_ONCE, LlamaSteps, why_generic
+from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.sampler import check_filter, check_temperature, draw, filter_logits
 from unitok.mllm.sequence import pad_left
@@ -57,47 +58,6 @@ class TextSampling:
         probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)
         uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
         return draw(probs_BV, uniform_B.to(probs_BV.device))
-
-
-class GrowingLayer(DynamicLayer):
-    """Keys and values at the front of buffers with `room` behind them.
-
-    A step writes its column; transformers' own layer copies all columns in every step.
-    """
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self._buffers: list[Tensor | None] = [None, None]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, heads, T, width]` with the new positions at the end."""
-        start = self.get_seq_length()
-        self.keys = self._append(0, self.keys, key_states, start)
-        self.values = self._append(1, self.values, value_states, start)
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self.keys, self.values
-
-    def _append(self, which: int, held: Tensor | None, new: Tensor, start: int) -> Tensor:
-        end, buffer = start + new.shape[-2], self._buffers[which]
-        if buffer is None or buffer.shape[-2] < end:
-            buffer = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
-            if start:
-                buffer[..., :start, :] = held
-            self._buffers[which] = buffer
-        buffer[..., start:end, :] = new
-        return buffer[..., :end, :]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._buffers = [None, None]  # those of the old rows
-
-    def cut(self, length: int) -> None:
-        """Forget all positions from `length` on, also where an interrupted pass has filled some of the layers only."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
 
 
 class TextRows:
@@ -151,12 +111,12 @@ class TextRows:
             if codes is not None and codes.device.type == "cpu":
                 at_once = max(1, POSITIONS_AT_ONCE // codes.shape[-1])
             inputs_BTD = self.model.embed(input_ids, codes, at_once)
-            hidden_BD = self._run(inputs_BTD, now_BT, follows=self.mask_BT is not None and mask_BT is None)
+            hidden_BD = self._run(inputs_BTD, now_BT, follow=self.mask_BT is not None and mask_BT is None)
         self.mask_BT = now_BT
         return self.model.lm_head(hidden_BD).index_fill(-1, self._suppressed, -torch.inf)
 
-    def _run(self, inputs_BTD: Tensor, now_BT: Tensor, follows: bool) -> Tensor:
-        """The last hidden state `[B, D]`; `now_BT` is the mask with the new positions, which `follows` without padding."""
+    def _run(self, inputs_BTD: Tensor, now_BT: Tensor, follow: bool) -> Tensor:
+        """The last hidden state `[B, D]`. `now_BT`: the mask with the new positions, which `follow` without padding."""
         if self.steps is None:
             return self.model.backbone(
                 inputs_embeds=inputs_BTD,
@@ -167,7 +127,7 @@ class TextRows:
             ).last_hidden_state[:, -1]
         end = now_BT.shape[1]
         assert end <= self.steps.slots, f"{end} positions in {self.steps.slots} slots"
-        if follows and inputs_BTD.shape[1] == 1:
+        if follow and inputs_BTD.shape[1] == 1:
             return self.steps(inputs_BTD[:, 0], end - 1, end)
         return self.steps.start(inputs_BTD, now_BT)
 

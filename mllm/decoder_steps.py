@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from unitok.mllm.linears import joined, joined_after_norm, rms_norm
 
+MOST_VIEWS = 64  # slots of a cache whose views are kept
+
 
 @dataclass(frozen=True)
 class LayerParts:
@@ -69,6 +71,7 @@ class LayerSteps:
         self.num_heads, self.num_kv_heads = parts.num_heads, parts.num_kv_heads
         self.cache = like.new_zeros(rows, 2 * self.num_kv_heads, slots, parts.head_dim)
         self.keys, self.values = self.cache.chunk(2, dim=1)
+        self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.qkv = joined_after_norm(parts.norm, [parts.query, parts.key, parts.value], rows)
         self.out = joined([parts.out], rows)
         self.gate_up = joined_after_norm(parts.mlp_norm, [parts.gate, parts.up], rows)
@@ -82,15 +85,16 @@ class LayerSteps:
         if end > 1:  # else the angles are 0
             qkv = torch.addcmul(qkv * turn[0], qkv.roll(self.head_dim // 2, -1), turn[1])
         if isinstance(slot, int):
-            self.cache.select(2, slot).copy_(qkv[:, self.num_heads :])
+            column, keys, values = self._views(slot, end)
+            column.copy_(qkv[:, self.num_heads :])
         else:
+            keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
             self.cache.index_copy_(2, slot, qkv[:, self.num_heads :].unsqueeze(2))
         # Heads that share keys and values stand where several query positions would: no key is repeated.
         query = qkv[:, : self.num_heads].view(rows, self.num_kv_heads, -1, self.head_dim)
         if end == 1:  # the weight of the only key is 1
             out = qkv[:, self.num_heads + self.num_kv_heads :].unsqueeze(2).expand_as(query)
         else:
-            keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
             out = F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=self.scaling)
         return self._rest(x_RD, out.reshape(rows, -1))
 
@@ -116,8 +120,17 @@ class LayerSteps:
         attended = out.transpose(1, 2).reshape(-1, self.num_heads * self.head_dim)
         return self._rest(x_RTD.reshape(-1, width), attended).view(count, -1, width)
 
+    def _views(self, slot: int, end: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What a step writes, and the keys and values that it reads. The depth transformer's few are made once."""
+        if self.cache.shape[2] > MOST_VIEWS or torch.compiler.is_compiling():
+            return self.cache.select(2, slot), self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
+        if (slot, end) not in self.views:
+            self.views[slot, end] = (self.cache.select(2, slot), self.keys[:, :, :end], self.values[:, :, :end])
+        return self.views[slot, end]
+
     def select(self, rows: Tensor) -> None:
         """Go on with these rows."""
+        self.views.clear()
         self.cache = self.cache.index_select(0, rows)
         self.keys, self.values = self.cache.chunk(2, dim=1)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from unitok.core.onednn import can_pack, kept_packed, packed_product
 
+SMALL, FEW = 2**16, 4  # weights and rows up to which oneDNN's 8 us a call are most of its time
 LinearMap = Callable[[Tensor], Tensor]
 
 
@@ -30,8 +31,13 @@ def _made_of(
     if not all(can_pack(source) for source in sources):
         weight = make().detach()
         return lambda x: nn.functional.linear(x, weight, bias)
-    blocks = kept_packed(owner, name, sources, rows, make)
-    return lambda x: packed_product(x, blocks, bias)
+    blocks, product = kept_packed(owner, name, sources, rows, make), packed_product()
+    if sum(source.numel() for source in sources) > SMALL or rows > FEW:
+        return lambda x: product(x, blocks, bias, "none", [], "")
+    weight = make().detach()
+    return lambda x: (
+        nn.functional.linear(x, weight, bias) if x.shape[0] <= FEW else product(x, blocks, bias, "none", [], "")
+    )
 
 
 def joined(modules: Sequence[nn.Module], rows: int) -> LinearMap:

@@ -33,9 +33,9 @@ def packed(weight: Tensor, rows: int) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight.default(weight.detach().contiguous(), rows)
 
 
-def packed_product(x: Tensor, packed_weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`x @ weight.T + bias` for inputs `[.., in]` of any number of rows."""
-    return torch.ops.mkldnn._linear_pointwise.default(x, packed_weight, bias, "none", [], "")
+def packed_product() -> Callable[..., Tensor]:
+    """The operation `(x [.., in], packed weight, bias or None, "none", [], "")`, for any number of rows."""
+    return torch.ops.mkldnn._linear_pointwise.default
 
 
 def kept_packed(
@@ -99,7 +99,7 @@ class WideProducts(TorchFunctionMode):
             blocks = kept_packed(weight, (), [weight], x.numel() // x.shape[-1], lambda: weight)
             if weight.nbytes <= MOST_KEPT_BYTES:
                 self._blocks[id(weight)] = (weight, blocks)
-        return packed_product(x, blocks, None if bias is None else bias.detach())
+        return packed_product()(x, blocks, None if bias is None else bias.detach(), "none", [], "")
 
 
 def _is_wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
