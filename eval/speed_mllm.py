@@ -20,6 +20,7 @@ from unitok.core.rng import derive_seed, torch_rng
 from unitok.core.signature import config_from_signature
 from unitok.eval.flops import count_flops
 from unitok.eval.plain_sampling import plain_codes
+from unitok.eval.results import Metric
 from unitok.eval.speed import Setting, device_peak
 from unitok.eval.speed_chat import ChatWork
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
@@ -176,6 +177,22 @@ def plain_loop(model: UniTokMLLM, sizes: SamplingSizes, embedder_cache: str, set
         "median_ratio": statistics.median(a / b for a, b in zip(times["plain"], times["engine"], strict=True)),
         "equal_codes": torch.equal(found["plain"], found["engine"]),
     }
+
+
+def speed_metrics(found: dict[str, Any], repeats: int) -> list[Metric]:
+    """The rates of all parts that were measured, the best of `repeats`, in the form of every evaluation."""
+    rates = {f"visual_tokens_per_second, {part['images']} images": part for part in found["batches"]}
+    rates |= {f"visual_tokens_per_second, {part['positions']} positions": part for part in found["positions"]}
+    rates |= {f"visual_tokens_per_second, {part['num_codebooks']} codes": part for part in found["codebooks"]}
+    values = {name: part["visual_tokens_per_second"] for name, part in rates.items()}
+    for part in found.get("baseline", []):
+        values[f"ratio to the plain loop, {part['embedder_cache']}"] = part["ratio"]
+    for part in found.get("answers", []):
+        values[f"answer_tokens_per_second, {part['way']}"] = part["answer_tokens_per_second"]
+        values[f"ratio to generate, {part['way']}"] = part["ratio"]
+    if "train" in found:
+        values["training tokens_per_second"] = found["train"]["tokens_per_second"]
+    return [Metric(name, value, None, repeats) for name, value in values.items()]
 
 
 # ---- training

@@ -10,17 +10,17 @@ import logging
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
-from unitok.core.onednn import wide_products
 from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 
 _LOGGER = logging.getLogger(__name__)
 _LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+POSITIONS_AT_ONCE = 512  # of prompts read together on a CPU
 # Kinds of rotary embedding whose angle at a position does not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -85,7 +85,7 @@ class GenericSteps:
 
 
 class LlamaSteps:
-    """Llama, Mistral, Qwen2 and Qwen3; the prompts are read by the backbone's own forward pass."""
+    """Llama, Mistral, Qwen2 and Qwen3."""
 
     graphable = True
 
@@ -101,32 +101,51 @@ class LlamaSteps:
         self.padded = False
 
     def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
-        """Read the prompts; the last hidden state `[R, D]`."""
-        length = mask_RT.shape[1]
-        mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - length)], dim=1)
-        positions_RS = count_positions(mask_RS)
-        with wide_products(inputs_RTD):
-            outputs = self.backbone(
-                inputs_embeds=inputs_RTD,
-                attention_mask=mask_RT,
-                position_ids=positions_RS[:, :length],
-                past_key_values=DynamicCache(),
-                use_cache=True,
-            )
-        for layer, read in zip(self.layers.layers, outputs.past_key_values.layers, strict=True):
-            layer.keys[:, :, :length] = read.keys
-            layer.values[:, :, :length] = read.values
-        cos_RSd, sin_RSd = rotation(*self.backbone.rotary_emb(inputs_RTD, positions_RS))
+        """Read the prompts; the last hidden state `[R, D]`. Where the mask is longer than the inputs, they follow on
+        what was read before."""
+        length, mask_RS = mask_RT.shape[1], self._lay_out(mask_RT)
+        begin = length - inputs_RTD.shape[1]
+        found, at_once = [], len(mask_RT)
+        if inputs_RTD.device.type == "cpu":  # whatever the batch, what lies between products stays in the cache
+            at_once = max(1, POSITIONS_AT_ONCE // inputs_RTD.shape[1])
+        for start in range(0, len(mask_RT), at_once):
+            rows = slice(start, start + at_once)
+            turn = tuple(angle[rows, begin:length].unsqueeze(2) for angle in (self.cos_RSd, self.sin_RSd))
+            mask = self._seen(mask_RS[rows, :length], begin) if self.padded or begin else None
+            found.append(self.layers.read(inputs_RTD[rows], rows, begin, turn, mask))
+        return torch.cat(found)
+
+    def _lay_out(self, mask_RT: Tensor) -> Tensor:
+        """Angles and masks of all slots, those of the mask `[R, S]` returned, from the mask of the first."""
+        mask_RS = torch.cat([mask_RT, mask_RT.new_ones(len(mask_RT), self.slots - mask_RT.shape[1])], dim=1) != 0
+        cos_RSd, sin_RSd = rotation(*self.backbone.rotary_emb(self.cos_RSd, count_positions(mask_RS)))
         self.cos_RSd.copy_(cos_RSd)
         self.sin_RSd.copy_(sin_RSd)
-        self.padded = bool((mask_RT == 0).any())
-        self.padding_R11S.zero_().masked_fill_((mask_RS == 0)[:, None, None], -torch.inf)
-        return outputs.last_hidden_state[:, -1]
+        self.padded = not bool(mask_RS.all())
+        self.padding_R11S.zero_().masked_fill_(~mask_RS[:, None, None], -torch.inf)
+        return mask_RS
 
-    def __call__(self, x_RD: Tensor, slot: Tensor, end: int) -> Tensor:
-        """The hidden state `[R, D]` of the position in `slot` `[1]`. `end`: the slots up to it; or all, and then those
-        that are not filled yet are masked, so that shapes do not change from step to step."""
-        angles = (self.cos_RSd.index_select(1, slot), self.sin_RSd.index_select(1, slot))
+    def _seen(self, mask_RT: Tensor, begin: int) -> Tensor:
+        """Which slots the positions from `begin` on see, `[R, 1, T, slots so far]`: themselves, also where they are
+        padding, for nothing at all would give NaN."""
+        own_T1, all_T = self.places_S[begin : mask_RT.shape[1], None], self.places_S[: mask_RT.shape[1]]
+        return (((all_T < own_T1) & mask_RT[:, None]) | (all_T == own_T1)).unsqueeze(1)
+
+    def select(self, rows: Tensor) -> None:
+        """Go on with these rows, each of which may be named several times."""
+        for layer in self.layers.layers:
+            layer.select(rows)
+        self.cos_RSd, self.sin_RSd, self.padding_R11S = (
+            held.index_select(0, rows) for held in (self.cos_RSd, self.sin_RSd, self.padding_R11S)
+        )
+
+    def __call__(self, x_RD: Tensor, slot: Tensor | int, end: int) -> Tensor:
+        """The hidden state `[R, D]` of the position in `slot` (`[1]` where a graph is recorded). `end`: the slots up to
+        it; or all, and then those that are not filled yet are masked, so that shapes do not change."""
+        if isinstance(slot, int):
+            angles = (self.cos_RSd[:, slot : slot + 1], self.sin_RSd[:, slot : slot + 1])
+        else:
+            angles = (self.cos_RSd.index_select(1, slot), self.sin_RSd.index_select(1, slot))
         if end == self.slots:
             mask = self.padding_R11S.masked_fill(self.places_S > slot, -torch.inf)
         else:

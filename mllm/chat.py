@@ -17,6 +17,8 @@ from transformers.cache_utils import DynamicLayer
 from unitok.core.errors import UserError
 from unitok.core.onednn import wide_products
 from unitok.core.rng import torch_rng
+from unitok.mllm.backbone_steps import POSITIONS_AT_ONCE, LlamaSteps, why_generic
+from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.sampler import check_filter, check_temperature, draw, filter_logits
 from unitok.mllm.sequence import pad_left
@@ -58,47 +60,6 @@ class TextSampling:
         return draw(probs_BV, uniform_B.to(probs_BV.device))
 
 
-class GrowingLayer(DynamicLayer):
-    """Keys and values at the front of buffers with `room` behind them.
-
-    A step writes its column; transformers' own layer copies all columns in every step.
-    """
-
-    def __init__(self, room: int) -> None:
-        super().__init__()
-        self.room = room
-        self._buffers: list[Tensor | None] = [None, None]
-
-    def update(
-        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Keys and values `[B, heads, T, width]` with the new positions at the end."""
-        start = self.get_seq_length()
-        self.keys = self._append(0, self.keys, key_states, start)
-        self.values = self._append(1, self.values, value_states, start)
-        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
-        return self.keys, self.values
-
-    def _append(self, which: int, held: Tensor | None, new: Tensor, start: int) -> Tensor:
-        end, buffer = start + new.shape[-2], self._buffers[which]
-        if buffer is None or buffer.shape[-2] < end:
-            buffer = new.new_empty(*new.shape[:2], end + self.room, new.shape[-1])
-            if start:
-                buffer[..., :start, :] = held
-            self._buffers[which] = buffer
-        buffer[..., start:end, :] = new
-        return buffer[..., :end, :]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._buffers = [None, None]  # those of the old rows
-
-    def cut(self, length: int) -> None:
-        """Forget all positions from `length` on, also where an interrupted pass has filled some of the layers only."""
-        if self.is_initialized:
-            self.keys, self.values = self.keys[..., :length, :], self.values[..., :length, :]
-
-
 class TextRows:
     """Rows of ids inside the backbone: their keys and values, and which positions are not padding."""
 
@@ -110,6 +71,7 @@ class TextRows:
         # Layers of another kind (sliding windows) stay what they are.
         self.cache.layers = [GrowingLayer(room) if type(one) is DynamicLayer else one for one in self.cache.layers]
         self.plain = all(isinstance(one, GrowingLayer) for one in self.cache.layers)
+        self.room, self.steps = room, None  # `LlamaSteps` in place of the cache, from `start` on, where they serve
         self._suppressed = torch.tensor(model.suppressed_ids(), dtype=torch.long, device=model.device)
 
     def start(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
@@ -119,7 +81,13 @@ class TextRows:
         """
         beginnings, owners = shared_beginnings(prompts, self.model.config.image_token_id)
         # Padding between a beginning and its rest would count in a sliding window.
-        if len(beginnings) == len(prompts) or not self.plain:
+        apart = len(beginnings) == len(prompts) or not self.plain
+        lengths = [[len(one.ids) for one in group] for group in (prompts, beginnings)]
+        slots = self.room + max(lengths[0]) + (0 if apart else max(lengths[1]))
+        if self.plain and why_generic(self.model.backbone, slots) is None:
+            rows, like = len(prompts if apart else beginnings), self.model.lm_head.weight.new_empty(0)
+            self.steps = LlamaSteps(self.model.backbone, rows, slots, like)
+        if apart:
             return self._feed_padded(prompts, pad_id)
         self._feed_padded(beginnings, pad_id)
         self.select(owners)
@@ -139,24 +107,39 @@ class TextRows:
         self.padded = self.padded or not (mask_BT is None or bool(mask_BT.all()))
         now_BT = new_BT if self.mask_BT is None else torch.cat([self.mask_BT, new_BT], dim=1)
         with wide_products(input_ids):
-            hidden_BTD = self.model.backbone(
-                inputs_embeds=self.model.embed(input_ids, codes),
+            at_once = None
+            if codes is not None and codes.device.type == "cpu":
+                at_once = max(1, POSITIONS_AT_ONCE // codes.shape[-1])
+            inputs_BTD = self.model.embed(input_ids, codes, at_once)
+            hidden_BD = self._run(inputs_BTD, now_BT, follow=self.mask_BT is not None and mask_BT is None)
+        self.mask_BT = now_BT
+        return self.model.lm_head(hidden_BD).index_fill(-1, self._suppressed, -torch.inf)
+
+    def _run(self, inputs_BTD: Tensor, now_BT: Tensor, follow: bool) -> Tensor:
+        """The last hidden state `[B, D]`. `now_BT`: the mask with the new positions, which `follow` without padding."""
+        if self.steps is None:
+            return self.model.backbone(
+                inputs_embeds=inputs_BTD,
                 attention_mask=now_BT if self.padded else None,
-                position_ids=(now_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -input_ids.shape[1] :],
+                position_ids=(now_BT.cumsum(dim=1) - 1).clamp(min=0)[:, -inputs_BTD.shape[1] :],
                 past_key_values=self.cache,
                 use_cache=True,
-            ).last_hidden_state
-        self.mask_BT = now_BT
-        return self.model.lm_head(hidden_BTD[:, -1]).index_fill(-1, self._suppressed, -torch.inf)
+            ).last_hidden_state[:, -1]
+        end = now_BT.shape[1]
+        assert end <= self.steps.slots, f"{end} positions in {self.steps.slots} slots"
+        if follow and inputs_BTD.shape[1] == 1:
+            return self.steps(inputs_BTD[:, 0], end - 1, end)
+        return self.steps.start(inputs_BTD, now_BT)
 
     def select(self, rows: Sequence[int]) -> None:
         """Go on with these rows, each of which may be named several times."""
         index = torch.tensor(rows, device=self.model.device)
-        self.cache.batch_select_indices(index)
+        (self.cache.batch_select_indices if self.steps is None else self.steps.select)(index)
         self.mask_BT = self.mask_BT[index]
 
     def cut(self, length: int) -> bool:
-        """Forget all positions from `length` on; False where a layer has no way back."""
+        """Forget all positions from `length` on; False where a layer has no way back. Not after `start`."""
+        assert self.steps is None
         if not self.plain:
             layers = self.cache.layers
             return all(isinstance(layer, DynamicLayer) and layer.get_seq_length() == length for layer in layers)

@@ -166,7 +166,7 @@ class DepthTransformer(nn.Module):
         """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it. For
         inference: no gradient flows."""
         x_ND = cache.in_proj(inputs) if index == 0 else self.code_embeddings[index - 1](inputs)
-        x_ND = cache.layers(x_ND, cache.slots[index], index + 1, cache.turns[index])
+        x_ND = cache.layers(x_ND, index, index + 1, cache.turns[index])
         return cache.heads[index if len(cache.heads) > 1 else 0](x_ND)
 
 
@@ -179,8 +179,10 @@ class DepthCache:
         self.layers = DecoderSteps(parts, norm, count, depth.num_codebooks, like)
         self.in_proj = depth.in_proj if isinstance(depth.in_proj, nn.Identity) else joined([depth.in_proj], count)
         head = depth.head
-        self.heads = [linear_map(weight, bias, count) for weight, bias in zip(head.weight, head.bias, strict=True)]
-        self.slots = torch.arange(depth.num_codebooks, device=like.device).split(1)
+        self.heads = [
+            linear_map(weight, bias, count, owner=head.weight, name=index)
+            for index, (weight, bias) in enumerate(zip(head.weight, head.bias, strict=True))
+        ]
         cos, sin = rope_angles(depth.num_codebooks, depth.head_dim, depth.rope_theta, like.device)
         turns = [angle.to(like.dtype).unsqueeze(1).split(1) for angle in rotation(cos, sin)]
         self.turns = [rotation_of_all(*turn, parts[0]) for turn in zip(*turns, strict=True)]

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unitok.mllm.embedder import CodeEmbedder
-from unitok.mllm.linears import joined, linear_map
+from unitok.mllm.linears import joined, joined_in_a_row, linear_map
 from unitok.tokenizer.quantizer import lookup, residual_lookup
 
 
@@ -30,11 +30,11 @@ class EmbedderSteps:
         self.widen, self.last = joined([embedder.mlp[1]], images), joined([embedder.mlp[3]], images)
         weight, value_bias = attention.qkv.weight, attention.v_bias
         if alone:  # the weight of the only key is 1: its value is the result, and two linear maps in a row are one
-            weight, bias = attention.proj.weight @ weight.chunk(3)[2], attention.proj(value_bias)
-            self.attend = linear_map(weight, bias, images)
+            value, bias = weight.detach().chunk(3)[2], attention.proj(value_bias)
+            self.attend = joined_in_a_row(value, attention.proj.weight, bias, images, "attend")
         else:
             bias = torch.cat([attention.q_bias, torch.zeros_like(value_bias), value_bias])
-            self.qkv, self.out = linear_map(weight, bias, images), joined([attention.proj], images)
+            self.qkv, self.out = linear_map(weight, bias, images, weight), joined([attention.proj], images)
             self.keys = like.new_zeros(images, self.num_heads, length, attention.inner_dim // self.num_heads)
             self.values = torch.zeros_like(self.keys)
         self.places_L = torch.arange(length, device=like.device)

@@ -146,9 +146,10 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         """Input vectors `[I, L, D]` of codes `[I, K, L]`."""
         return self.embedder(codes)
 
-    def embed(self, input_ids: Tensor, codes: Tensor | None) -> Tensor:
+    def embed(self, input_ids: Tensor, codes: Tensor | None, images_at_once: int | None = None) -> Tensor:
         """Input vectors `[B, T, D]`: text embeddings, with every placeholder replaced by its image vector.
 
+        `images_at_once`: go through the embedder in groups (None: all together).
         Raises DataError unless placeholders and image positions are equally many: going on would shift images.
         """
         is_image_BT = self._placeholders(input_ids)
@@ -159,7 +160,8 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         inputs_BTD = self.get_input_embeddings()(input_ids.masked_fill(is_image_BT, 0))
         if codes is None:
             return inputs_BTD
-        vectors = self.embed_codes(codes).flatten(0, 1).to(inputs_BTD.dtype)
+        groups = codes.split(images_at_once or len(codes))
+        vectors = torch.cat([self.embed_codes(group) for group in groups]).flatten(0, 1).to(inputs_BTD.dtype)
         return inputs_BTD.masked_scatter(is_image_BT.unsqueeze(-1), vectors)
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ class PositionStepper:
         """As `next`, at the position that was gone to, and goes on by one."""
         vectors_BD = self.embedder(codes_BK, self.place, place_end)
         inputs_RD = torch.cat([vectors_BD, vectors_BD]) if self.guided else vectors_BD
-        hidden_RD = self.backbone(inputs_RD, self.slot, slot_end)
+        counted = self.backbone.graphable and not self.static
+        hidden_RD = self.backbone(inputs_RD, slot_end - 1 if counted else self.slot, slot_end)
         self.place.add_(1)
         self.slot.add_(1)
         return self._choose(hidden_RD, self.uniforms_LKB.index_select(0, self.place)[0])

@@ -149,7 +149,12 @@ def test_command_measures_everything(tmp_path, capsys, monkeypatch):
     ]  # fmt: skip
     assert lines[14].startswith("floor: ") and "equal codes" in lines[7] and "equal codes" in lines[8]
     results = json.loads(out.read_text())
-    for name, value in figures_of({key: results[key] for key in results if key != "protocol"}):
+    by_name = {one["metric"]: one["value"] for one in results["metrics"]}
+    assert len(by_name) == 5 + 2 + 4 + 4 + 1 and results["seeds"] == [0] and results["checkpoint"] is None
+    assert by_name["visual_tokens_per_second, 2 codes"] == results["codebooks"][1]["visual_tokens_per_second"]
+    assert by_name["ratio to the plain loop, released"] == results["baseline"][1]["ratio"]
+    measured = set(results) - {"protocol", "seeds", "metrics"}
+    for name, value in figures_of({key: results[key] for key in measured}):
         assert math.isfinite(value) and value > 0, f"{name} = {value}"
     assert results["batches"][1]["visual_tokens_per_second"] == pytest.approx(2 * 4 / results["batches"][1]["seconds"])
     assert results["protocol"]["clock"] == "CPU time of the process"

@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 from unitok.core import onednn
 from unitok.core.errors import DataError, UserError
 from unitok.eval.speed_chat import BASELINE, ChatWork, answer_speed, generated, random_prompts, recomputed, together
-from unitok.mllm.chat import GrowingLayer, KeptConversation, Prompt, TextSampling, generate_answers
+from unitok.mllm.backbone_steps import LlamaSteps
+from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
+from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.session import answer_text, text_deltas
 
 L, NEW = 6, 9
@@ -42,14 +44,21 @@ def fresh(model, prompt, **options):
 
 
 def count_fed(model, monkeypatch):
-    """Shape `(rows, positions)` of everything that goes through the backbone."""
-    shapes, original = [], model.backbone.forward
+    """Shape `(rows, positions)` of everything that goes through the backbone, whichever way."""
+    shapes, original, start, step = [], model.backbone.forward, LlamaSteps.start, LlamaSteps.__call__
 
     def forward(*args, **kwargs):
         shapes.append(tuple(kwargs["inputs_embeds"].shape[:2]))
         return original(*args, **kwargs)
 
+    def record(original):
+        return lambda self, x, *args: (
+            shapes.append((len(x), 1 if x.dim() == 2 else x.shape[1])) or original(self, x, *args)
+        )
+
     monkeypatch.setattr(model.backbone, "forward", forward)
+    monkeypatch.setattr(LlamaSteps, "start", record(start))
+    monkeypatch.setattr(LlamaSteps, "__call__", record(step))
     return shapes
 
 
@@ -344,10 +353,10 @@ def test_pieces_of_sentencepieces_keep_their_spaces(tmp_path):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_wide_products_are_the_ordinary_ones(bias, monkeypatch):
-    rng, calls, original = torch.Generator().manual_seed(0), [], onednn._linear
+    rng, calls, original = torch.Generator().manual_seed(0), [], onednn.packed_product
     layer = torch.nn.Linear(40, 24, bias=bias)
     wide, narrow = torch.randn(3, onednn.LEAST_ROWS, 40, generator=rng), torch.randn(2, 3, 40, generator=rng)
-    monkeypatch.setattr(onednn, "_linear", lambda *args: calls.append(1) or original(*args))
+    monkeypatch.setattr(onednn, "packed_product", lambda: calls.append(1) or original())
     with torch.no_grad(), onednn.WideProducts():
         torch.testing.assert_close(layer(wide), F.linear(wide, layer.weight, layer.bias), atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(
@@ -361,6 +370,34 @@ def test_wide_products_are_the_ordinary_ones(bias, monkeypatch):
     with onednn.WideProducts():
         layer(wide).sum().backward()
     assert len(calls) == used and layer.weight.grad.abs().sum() > 0
+
+
+def test_weights_in_blocks_are_kept_until_a_source_changes(monkeypatch):
+    """Also where no version counter tells, and where sums stay the same; one that is dropped takes its blocks along."""
+    made, weight, other = [], torch.nn.Parameter(torch.randn(24, 16)), torch.randn(24, 16)
+
+    def blocks(name="sum", owner=weight):
+        return onednn.kept_packed(owner, name, [owner, other], 3, lambda: made.append(1) or owner.detach() + other)
+
+    x = torch.randn(3, 16)
+    product = lambda: onednn.packed_product()(x, blocks(), None, "none", [], "")  # noqa: E731
+    with torch.no_grad():
+        for change in (
+            lambda: None,
+            lambda: weight.data.copy_(weight.data[:, torch.randperm(16)]),
+            lambda: other.neg_(),
+        ):
+            change()
+            before = len(made)
+            torch.testing.assert_close(product(), x @ (weight + other).T, atol=1e-5, rtol=1e-5)
+            assert blocks() is blocks() and len(made) == before + 1
+    assert blocks("another") is not blocks()
+    monkeypatch.setattr(onednn, "MOST_KEPT_BYTES", 100)
+    large = torch.randn(24, 16)
+    assert blocks(owner=large) is not blocks(owner=large)
+    held = len(onednn._KEPT)
+    del large
+    assert len(onednn._KEPT) == held - 1
 
 
 def test_wide_products_are_on_for_prompts_only():

@@ -11,6 +11,7 @@ from torch import nn
 from unitok.core.errors import DataError, UserError
 from unitok.eval.plain_sampling import plain_codes
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
+from unitok.mllm import backbone_steps as backbone_module
 from unitok.mllm.backbone_steps import GenericSteps, LlamaSteps, backbone_steps, why_generic
 from unitok.mllm.decoder_steps import rotation
 from unitok.mllm.depth import rope_angles, rotate
@@ -110,6 +111,34 @@ def test_both_ways_through_the_backbone_agree(family):
                 ours = ways[0](x, slot, end)
             torch.testing.assert_close(ours, ways[1](x, slot, end), atol=1e-5, rtol=1e-5)
             assert ours.std() > 0.1
+
+
+@pytest.mark.parametrize("family", sorted(FAST))
+def test_prompts_read_in_groups_and_parts_are_those_read_at_once(family, monkeypatch):
+    """Two rows at a time, the last positions afterwards, rows named twice; a step behind them against a full pass."""
+    model = make_mllm(text=FAMILIES[family])
+    ids, mask = pad_left(PROMPTS, PAD)
+    rows, slots = torch.tensor([2, 0, 2]), ids.shape[1] + 3
+    with torch.no_grad():
+        inputs, new = model.embed(ids, None), torch.randn(3, 32)
+        whole = model.backbone(
+            inputs_embeds=inputs, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0)
+        )
+        more = model.backbone(
+            inputs_embeds=torch.cat([inputs[rows], new[:, None]], 1),
+            attention_mask=torch.cat([mask[rows], mask.new_ones(3, 1)], 1),
+            position_ids=(torch.cat([mask[rows], mask.new_ones(3, 1)], 1).cumsum(1) - 1).clamp(min=0),
+        )
+        monkeypatch.setattr(backbone_module, "POSITIONS_AT_ONCE", 2 * ids.shape[1])
+        for cut in (0, 1, ids.shape[1] - 1):
+            steps = LlamaSteps(model.backbone, 3, slots, torch.empty(0))
+            if cut:
+                steps.start(inputs[:, :cut], mask[:, :cut])
+            found = steps.start(inputs[:, cut:], mask)
+            torch.testing.assert_close(found, whole.last_hidden_state[:, -1], atol=1e-5, rtol=1e-5)
+            steps.select(rows)
+            found = steps(new, ids.shape[1], ids.shape[1] + 1)
+            torch.testing.assert_close(found, more.last_hidden_state[:, -1], atol=1e-5, rtol=1e-5)
 
 
 def test_hooks_on_the_backbone_are_run():
@@ -256,7 +285,7 @@ def test_prepared_linear_layers_equal_the_modules(bias):
         expected = torch.cat([module(x) for module in modules], dim=-1)
         torch.testing.assert_close(joined(modules, 5)(x), expected, atol=1e-6, rtol=1e-5)
         torch.testing.assert_close(joined(modules, 3)(x), expected, atol=1e-6, rtol=1e-5)
-        one = linear_map(modules[0].weight, modules[0].bias, 5)
+        one = linear_map(modules[0].weight, modules[0].bias, 5, owner=modules[0].weight)
         torch.testing.assert_close(one(x), expected[:, :40], atol=1e-6, rtol=1e-5)
         other = [nn.Sequential(module) for module in modules]  # not plain layers: called as they are
         assert torch.equal(joined(other, 5)(x), expected)

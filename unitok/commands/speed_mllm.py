@@ -1,6 +1,7 @@
 """`unitok eval speed mllm`: how fast a unified model samples images, answers and trains, beside a plain loop."""
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unitok.commands.speed import DEVICES, PRECISIONS
@@ -153,8 +154,9 @@ def _finish(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "
     """Print one table and write the figures with their protocol."""
     import torch
 
-    from unitok.eval.results import print_table, protocol, write_results
+    from unitok.eval.results import print_table, protocol, run_results, write_run
     from unitok.eval.speed import device_peak
+    from unitok.eval.speed_mllm import speed_metrics
 
     print_table(_rows(found), HEADERS)
     rate = found["bytes_per_second"] / 1e9
@@ -176,7 +178,9 @@ def _finish(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: "
             peak_flops=device_peak(setting.device, setting.precision),
             clock="wall time" if setting.device.type == "cuda" else "CPU time of the process",
         )
-        print(write_results(arguments.out, {**found, "protocol": block}))
+        metrics, model = speed_metrics(found, setting.repeats), Path(arguments.model) if arguments.model else None
+        results = run_results("unified model speed", metrics, block, [setting.seed], model)
+        print(write_run(arguments.out, {**results, **found}))
     return 0
 
 
