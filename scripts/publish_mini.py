@@ -38,8 +38,12 @@ def publish(run: Path, out: Path, seed: int) -> None:
     """Fill `out` from the run folder `run` and measure what was stored."""
     if not (run / "results.json").is_file():
         raise UserError(f"{run}: not a finished run (no results.json); run `unitok demo --recipe shapes_mini` on it")
+    readme = out / "README.md"
+    words = readme.read_text() if readme.is_file() else None
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run / "model", out)
+    if words is not None:
+        readme.write_text(words)
     for file in out.rglob("*.safetensors"):
         halve(file)
     recipe = out / "recipe"
@@ -62,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="finished run folder")
-    parser.add_argument("out", type=Path, help="folder to fill; replaced")
+    parser.add_argument("out", type=Path, help="folder to fill; replaced but for its README.md")
     parser.add_argument("--seed", type=int, default=0, help="of held-out data and sampling (default: %(default)s)")
     given = parser.parse_args(arguments)
     try:
