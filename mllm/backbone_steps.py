@@ -20,7 +20,7 @@ from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotati
 
 _LOGGER = logging.getLogger(__name__)
 _LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
-POSITIONS_AT_ONCE = 512  # of prompts read together on a CPU
+POSITIONS_AT_ONCE = 256  # of prompts read together on a CPU
 # Kinds of rotary embedding whose angle at a position does not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
@@ -89,10 +89,11 @@ class LlamaSteps:
 
     graphable = True
 
-    def __init__(self, backbone: PreTrainedModel, rows: int, slots: int, like: Tensor) -> None:
+    def __init__(self, backbone: PreTrainedModel, rows: int, slots: int, like: Tensor, zeroed: bool = True) -> None:
+        """`zeroed`: for steps that see all slots, of which a mask hides those that are not filled yet."""
         self.backbone, self.slots = backbone, slots
         parts = [_parts(layer) for layer in backbone.layers[: backbone.config.num_hidden_layers]]
-        self.layers = DecoderSteps(parts, _norm(backbone.norm), rows, slots, like)
+        self.layers = DecoderSteps(parts, _norm(backbone.norm), rows, slots, like, zeroed)
         self.padding_R11S = like.new_zeros(rows, 1, 1, slots)
         self.parts = parts[0]
         self.cos_RSd = like.new_zeros(rows, slots, self.parts.head_dim)

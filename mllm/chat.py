@@ -86,7 +86,7 @@ class TextRows:
         slots = self.room + max(lengths[0]) + (0 if apart else max(lengths[1]))
         if self.plain and why_generic(self.model.backbone, slots) is None:
             rows, like = len(prompts if apart else beginnings), self.model.lm_head.weight.new_empty(0)
-            self.steps = LlamaSteps(self.model.backbone, rows, slots, like)
+            self.steps = LlamaSteps(self.model.backbone, rows, slots, like, zeroed=False)
         if apart:
             return self._feed_padded(prompts, pad_id)
         self._feed_padded(beginnings, pad_id)

@@ -66,10 +66,11 @@ def rotation_of_all(cos_R1d: Tensor, sin_R1d: Tensor, layer: LayerParts) -> tupl
 class LayerSteps:
     """One layer with its keys and, after them, its values in `cache` `[R, 2 KV, S, d]`."""
 
-    def __init__(self, parts: LayerParts, rows: int, slots: int, like: Tensor) -> None:
+    def __init__(self, parts: LayerParts, rows: int, slots: int, like: Tensor, zeroed: bool) -> None:
         self.parts, self.head_dim, self.scaling = parts, parts.head_dim, parts.scaling
         self.num_heads, self.num_kv_heads = parts.num_heads, parts.num_kv_heads
-        self.cache = like.new_zeros(rows, 2 * self.num_kv_heads, slots, parts.head_dim)
+        make = like.new_zeros if zeroed else like.new_empty  # a mask hides numbers, but no NaN
+        self.cache = make(rows, 2 * self.num_kv_heads, slots, parts.head_dim)
         self.keys, self.values = self.cache.chunk(2, dim=1)
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.qkv = joined_after_norm(parts.norm, [parts.query, parts.key, parts.value], rows)
@@ -152,9 +153,15 @@ class DecoderSteps:
     """All layers and the last norm: `[R, D]` -> `[R, D]`."""
 
     def __init__(
-        self, layers: Sequence[LayerParts], norm: tuple[Tensor, float], rows: int, slots: int, like: Tensor
+        self,
+        layers: Sequence[LayerParts],
+        norm: tuple[Tensor, float],
+        rows: int,
+        slots: int,
+        like: Tensor,
+        zeroed: bool = True,
     ) -> None:
-        self.layers = [LayerSteps(parts, rows, slots, like) for parts in layers]
+        self.layers = [LayerSteps(parts, rows, slots, like, zeroed) for parts in layers]
         self.norm = norm
 
     def __call__(
