@@ -161,7 +161,7 @@ def test_packaged_configurations(config, capsys, tmp_path):
     for memory in figures["memory_bytes"].values():
         totals = [memory[f"zero{stage}"]["total"] for stage in range(4)]
         assert min(totals) > 0
-    for word in ("formulas", "activations checkpointed", "hours", "cost", "zero3", "an assumption"):
+    for word in ("formulas", "memory", "activations checkpointed", "hours", "cost", "zero3", "an assumption"):
         assert word in said
 
 

@@ -173,7 +173,7 @@ def memory(
     late = parts["gradients"] + parts["buckets"] - early
     # ZeRO 1 and 2 reduce when a bucket is full, or in the end: until then gradients lie in the bucket alone.
     waiting = 0 if zero_stage in (0, 3) or stays else width * BUCKET
-    backward = standing + early + trace.peak(late / max(1, 4 * trained), beyond=waiting)
+    backward = standing + early + trace.peak(late / max(1, width * trained), beyond=waiting)
     parts["total"] = max(backward, standing + early + late)
     return parts
 
