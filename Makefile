@@ -35,7 +35,7 @@ test: $(STAMP)
 test-slow: $(STAMP)
 	set -e; for file in $$(grep -l "mark.slow" tests/test_*.py); do $(RUN)python -m pytest -m slow $$file; done
 
-# Kills at random moments over both stages and extraction, about 5 minutes on 2 cores: docs/faults.md.
+# Kills at random moments over both stages and extraction, about 5 to 10 minutes on 2 cores: docs/faults.md.
 soak: $(STAMP)
 	$(RUN)python scripts/soak.py
 
