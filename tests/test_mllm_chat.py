@@ -372,6 +372,23 @@ def test_wide_products_are_the_ordinary_ones(bias, monkeypatch):
     assert len(calls) == used and layer.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.parametrize(("length", "kv_heads"), [(2 * onednn.QUERIES, 4), (2 * onednn.QUERIES + 5, 2)])
+def test_long_causal_attention_in_blocks_is_the_ordinary_one(length, kv_heads, monkeypatch):
+    used, original = [], onednn.causal_in_blocks
+    monkeypatch.setattr(onednn, "causal_in_blocks", lambda *args: used.append(1) or original(*args))
+    query, key, value = (torch.randn(2, length, heads, 8).transpose(1, 2) for heads in (4, kv_heads, kv_heads))
+    attend, more = F.scaled_dot_product_attention, {"scale": 0.3, "enable_gqa": kv_heads < 4}
+    expected = attend(query, key, value, is_causal=True, **more)
+    with torch.no_grad(), onednn.WideProducts():
+        torch.testing.assert_close(attend(query, key, value, is_causal=True, **more), expected, atol=1e-5, rtol=1e-5)
+        assert len(used) == 1
+        attend(query, key, value, **more), attend(query[:, :, :-1], key, value, is_causal=True, **more)
+        attend(query[:, :, :60], key[:, :, :60], value[:, :, :60], is_causal=True, **more)
+    with onednn.WideProducts():  # gradients
+        attend(query, key, value, is_causal=True, **more)
+    assert len(used) == 1
+
+
 def test_weights_in_blocks_are_kept_until_a_source_changes(monkeypatch):
     """Also where no version counter tells, and where sums stay the same; one that is dropped takes its blocks along."""
     made, weight, other = [], torch.nn.Parameter(torch.randn(24, 16)), torch.randn(24, 16)

@@ -17,6 +17,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 LEAST_ROWS = 64  # of a product that is worth its weight's way into blocks
 MOST_KEPT_BYTES = 2**24  # of one matrix; larger ones would double the memory of a large model for good
+QUERIES = 32  # of causal attention at a time
 # By the tensor that a matrix belongs to and its name: what its sources held, and the matrix in blocks.
 _KEPT: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -75,7 +76,8 @@ def wide_products(x: Tensor) -> AbstractContextManager[object]:
 
 
 class WideProducts(TorchFunctionMode):
-    """Inside `with WideProducts():` linear layers of many rows in float32 on the CPU run in oneDNN, without gradients.
+    """Inside `with WideProducts():` linear layers of many rows in float32 on the CPU run in oneDNN, without gradients,
+    and causal attention over many positions in blocks of queries.
 
     Anything else (few rows, another device or type, quantized weights, autocast, gradients) runs as it would without.
     Weights must not change inside.
@@ -90,6 +92,8 @@ class WideProducts(TorchFunctionMode):
     ) -> Any:
         if func is F.linear and not kwargs and _is_wide(*args):
             return self._linear(*args)
+        if func is F.scaled_dot_product_attention and kwargs and len(args) == 3 and _is_long(*args, **kwargs):
+            return causal_in_blocks(*args, kwargs.get("scale"), kwargs.get("enable_gqa", False))
         return func(*args, **(kwargs or {}))
 
     def _linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -100,6 +104,37 @@ class WideProducts(TorchFunctionMode):
             if weight.nbytes <= MOST_KEPT_BYTES:
                 self._blocks[id(weight)] = (weight, blocks)
         return packed_product()(x, blocks, None if bias is None else bias.detach(), "none", [], "")
+
+
+def causal_in_blocks(
+    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, enable_gqa: bool = False
+) -> Tensor:
+    """Causal attention of `[R, H, T, d]` with as many keys as queries, QUERIES at a time and only with the keys that
+    they see: torch's kernel for the CPU takes the products with all keys and then hides them."""
+    rows, heads, length, _ = query.shape
+    out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)  # as those who join heads need it
+    later = query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
+    for begin in range(0, length, QUERIES):
+        end = min(begin + QUERIES, length)
+        mask = torch.cat([query.new_zeros(end - begin, begin), later[: end - begin, : end - begin]], dim=1)
+        out[:, :, begin:end] = F.scaled_dot_product_attention(
+            query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask, scale=scale, enable_gqa=enable_gqa
+        )
+    return out
+
+
+def _is_long(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False, **options: Any) -> bool:
+    """Whether it is causal attention that is worth its way into blocks."""
+    known = options.keys() <= {"attn_mask", "scale", "enable_gqa"} and options.get("attn_mask") is None
+    return (
+        is_causal
+        and known
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and query.device.type == "cpu"
+        and query.dim() == 4
+        and query.shape[2] == key.shape[2] >= 2 * QUERIES
+    )
 
 
 def _is_wide(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
