@@ -16,8 +16,8 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.samples import Source
-from unitok.data.words import Words, load_json_object, text_of, words_from_json
+from unitok.data.samples import Source, printable
+from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +44,8 @@ class RecordSource(Source):
             name = self._record(index).get("id")
         except DataError:
             name = None
-        return str(name) if isinstance(name, str | int) else f"{self.path.stem}-{index:06d}"
+        usable = isinstance(name, int) or (isinstance(name, str) and is_unicode(name))
+        return str(name) if usable else f"{printable(self.path.stem)}-{index:06d}"
 
     def place(self, index: int) -> str:
         return f"{self.path}: record {index}"
@@ -79,7 +80,7 @@ class JsonlSource(RecordSource):
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(path, images, max_bad_fraction)
         try:
-            self._starts = np.fromiter(_line_starts(path), dtype=np.int64)
+            self._starts = np.fromiter(line_starts(path), dtype=np.int64)
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); expected JSON lines in UTF-8") from None
         if not len(self._starts):
@@ -128,7 +129,8 @@ def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
     return kind(Path(name), None if images is None else Path(images), max_bad_fraction)
 
 
-def _line_starts(path: Path) -> Iterator[int]:
+def line_starts(path: Path) -> Iterator[int]:
+    """Where each line of a file begins, in bytes, that is not empty."""
     position = 0
     with path.open("rb") as lines:
         for line in lines:

@@ -31,10 +31,13 @@ class Source(BadSamples, ABC):
     """Map-style source that survives bad samples (unreadable image, malformed text).
 
     `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise).
+    `broken`: of `lost`, the places that are whole files. `passed_over`: what stands there and is no sample, by kind.
     """
 
     max_pixels: int = MAX_PIXELS
     parts: "list[Source]" = []  # noqa: RUF012 - never changed
+    broken: frozenset[str] = frozenset()
+    passed_over: dict[str, int] = {}  # noqa: RUF012 - never changed
 
     @abstractmethod
     def _read_words(self, index: int) -> Words:
@@ -62,6 +65,10 @@ class Source(BadSamples, ABC):
         """The source and its sample that place `index` of an epoch takes: other ones every epoch, in a mixture."""
         return self, index
 
+    def leaves(self) -> "list[Source]":
+        """The sources behind this one: of a mixture, also of mixtures, all members that are none themselves."""
+        return [leaf for part in self.parts for leaf in part.leaves()] or [self]
+
     def words(self, index: int) -> Words:
         """Like `source[index]` without its image. A bad image is not noticed here."""
         return self.first_good(index, self._read_words)
@@ -75,6 +82,11 @@ class Source(BadSamples, ABC):
 
     def _load(self, path: Path, shrink: Shrink | None) -> Decoded:
         return decode(read_file(path), str(path), self.max_pixels, shrink)
+
+
+def printable(name: str) -> str:
+    r"""A file's name as Unicode, for keys: bytes that are not UTF-8 become \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 class Picked:
