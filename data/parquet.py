@@ -14,8 +14,8 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.paths import matching_files
-from unitok.data.samples import Source, printable
+from unitok.data.paths import matching_files, printable
+from unitok.data.samples import Source
 from unitok.data.urls import is_url, local_files
 from unitok.data.words import Words, words_from_json
 

@@ -8,6 +8,11 @@ from pathlib import Path
 from unitok.core.errors import DataError
 
 
+def printable(name: str) -> str:
+    r"""A file's name as Unicode, for keys: bytes that are not UTF-8 become \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def matching_files(spec: str) -> list[Path]:
     """The files that a path, a glob or a brace pattern of these means, sorted by pattern; a path need not exist.
 
@@ -53,10 +58,11 @@ def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
             if (found.st_dev, found.st_ino) in seen:
                 continue
             seen.add((found.st_dev, found.st_ino))
-            with os.scandir(current) as entries:
-                shown = sorted(entry.path for entry in entries if not entry.name.startswith("."))
-            for path in shown:
-                is_folder = os.path.isdir(path)
+            with os.scandir(current) as entries:  # which mostly know what is a folder, without a look at each
+                shown = [e for e in entries if not e.name.startswith(".")]
+                kinds = sorted((e.path, e.is_symlink(), e.is_dir(follow_symlinks=False)) for e in shown)
+            for path, is_link, is_folder in kinds:
+                is_folder = is_folder or (is_link and os.path.isdir(path))
                 yield Path(path), is_folder
                 if is_folder:
-                    (links if os.path.islink(path) else left).append(path)
+                    (links if is_link else left).append(path)

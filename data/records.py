@@ -5,6 +5,7 @@ Text of records is held as bytes or left in the file, which worker processes sha
 
 import json
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,8 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.samples import Source, printable
+from unitok.data.paths import printable
+from unitok.data.samples import Source
 from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
 _LOGGER = logging.getLogger(__name__)
@@ -121,7 +123,11 @@ class LlavaSource(RecordSource):
 def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
     """Opens FILE.jsonl or FILE.json (a LLaVA list), either with "?images=DIR" behind it."""
     name, _, query = spec.partition("?")
-    settings = dict(parse_qsl(query, keep_blank_values=True))
+    folder = query.removeprefix("images=")
+    if folder != query and os.path.isdir(folder):  # as it stands: its name may hold + or %
+        query, settings = "", {"images": folder}
+    else:
+        settings = dict(parse_qsl(query, keep_blank_values=True))
     images = settings.pop("images", None)
     if settings or images == "" or (query and images is None):
         raise DataError(f"{spec!r}: {query!r} is not understood; expected ?images=FOLDER")

@@ -84,11 +84,6 @@ class Source(BadSamples, ABC):
         return decode(read_file(path), str(path), self.max_pixels, shrink)
 
 
-def printable(name: str) -> str:
-    r"""A file's name as Unicode, for keys: bytes that are not UTF-8 become \xNN."""
-    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
 class Picked:
     """Some samples of a source, in the order of `indices`; a bad one is bad here too."""
 

@@ -21,9 +21,9 @@ from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
-from unitok.data.paths import walk
+from unitok.data.paths import printable, walk
 from unitok.data.records import open_records
-from unitok.data.samples import Sample, ShrinkOf, Source, printable
+from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
 from unitok.data.shapes import BASE_SIZE, MIN_SIZE, SPLITS, Scene, render, sample_scene
 from unitok.data.shards import ShardReader

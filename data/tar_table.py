@@ -11,6 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
+from unitok.data.paths import printable
+
 MEMBER = np.dtype([("block", "<u4"), ("size", "<u4"), ("name", "<u2")])  # where its data begin, in blocks of 512 bytes
 _MOST_BLOCKS, _MOST_BYTES = 2**32 - 1, 2**31 - 2**12  # of a shard before a member; of a member, for one read
 MOST_EXTENSIONS = 2**16
@@ -117,7 +119,7 @@ class _Samples:
 
     def begin_member(self, info: tarfile.TarInfo) -> str | None:
         """Turns to the sample that a member belongs to; its extension, or None where it belongs to none."""
-        name = info.name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        name = printable(info.name)
         folder, _, file = name.rpartition("/")
         stem, _, extension = file.partition(".")
         if not stem or not extension:
