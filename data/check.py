@@ -21,6 +21,7 @@ class SourceReport:
     bad: place and reason of samples that cannot be used, and of shards that are cut off (the first 1000); `bad_kinds`
     counts all of them. `duplicate_keys` (across shards or records) are told, but not bad. `image_sizes`: the ten most
     frequent; `smallest`, `largest`: by pixels. `example`: the first good sample. `parts`: of a mixture, each alone.
+    `passed_over`: what stands in image folders and is neither image nor words, by ending.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SourceReport:
     smallest: str = ""
     largest: str = ""
     bad_kinds: dict[str, int] = field(default_factory=dict)
+    passed_over: dict[str, int] = field(default_factory=dict)
     example: dict[str, Any] = field(default_factory=dict)
     duplicate_keys: list[str] = field(default_factory=list)
     bad: list[tuple[str, str]] = field(default_factory=list)
@@ -56,11 +58,13 @@ def check_source(spec: str, split: str | None = None, limit: int | None = None) 
 
 
 def check_opened(source: Source, limit: int | None = None) -> SourceReport:
-    """`check_source` of an opened one; each member of a mixture is read as a whole (its first `limit` samples)."""
+    """`check_source` of an opened one; each member of a mixture, also of a mixture of mixtures, is read as a whole (its
+    first `limit` samples)."""
     report, counts = SourceReport(source.name), _Counts()
-    for number, part in enumerate(source.parts or [source]):
+    for number, part in enumerate(source.leaves()):
         for place, reason in part.lost.items():
-            _note_bad(report, counts, place, reason, "broken shard" if place in _broken(part) else "duplicate key")
+            _note_bad(report, counts, place, reason, "broken shard" if place in part.broken else "duplicate key")
+        counts.passed_over.update(part.passed_over)
         for index in _indices(part, limit):
             counts.keys[f"{number}/{part.key(index)}" if source.parts else part.key(index)] += 1
             _count_sample(part, index, report, counts)
@@ -78,6 +82,7 @@ class _Counts:
         self.types: Counter[str] = Counter()
         self.sizes: Counter[tuple[int, int]] = Counter()
         self.kinds: Counter[str] = Counter()
+        self.passed_over: Counter[str] = Counter()
         self.captions: set[int] = set()
 
     def fill(self, report: SourceReport) -> None:
@@ -88,6 +93,7 @@ class _Counts:
             by_pixels = sorted(self.sizes, key=lambda size: (size[0] * size[1], size))
             report.smallest, report.largest = (f"{w}x{h}" for w, h in (by_pixels[0], by_pixels[-1]))
         report.bad_kinds = dict(self.kinds.most_common())
+        report.passed_over = dict(self.passed_over.most_common())
         twice = [key for key, times in self.keys.items() if times > 1]
         report.num_duplicate_keys, report.duplicate_keys = len(twice), twice[:_LISTED]
 
@@ -97,11 +103,6 @@ def _indices(source: Source, limit: int | None) -> Iterator[int]:
 
     count = len(source) if limit is None else min(limit, len(source))
     yield from tqdm(range(count), desc="check", unit="sample", disable=None, leave=False)
-
-
-def _broken(source: Source) -> set[str]:
-    reader = getattr(source, "reader", None)
-    return {str(path) for path in reader.bad_shards} if reader is not None else set()
 
 
 def _count_sample(source: Source, index: int, report: SourceReport, counts: _Counts) -> None:

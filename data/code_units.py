@@ -17,7 +17,7 @@ from unitok.core.errors import DataError
 from unitok.data.codes import HEADER_FILE, CodeSample, code_record, header_fields, write_json
 from unitok.data.shards import reader_of, temporary_name, write_shard
 from unitok.data.source import Source
-from unitok.data.words import load_json_object
+from unitok.data.words import load_json_object, text_of
 
 UNIT_SIZE = 10_000  # samples of a unit, where the source has no shards
 
@@ -56,7 +56,7 @@ def input_of(source: Source, unit: Unit) -> str:
     reader = reader_of(source)
     if reader is None or unit.shard is None:
         for index in range(unit.start, unit.stop):
-            digest.update(source.key(index).encode("utf-8", "surrogateescape") + b"\0")
+            digest.update(source.key(index).encode("utf-8", "surrogatepass") + b"\0")
         return f"{Path(source.name).name}[{unit.start}:{unit.stop}] {digest.hexdigest()}"
     table = reader.table(unit.shard)
     for array in (table.starts, table.key_ends, table.members["block"], table.members["size"], table.keys):
@@ -65,10 +65,11 @@ def input_of(source: Source, unit: Unit) -> str:
 
 
 def known_failures(source: Source, unit: Unit) -> list[Failure]:
-    """What the reader of shards has left out of this one."""
+    """What the reader of shards has left out of this one; of other sources the first unit tells of broken files."""
     reader = reader_of(source)
     if reader is None or unit.shard is None:
-        return []
+        lost = [item for leaf in source.leaves() for item in leaf.lost.items()]
+        return [(Path(place).name, reason) for place, reason in lost] if unit.number == 0 else []
     path = reader.paths[unit.shard]
     problem = [(path.name, reader.bad_shards[path])] if path in reader.bad_shards else []
     bad = reader.table(unit.shard).bad
@@ -175,7 +176,7 @@ class CodeFolder:
         path = self.out / f"{unit.name}.json"
         if not path.is_file():
             return None
-        return load_json_object(path.read_text(encoding="utf-8"), str(path))
+        return load_json_object(text_of(path.read_bytes(), str(path)), str(path))
 
     @staticmethod
     def _is_whole(tar: Path, said: dict[str, Any]) -> bool:

@@ -20,8 +20,9 @@ from unitok.core.errors import DataError
 from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
+from unitok.data.paths import expand_braces
 from unitok.data.shards import ShardReader, expand_shards, temporary_name, write_shards
-from unitok.data.words import Words, load_json_object, words_from_json, words_to_json
+from unitok.data.words import Words, load_json_object, text_of, words_from_json, words_to_json
 
 FORMAT_VERSION = 1
 HEADER_FILE = "header.json"
@@ -85,7 +86,7 @@ def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a small file of the folder, which appears when it is complete."""
     temporary = temporary_name(path)
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
     os.replace(temporary, path)
 
 
@@ -105,7 +106,7 @@ def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> d
         "__key__": f"{number:09d}",
         "npy": _npy(codes),
         **latents,
-        "json": json.dumps({"key": sample.key, "words": words}, ensure_ascii=False).encode("utf-8"),
+        "json": json.dumps({"key": sample.key, "words": words}).encode("ascii"),
     }
 
 
@@ -227,7 +228,9 @@ class CodeSource(BadSamples):
         try:
             record = json.loads(members["json"])
             key, words = record["key"], record["words"]
-        except (KeyError, TypeError, ValueError) as error:
+            if not isinstance(key, str) or not isinstance(words, dict):
+                raise TypeError("a key and words")
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} has no readable words ({type(error).__name__}); encode the images again"
             ) from None
@@ -237,9 +240,7 @@ class CodeSource(BadSamples):
 
 
 def _folders(pattern: str) -> list[Path]:
-    import braceexpand
-
-    return [Path(pattern)] if Path(pattern).is_dir() else [Path(one) for one in braceexpand.braceexpand(pattern)]
+    return [Path(pattern)] if Path(pattern).is_dir() else [Path(one) for one in expand_braces(pattern)]
 
 
 def _load_header(folder: Path) -> dict[str, Any]:
@@ -248,7 +249,7 @@ def _load_header(folder: Path) -> dict[str, Any]:
         raise DataError(
             f"{folder} has no {HEADER_FILE}: no code shards, or writing them was cut short; make them again"
         )
-    header = load_json_object(path.read_text(encoding="utf-8"), str(path))
+    header = load_json_object(text_of(path.read_bytes(), str(path)), str(path))
     missing = [name for name in (*HEADER_FIELDS, "count") if name not in header]
     if missing or header.get("format_version") != FORMAT_VERSION:
         raise DataError(

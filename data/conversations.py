@@ -130,7 +130,7 @@ def import_llava(json_path: Path | str, images: Path | str, out: Path | str) -> 
     for number, record in enumerate(records):
         where = f"{json_path}: record {number}"
         try:
-            lines.append(json.dumps(_convert_llava(record, images, out, where, number), ensure_ascii=False))
+            lines.append(json.dumps(_convert_llava(record, images, out, where, number)))
         except DataError as error:
             dropped += 1
             if dropped <= _LOGGED_RECORDS:

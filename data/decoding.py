@@ -15,6 +15,7 @@ from PIL import Image
 from unitok.data.bad import SampleError
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
+RARE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "pgm")  # read as well
 MAX_PIXELS = 2**28  # 16384 x 16384: 0.8 GB while it is decoded
 # By content, not by ending. Formats that run programs (EPS) or draw (WMF) are not among them.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "JPEG2000", "MPO", "ICO", "TGA")

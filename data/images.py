@@ -60,8 +60,7 @@ class ImageBatches:
 
     def all_captions(self) -> list[str]:
         """Every caption of the source, to train a text tokenizer on."""
-        sources = self.source.parts or [self.source]
-        return [text for source in sources for index in range(len(source)) for text in source.texts(index)]
+        return [text for source in self.source.leaves() for index in range(len(source)) for text in source.texts(index)]
 
     def load(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """`pixels` uint8 `[B, 3, H, W]`, to be made floats by `as_pixels` where they are used, and one caption per

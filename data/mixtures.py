@@ -175,7 +175,7 @@ def _parse_part(part: str, text: str) -> dict[str, Any]:
 def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text(encoding="utf-8-sig"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise DataError(f"{path} cannot be read as YAML ({type(error).__name__}); expected a list of sources") from None
 
 

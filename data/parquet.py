@@ -3,9 +3,10 @@
 Files are read by row groups, so a sample costs its whole row group unless that was read just before; see docs/data.md.
 """
 
-import glob
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
+from unitok.data.paths import matching_files, printable
 from unitok.data.samples import Source
 from unitok.data.urls import is_url, local_files
 from unitok.data.words import Words, words_from_json
@@ -26,39 +28,39 @@ _KEPT_GROUPS = 4
 class ParquetSource(Source):
     """Rows of parquet files by index. Image bytes stand in the file, or in the file that `path` names beside it.
 
+    A file that is not whole counts for as many bad samples as the others hold.
+
+    Args:
+        files: those that `spec` means, where they are known.
+
     Raises:
-        DataError: no such file, one that is not whole, or none of IMAGE_COLUMNS in it.
+        DataError: no such file, none that is whole, none of IMAGE_COLUMNS in it, or too many are not whole.
     """
 
-    def __init__(self, spec: str, max_bad_fraction: float) -> None:
+    def __init__(self, spec: str, max_bad_fraction: float, files: Sequence[Path] | None = None) -> None:
         super().__init__(spec, max_bad_fraction)
-        self.files = _expand(spec)
-        self._groups: list[tuple[int, int]] = []  # file, row group in it
-        sizes: list[int] = []
-        for number, file in enumerate(self.files):
-            metadata = _open(file).metadata
-            for group in range(metadata.num_row_groups):
-                self._groups.append((number, group))
-                sizes.append(metadata.row_group(group).num_rows)
-        self._ends = np.cumsum(sizes, dtype=np.int64)
+        self.files = list(files or _expand(spec))
+        groups = [_row_groups(file) for file in self.files]
+        broken = {str(f): found for f, found in zip(self.files, groups, strict=True) if isinstance(found, str)}
+        whole = [found if isinstance(found, list) else [] for found in groups]
+        self._groups = [(number, group) for number, sizes in enumerate(whole) for group in range(len(sizes))]
+        self._ends = np.cumsum([size for sizes in whole for size in sizes], dtype=np.int64)
+        self._before = np.cumsum([0, *map(sum, whole)])  # rows before each file
         if not len(self):
-            raise DataError(f"{spec} holds no row in {len(self.files)} files; expected images and captions")
-        names = _open(self.files[0]).schema_arrow.names
-        self.image_column = next((name for name in IMAGE_COLUMNS if name in names), None)
-        if self.image_column is None:
-            raise DataError(
-                f"{self.files[0]} has columns {', '.join(names)}; expected images in {', '.join(IMAGE_COLUMNS)}"
-            )
+            why = next((f"; {file} {problem}" for file, problem in broken.items()), "")
+            raise DataError(f"{spec} holds no row in {len(self.files)} files; expected images and captions{why}")
+        self.image_column = _image_column(next(f for f in self.files if str(f) not in broken))
         self._kept: OrderedDict[int, Any] = OrderedDict()  # the row groups read last
+        self.broken = frozenset(broken)
+        typical = median(map(sum, (found for found in groups if isinstance(found, list))))
+        self.report_lost(broken, len(broken) * max(1, round(typical)))
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def key(self, index: int) -> str:
-        group, row = self._place(index)
-        number, _ = self._groups[group]
-        before = int(self._ends[self._groups.index((number, 0)) - 1]) if number else 0
-        return f"{self.files[number].stem}-{index - before:06d}"
+        number, _ = self._groups[self._place(index)[0]]
+        return f"{printable(self.files[number].stem)}-{index - int(self._before[number]):06d}"
 
     def place(self, index: int) -> str:
         group, row = self._place(index)
@@ -73,8 +75,17 @@ class ParquetSource(Source):
         return {**self.__dict__, "_kept": OrderedDict()}
 
     def _row(self, index: int) -> dict[str, Any]:
+        import pyarrow as pa
+
         group, row = self._place(index)
-        return self._table(group, index).slice(row, 1).to_pylist()[0]
+        values = self._table(group, index).slice(row, 1)
+        try:
+            return values.to_pylist()[0]
+        except UnicodeDecodeError:  # the format promises UTF-8 and nobody looks
+            raise SampleError(f"{self.place(index)}: text is not UTF-8", "not UTF-8") from None
+        except (ValueError, OverflowError, pa.ArrowException) as error:  # such as a date of the year 300000
+            what = " ".join(str(error).split())[:200]
+            raise SampleError(f"{self.place(index)} holds a value that cannot be read ({what})", "wrong type") from None
 
     def _table(self, group: int, index: int) -> Any:
         import pyarrow as pa
@@ -83,9 +94,9 @@ class ParquetSource(Source):
             self._kept.move_to_end(group)
             return self._kept[group]
         number, of_file = self._groups[group]
-        file = _open(self.files[number])
-        columns = [name for name in file.schema_arrow.names if name in (self.image_column, *_WORDS)]
         try:
+            file = _open(self.files[number])
+            columns = [name for name in file.schema_arrow.names if name in (self.image_column, *_WORDS)]
             table = file.read_row_group(of_file, columns=columns)
         except (pa.ArrowException, OSError) as error:
             what = " ".join(str(error).split())[:200]
@@ -99,6 +110,8 @@ class ParquetSource(Source):
         row = self._row(index)
         row.pop(self.image_column, None)
         data = {name: value for name, value in row.items() if value is not None}
+        if not isinstance(data.get("id"), str | int):  # bytes, dates: what JSON has no form for
+            data.pop("id", None)
         if "caption" not in data:
             data["caption"] = next((data.pop(name) for name in _CAPTION_COLUMNS if name in data), None)
         if isinstance(data["caption"], list):
@@ -117,28 +130,33 @@ class ParquetSource(Source):
 
 
 def _expand(spec: str) -> list[Path]:
-    if is_url(spec):
-        return local_files(spec)
-    import braceexpand
-
-    patterns = list(braceexpand.braceexpand(spec))
-    files = [
-        Path(found)
-        for pattern in patterns
-        for found in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])
-    ]
+    files = local_files(spec) if is_url(spec) else matching_files(spec)
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not files:
         raise DataError(f"{missing[0] if missing else spec} does not exist; expected .parquet files")
     return files
 
 
-def _open(file: Path) -> Any:
+def _row_groups(file: Path) -> list[int] | str:
+    """The rows of each group of a file; what is wrong with it where it is not whole."""
     import pyarrow as pa
-    import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        metadata = _open(file).metadata
+        return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
-        what = " ".join(str(error).split())[:200]
-        raise DataError(f"{file} is not a whole parquet file ({what}); copy or write it again") from None
+        return f"is not a whole parquet file ({' '.join(str(error).split())[:200]}); copy or write it again"
+
+
+def _image_column(file: Path) -> str:
+    names = _open(file).schema_arrow.names
+    found = next((name for name in IMAGE_COLUMNS if name in names), None)
+    if found is None:
+        raise DataError(f"{file} has columns {', '.join(names)}; expected images in {', '.join(IMAGE_COLUMNS)}")
+    return found
+
+
+def _open(file: Path) -> Any:
+    import pyarrow.parquet
+
+    return pyarrow.parquet.ParquetFile(file)

@@ -5,6 +5,7 @@ Text of records is held as bytes or left in the file, which worker processes sha
 
 import json
 import logging
+import os
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
+from unitok.data.paths import printable
 from unitok.data.samples import Source
-from unitok.data.words import Words, load_json_object, text_of, words_from_json
+from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -44,7 +46,8 @@ class RecordSource(Source):
             name = self._record(index).get("id")
         except DataError:
             name = None
-        return str(name) if isinstance(name, str | int) else f"{self.path.stem}-{index:06d}"
+        usable = isinstance(name, int) or (isinstance(name, str) and is_unicode(name))
+        return str(name) if usable else f"{printable(self.path.stem)}-{index:06d}"
 
     def place(self, index: int) -> str:
         return f"{self.path}: record {index}"
@@ -79,7 +82,7 @@ class JsonlSource(RecordSource):
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(path, images, max_bad_fraction)
         try:
-            self._starts = np.fromiter(_line_starts(path), dtype=np.int64)
+            self._starts = np.fromiter(line_starts(path), dtype=np.int64)
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); expected JSON lines in UTF-8") from None
         if not len(self._starts):
@@ -120,7 +123,11 @@ class LlavaSource(RecordSource):
 def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
     """Opens FILE.jsonl or FILE.json (a LLaVA list), either with "?images=DIR" behind it."""
     name, _, query = spec.partition("?")
-    settings = dict(parse_qsl(query, keep_blank_values=True))
+    folder = query.removeprefix("images=")
+    if folder != query and os.path.isdir(folder):  # as it stands: its name may hold + or %
+        query, settings = "", {"images": folder}
+    else:
+        settings = dict(parse_qsl(query, keep_blank_values=True))
     images = settings.pop("images", None)
     if settings or images == "" or (query and images is None):
         raise DataError(f"{spec!r}: {query!r} is not understood; expected ?images=FOLDER")
@@ -128,7 +135,8 @@ def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
     return kind(Path(name), None if images is None else Path(images), max_bad_fraction)
 
 
-def _line_starts(path: Path) -> Iterator[int]:
+def line_starts(path: Path) -> Iterator[int]:
+    """Where each line of a file begins, in bytes, that is not empty."""
     position = 0
     with path.open("rb") as lines:
         for line in lines:

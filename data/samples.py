@@ -31,10 +31,13 @@ class Source(BadSamples, ABC):
     """Map-style source that survives bad samples (unreadable image, malformed text).
 
     `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise).
+    `broken`: of `lost`, the places that are whole files. `passed_over`: what stands there and is no sample, by kind.
     """
 
     max_pixels: int = MAX_PIXELS
     parts: "list[Source]" = []  # noqa: RUF012 - never changed
+    broken: frozenset[str] = frozenset()
+    passed_over: dict[str, int] = {}  # noqa: RUF012 - never changed
 
     @abstractmethod
     def _read_words(self, index: int) -> Words:
@@ -61,6 +64,10 @@ class Source(BadSamples, ABC):
     def turn(self, index: int, epoch: int) -> "tuple[Source, int]":
         """The source and its sample that place `index` of an epoch takes: other ones every epoch, in a mixture."""
         return self, index
+
+    def leaves(self) -> "list[Source]":
+        """The sources behind this one: of a mixture, also of mixtures, all members that are none themselves."""
+        return [leaf for part in self.parts for leaf in part.leaves()] or [self]
 
     def words(self, index: int) -> Words:
         """Like `source[index]` without its image. A bad image is not noticed here."""

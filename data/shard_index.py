@@ -24,10 +24,10 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 
 from unitok.core.errors import DataError
-from unitok.data.tar_table import MEMBER, TarTable, scan
+from unitok.data.tar_table import MEMBER, MOST_EXTENSIONS, TarTable, scan
 
 INDEX_FILE = ".unitok-index"
-_MAGIC = b"unitok-index-001"
+_MAGIC = b"unitok-index-002"  # 1 took zeros in place of samples for the end of a shard
 _FOOTER = struct.Struct("<QQQ16s")  # shards, bytes of names, bytes of JSON, _MAGIC
 _ROW = np.dtype([(name, "<i8") for name in ("size", "mtime", "start", "samples", "members", "key_bytes")])
 _LOGGER = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ def _open(path: Path) -> IndexFile | None:
         return IndexFile(path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         _LOGGER.warning("%s is made again: %s", path, error)
         return None
 
@@ -194,6 +194,11 @@ def _write_tables(stream: BinaryIO, entries: Iterable[tuple[str, _Stat, TarTable
     rows, names, problems, bad = [], [], {}, {}
     extensions: dict[str, int] = {}
     for name, stat, table in entries:
+        if len(extensions.keys() | table.extensions) > MOST_EXTENSIONS:
+            raise DataError(
+                f"shards up to {name} have more than {MOST_EXTENSIONS} kinds of members, and a key ends at its first "
+                "dot; write them without dots in the keys"
+            )
         own = [extensions.setdefault(extension, len(extensions)) for extension in table.extensions]
         members = table.members.copy()
         members["name"] = np.array(own, dtype="<u2")[members["name"]] if len(members) else 0

@@ -3,7 +3,6 @@
 Members of one sample share the key (the path up to the first dot of the file name) and stand side by side.
 """
 
-import glob
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unitok.core.errors import DataError
+from unitok.data.paths import matching_files
 from unitok.data.shard_index import index_shards
 from unitok.data.tar_table import TarTable
 
@@ -234,17 +234,10 @@ def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:
     """The tar files that `spec` means, in order; DataError when there is none or one is missing."""
     if not isinstance(spec, Path | str):
         paths = [Path(item) for item in spec]
-    elif Path(spec).is_dir():
+    elif os.path.isdir(spec):
         paths = sorted(Path(spec).glob("*.tar"))
     else:
-        import braceexpand
-
-        patterns = list(braceexpand.braceexpand(str(spec)))
-        paths = [
-            Path(found)
-            for pattern in patterns
-            for found in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])
-        ]
+        paths = matching_files(str(spec))
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise DataError(f"shard {missing[0]} does not exist ({len(missing)} of {len(paths)} missing)")

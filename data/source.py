@@ -3,9 +3,13 @@
 What a source is stands in `samples`; JSON records, parquet files and mixtures have files of their own.
 """
 
+import logging
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -14,9 +18,10 @@ from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
 from unitok.data.bad import SampleError
 from unitok.data.captions import caption, questions, whole_captions
-from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, Decoded, Shrink
+from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
+from unitok.data.paths import printable, walk
 from unitok.data.records import open_records
 from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
@@ -25,6 +30,8 @@ from unitok.data.shards import ShardReader
 from unitok.data.urls import is_url, local_files, suffix_of
 from unitok.data.words import Words, parse_words
 
+_LOGGER = logging.getLogger(__name__)
+_IMAGES = (*IMAGE_EXTENSIONS, *RARE_EXTENSIONS)
 SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
 _KNOWN_FORMS = (
     'expected "shapes:train?num=8000&seed=0", a folder, pattern or URL of .tar shards or .parquet files, a folder of '
@@ -78,6 +85,7 @@ class ShardSource(Source):
         super().__init__(spec, max_bad_fraction)
         self.reader = ShardReader(local_files(spec) if is_url(spec) else spec, on_bad="skip")
         self._ends = np.cumsum(self.reader.sizes)
+        self.broken = frozenset(map(str, self.reader.bad_shards))
         self.report_lost(self.reader.bad_samples, len(self.reader.bad_samples))
         self.report_lost(
             {str(path): f"the shard is broken: {problem}" for path, problem in self.reader.bad_shards.items()},
@@ -103,7 +111,7 @@ class ShardSource(Source):
         return f"{shard}:{self.key(index)}"
 
     def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
-        members = self.reader.read(index, (*IMAGE_EXTENSIONS, "txt", "json"))  # all in one go
+        members = self.reader.read(index, (*_IMAGES, "txt", "json"))  # all in one go
         words, key = self._words_in(members, index), self.key(index)
         image = self._image_in(members, index, shrink_of(key) if shrink_of else None)
         return Sample(**vars(words), key=key, image=image.image, full_size=image.full_size)
@@ -112,39 +120,51 @@ class ShardSource(Source):
         return self._words_in(self.reader.read(index, ("txt", "json")), index)
 
     def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
-        return self._image_in(self.reader.read(index, IMAGE_EXTENSIONS), index, shrink)
+        return self._image_in(self.reader.read(index, _IMAGES), index, shrink)
 
     def _words_in(self, members: dict[str, bytes], index: int) -> Words:
         return parse_words(members.get("txt"), members.get("json"), self.place(index))
 
     def _image_in(self, members: dict[str, bytes], index: int, shrink: Shrink | None) -> Decoded:
-        data = next((members[name] for name in members if name in IMAGE_EXTENSIONS), None)
-        if data is None:
+        found = [name for name in members if name in _IMAGES]
+        if not found:
             message = f"{self.place(index)} has no image; expected one of {', '.join(IMAGE_EXTENSIONS)}"
             raise SampleError(message, "missing image")
-        return self._decode(data, index, shrink)
-
-
-def _is_image(path: Path) -> bool:
-    hidden = any(part.startswith(".") for part in path.parts)  # such as macOS's ._NAME.png, which is no image
-    return not hidden and path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+        return self._decode(members[min(found, key=lambda name: name in RARE_EXTENSIONS)], index, shrink)
 
 
 class FolderSource(Source):
-    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json; sub-folders are read too."""
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json; sub-folders are read too, also where
+    they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = folder
-        self.files = sorted(path for path in folder.rglob("*") if _is_image(path.relative_to(folder)))
+        self.files: list[Path] = []
+        others: Counter[str] = Counter()
+        try:
+            for path, is_folder in walk(folder):
+                suffix = path.suffix.lower()
+                if suffix.lstrip(".") in _IMAGES:
+                    self.files.append(path)
+                elif not is_folder and suffix not in (".txt", ".json"):
+                    others[printable(suffix) or "no ending"] += 1
+        except OSError as error:
+            raise DataError(f"{error.filename} cannot be read ({error.strerror}); folders of images must be") from None
+        self.files.sort()
+        self.passed_over = dict(others.most_common())
+        seen = ", ".join(f"{count} x {kind}" for kind, count in self.passed_over.items())
         if not self.files:
-            raise DataError(f"{folder} holds no image ({', '.join(IMAGE_EXTENSIONS)}) and no .tar; {_KNOWN_FORMS}")
+            there = f"; it holds {seen}" if seen else ""
+            raise DataError(f"{folder} holds no image ({', '.join(_IMAGES)}) and no .tar{there}; {_KNOWN_FORMS}")
+        if seen:
+            _LOGGER.warning("%s: files passed over, which are neither images nor words: %s", folder, seen)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def key(self, index: int) -> str:
-        return self.files[index].relative_to(self.folder).with_suffix("").as_posix()
+        return printable(self.files[index].relative_to(self.folder).with_suffix("").as_posix())
 
     def _read_words(self, index: int) -> Words:
         beside = [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
@@ -175,9 +195,17 @@ def open_source(
     Raises:
         DataError: the spec is of no known form or nothing is there.
     """
+    return _open(spec, split, max_bad_fraction, max_pixels, seed, ())
+
+
+def _open(spec: Any, split: str | None, max_bad_fraction: float, max_pixels: int, seed: int, outer: tuple) -> Source:
+    """outer: the names of the mixtures that this one is a member of."""
     shares = parse_mixture(spec)
     if shares is not None:
-        members = [open_source(share.source, split, max_bad_fraction, max_pixels) for share in shares]
+        if spec in outer:
+            raise DataError(f"{spec} is a mixture that has itself as a member; take it out")
+        inside = (*outer, spec)
+        members = [_open(share.source, split, max_bad_fraction, max_pixels, 0, inside) for share in shares]
         return MixtureSource(members, shares, seed)
     assert isinstance(spec, str | Path)
     source = _open_one(str(spec), split, max_bad_fraction)
@@ -191,15 +219,15 @@ def _open_one(text: str, split: str | None, max_bad_fraction: float) -> Source:
     suffix = suffix_of(text)
     if is_url(text) and suffix not in (".tar", ".parquet"):
         raise DataError(f"data source {text!r}: URLs are read of .tar and .parquet files; fetch others yourself")
+    path = Path(text)
+    if split is not None and os.path.isdir(path / split):
+        path = path / split
+    if os.path.isdir(path):  # also DATA.parquet, as Spark names its folders
+        return _open_folder(path, split, max_bad_fraction)
     if suffix in (".json", ".jsonl"):
         return open_records(text, max_bad_fraction)
     if suffix == ".parquet":
         return ParquetSource(text, max_bad_fraction)
-    path = Path(text)
-    if split is not None and (path / split).is_dir():
-        path = path / split
-    if path.is_dir():
-        return _open_folder(path, split, max_bad_fraction)
     if suffix == ".tar":
         return ShardSource(text, max_bad_fraction)
     raise DataError(f"data source {text!r} does not exist or is of no known form; {_KNOWN_FORMS}")
@@ -212,7 +240,7 @@ def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Sour
     if tables:
         # the datasets library names its files SPLIT-00000-of-00002.parquet
         wanted = f"{split}-*.parquet" if split and any(p.name.startswith(f"{split}-") for p in tables) else "*.parquet"
-        return ParquetSource(str(path / wanted), max_bad_fraction)
+        return ParquetSource(str(path / wanted), max_bad_fraction, sorted(path.glob(wanted)))
     if not any(item.is_file() for item in path.iterdir()) and (path / "train").is_dir():
         raise DataError(f"{path} holds splits; name one, such as {path / 'train'}")
     return FolderSource(path, max_bad_fraction)

@@ -1,7 +1,6 @@
 """Documents without images, and when each one is its turn."""
 
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,9 @@ from unitok.core.errors import DataError
 from unitok.core.permutation import Permutation
 from unitok.core.rng import derive_seed
 from unitok.core.sampling import Recent, SampleOrder
-from unitok.data.bad import BadSamples
+from unitok.data.bad import BadSamples, SampleError
+from unitok.data.records import line_starts
+from unitok.data.words import check_text, load_json_object
 
 _SUFFIXES = (".jsonl", ".txt")
 
@@ -33,7 +34,7 @@ class TextSource(BadSamples):
                 raise DataError(f"{file}: expected texts as {' or '.join(_SUFFIXES)}")
             if not file.is_file():
                 raise DataError(f"{file}: no such file of texts")
-        self.starts = [_line_starts(file) for file in self.files]
+        self.starts = [np.fromiter(line_starts(file), dtype=np.int64) for file in self.files]
         self.ends = np.cumsum([len(starts) for starts in self.starts])
         if len(self) == 0:
             raise DataError(f"{self.name}: no document in it; expected one in a line")
@@ -50,36 +51,22 @@ class TextSource(BadSamples):
         with file.open("rb") as lines:
             lines.seek(start)
             line = lines.readline()
+        where = self.key(index)
         try:
-            text = line.decode("utf-8")
-            text = json.loads(text)["text"] if file.suffix == ".jsonl" else text
-        except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(
-                f"{self.key(index)}: no readable text ({type(error).__name__}); "
-                + ('expected {"text": "..."} in UTF-8' if file.suffix == ".jsonl" else "expected UTF-8")
-            ) from None
+            found = line.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            raise SampleError(f"{where}: text is not UTF-8", "not UTF-8") from None
+        text = load_json_object(found, where).get("text") if file.suffix == ".jsonl" else found
         if not isinstance(text, str) or not text.strip():
-            raise DataError(f"{self.key(index)}: the text is {text!r:.60}; expected words")
+            wanted = 'words, as {"text": "..."}' if file.suffix == ".jsonl" else "words"
+            raise SampleError(f"{where}: the text is {text!r:.60}; expected {wanted}", "wrong type")
+        check_text(text, where)
         return text.strip()
 
     def _place(self, index: int) -> tuple[Path, int]:
         number = int(np.searchsorted(self.ends, index, side="right"))
         before = int(self.ends[number - 1]) if number else 0
         return self.files[number], int(self.starts[number][index - before])
-
-
-def _line_starts(file: Path) -> np.ndarray:
-    """Byte offsets of the lines that are not empty."""
-
-    def found() -> Iterator[int]:
-        position = 0
-        with file.open("rb") as lines:
-            for line in lines:
-                if line.strip():
-                    yield position
-                position += len(line)
-
-    return np.fromiter(found(), dtype=np.int64)
 
 
 class TextOrder:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from unitok.core.errors import DataError
+from unitok.data.paths import expand_braces
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _RECORDS = re.compile(r"\.(jsonl?|parquet)\?")
@@ -43,9 +44,7 @@ def local_files(spec: str) -> list[Path]:
         DataError: no such file, no connection, a file of another size than announced, or the package that speaks the
             protocol is not installed.
     """
-    import braceexpand
-
-    files = [_local(url) for pattern in braceexpand.braceexpand(spec) for url in _matches(pattern)]
+    files = [_local(url) for pattern in expand_braces(spec) for url in _matches(pattern)]
     if not files:
         raise DataError(f"{spec} matches no file; check the URL")
     return files

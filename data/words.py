@@ -12,6 +12,7 @@ from unitok.data.shapes import Scene, is_scene_dict, scene_from_dict
 
 MAX_TEXT = 2**16  # characters of a caption, a question or a turn; more is a whole document, or damage
 MAX_BYTES = 2**24  # of a sample's txt or json
+MAX_DEPTH = 200  # of lists and objects in a sample's json: deeper ones cannot be written again
 _LINES = re.compile(r"\r\n|\n|\r")
 
 
@@ -73,6 +74,7 @@ def words_from_json(data: dict[str, Any], where: str) -> Words:
     talks = parse_conversations(data["conversations"], where) if data.get("conversations") else []
     reserved = ("caption", "captions", "questions", "conversations", "image")
     meta = {key: value for key, value in data.items() if key not in reserved}
+    _check_meta(meta, where)
     if is_scene_dict(meta.get("scene")):  # the word is common: another data set may mean something else by it
         meta["scene"] = scene_from_dict(meta["scene"])
     return _checked(Words(captions, asked, talks, meta), where)
@@ -95,18 +97,45 @@ def _checked(words: Words, where: str) -> Words:
             if mark in text:
                 message = f"{where}: {text[:80]!r} holds {mark}, which stands for images; take it out"
                 raise SampleError(message, "mark in text")
-    for text in [*marked, *(turn.content for talk in words.conversations for turn in talk)]:
+    turns = (turn.content for talk in words.conversations for turn in talk)
+    for text in [*marked, *(item.type for item in words.questions), *turns]:
         if len(text) > MAX_TEXT:
             raise SampleError(f"{where}: a text of {len(text)} characters; expected at most {MAX_TEXT}", "too long")
-        if "\0" in text:
-            message = f"{where}: {text[:80]!r} holds a NUL character; is it UTF-16? Write it as UTF-8"
-            raise SampleError(message, "not UTF-8")
-        if not _is_unicode(text):
-            raise SampleError(f"{where}: {ascii(text[:80])} holds half a surrogate pair; write it anew", "not UTF-8")
+        check_text(text, where)
     return words
 
 
-def _is_unicode(text: str) -> bool:
+def _check_meta(meta: dict[str, Any], where: str) -> None:
+    """SampleError when a text in there, at any depth, could not be written again. Other fields are nobody's business,
+    but they travel with the codes."""
+    left: list[tuple[Any, int]] = [(meta, 1)]
+    while left:
+        value, depth = left.pop()
+        if isinstance(value, str):
+            check_unicode(value, where)
+        elif isinstance(value, dict | list):
+            if depth > MAX_DEPTH:
+                raise SampleError(f"{where} is JSON nested more than {MAX_DEPTH} deep", "not JSON")
+            inside = [*value, *value.values()] if isinstance(value, dict) else value
+            left.extend((item, depth + 1) for item in inside if isinstance(item, str | dict | list))
+
+
+def check_text(text: str, where: str) -> None:
+    """SampleError where `text` cannot be learnt from, whatever it says."""
+    if "\0" in text:
+        message = f"{where}: {text[:80]!r} holds a NUL character; is it UTF-16? Write it as UTF-8"
+        raise SampleError(message, "not UTF-8")
+    check_unicode(text, where)
+
+
+def check_unicode(text: str, where: str) -> None:
+    """SampleError where `text` holds half a surrogate pair, as JSON may; no file of UTF-8 could hold it."""
+    if not is_unicode(text):
+        raise SampleError(f"{where}: {ascii(text[:80])} holds half a surrogate pair; write it anew", "not UTF-8")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether `text` can be encoded. Names of files that are not UTF-8 cannot, nor can some of JSON's escapes."""
     if text.isascii():
         return True
     try:

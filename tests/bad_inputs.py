@@ -133,6 +133,11 @@ def image_rows() -> list[Row]:
         Row("gif named png", {"png": encoded(same, "GIF")}, same),
         Row("bmp named jpg", {"jpg": encoded(same, "BMP")}, same),
         Row("ending in capitals", {"JPG": jpeg}, same),
+        *(
+            Row(f"a {name}", {name: encoded(same, kind)}, same)
+            for name, kind in (("gif", "GIF"), ("bmp", "BMP"), ("tif", "TIFF"), ("tiff", "TIFF"), ("ppm", "PPM"))
+        ),
+        Row("a tif beside the jpg", {"tif": encoded(long, "TIFF"), "jpg": jpeg}, same),
         Row("bomb of 20000 x 20000", {"png": bomb_png()}, bad="too many pixels"),
         Row("header of 2^31 x 2^31", {"png": raw_png(2**31 - 1, 2**31 - 1, 8, 2, b"")}, bad="too many pixels"),
         Row("1 x 1", {"png": encoded(Image.new("RGB", (1, 1), "red"), "PNG")}, Image.new("RGB", (1, 1), "red")),
@@ -180,6 +185,23 @@ def text_rows() -> list[Row]:
         row("NUL in a caption", bad="not UTF-8", txt=b"a\0b"),
         row("json in latin-1", bad="not UTF-8", json='{"caption": "caf\xe9"}'.encode("latin-1")),
         row("half a surrogate pair", bad="not UTF-8", json=b'{"caption": "\\ud800"}'),
+        *(
+            row(f"half a surrogate pair in {name}", bad="not UTF-8", json=text.replace("?", "\\ud83d").encode())
+            for name, text in (
+                ("a field of its own", '{"caption": "a", "url": "http://x/?"}'),
+                ("a list of a list", '{"caption": "a", "tags": [["?"]]}'),
+                ("the name of a field", '{"caption": "a", "x": {"?": 1}}'),
+                ("the type of a question", '{"questions": [{"type": "?", "question": "b", "answer": "c"}]}'),
+            )
+        ),
+        row("a field nested 300 deep", bad="not JSON", json=b'{"a": ' + b"[" * 300 + b"]" * 300 + b"}"),
+        row("a field nested 150 deep", [], json=b'{"a": ' + b"[" * 150 + b"]" * 150 + b"}"),
+        row(
+            "whole surrogate pairs and a NUL in a field",
+            ["a"],
+            json=b'{"caption": "a", "url": "\\ud83d\\ude00\\u0000"}',
+        ),
+        row("numbers without end in a field", ["a"], json=b'{"caption": "a", "x": [NaN, 1e999, -1e999]}'),
         row("byte order mark", ["a caption"], txt="a caption".encode("utf-8-sig")),
         row("byte order mark before json", ["x"], json=b"\xef\xbb\xbf" + js({"caption": "x"})),
         row("empty caption", [], txt=b""),

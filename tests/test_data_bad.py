@@ -120,7 +120,7 @@ def test_training_on_the_corpus(shard, tmp_path, capsys, caplog):
 
     from unitok.core.runlog import read_log
 
-    values = {**COMMON, **tokenizer_values(), "output_dir": str(tmp_path / "run"), "steps": 20}
+    values = {**COMMON, **tokenizer_values(), "output_dir": str(tmp_path / "run"), "steps": -(-len(SAMPLES) // 4)}
     values["data"] = {"source": str(shard), "max_bad_fraction": 1.0}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     options = [
@@ -243,10 +243,16 @@ RECORDS = [
     ('{"image": 3}', "missing image"),
     ('{"image": ""}', "missing image"),
     ('{"caption": "no image"}', "missing image"),
+    ('{"image": "a\\ud800.png"}', "missing image"),
     ('{"image": "a.png", "caption": 3}', "wrong type"),
     ('"text"', "wrong type"),
     ('{"image": "a.png"', "not JSON"),
     ("\udcff", "not UTF-8"),
+    ('{"image": "a.png", "id": "x\\ud800"}', "not UTF-8"),
+    ('{"image": "a.png", "url": "\\ud800"}', "not UTF-8"),
+    ('{"image": "a.png", "questions": [{"type": "\\ud800", "question": "q", "answer": "a"}]}', "not UTF-8"),
+    ('{"image": "a.png", "n": ' + "9" * 5000 + "}", "not JSON"),
+    ('{"image": "a.png", "n": ' + "[" * 100_000 + "]" * 100_000 + "}", "not JSON"),
     ('{"image": "a.png", "conversations": [{"from": "gpt", "value": "x"}]}', "conversation"),
 ]
 
@@ -270,7 +276,8 @@ def test_records(tmp_path, confined):
         with pytest.raises(UserError) as caught:
             source.read(n)
         assert caught.value.kind == kind, n
-    assert source[0].captions == ["fine"] and source[13].key == "records-000000"
+    assert source[0].captions == ["fine"] and source[len(RECORDS) - 1].key == "records-000000"
+    assert all(source.key(n) == f"records-{n:06d}" for n in range(len(RECORDS)))  # also where an id is no text
 
 
 # ---- pixels

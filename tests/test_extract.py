@@ -16,6 +16,7 @@ import torch
 from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
+from unitok.cli import main
 from unitok.core.distributed import free_port
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.code_units import units_of
@@ -154,6 +155,53 @@ def test_failures_are_counted_and_too_many_are_fatal(tokenizer, tmp_path):
             extract_codes(tokenizer, source, kept, 2, progress=False, unit_size=4)
     with pytest.raises(DataError, match="no header"):
         CodeSource(tmp_path / "new")
+
+
+def test_names_and_words_that_are_not_utf8_go_through(tokenizer, tmp_path):
+    """Keys and reasons are written for both: a file's name that is not UTF-8, an id and a field that are no text."""
+    fill_folder(tmp_path / "f", count=3)
+    for name in (b"\xff.png", b"\xff\xe9.png"):
+        (tmp_path / "f" / name.decode("utf-8", "surrogateescape")).write_bytes(
+            (tmp_path / "f" / "im0.png").read_bytes()
+        )
+    (tmp_path / "f" / b"\xff\xea.png".decode("utf-8", "surrogateescape")).write_bytes(b"nonsense")
+    lines = [{"image": "f/im0.png"}, {"image": "f/im0.png", "id": "\ud800"}, {"image": "f/im0.png", "url": "\ud800"}]
+    (tmp_path / "r.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    for name, keys, failed in (("f", ["im0", "im1", "im2", r"\xff", r"\xff\xe9"], 1), ("r.jsonl", ["r-000000"], 2)):
+        source = open_source(tmp_path / name, max_bad_fraction=0.7)
+        codes = CodeSource(extract_codes(tokenizer, source, tmp_path / f"codes-{name}", 2, progress=False))
+        assert [codes[n].key for n in range(len(codes))] == keys
+        assert len(json.loads((codes.folder / "codes-00000.json").read_bytes())["failures"]) == failed
+
+
+def test_broken_files_without_shards_are_failures_too(tokenizer, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    fill_folder(tmp_path / "f", count=1)
+    image = (tmp_path / "f" / "im0.png").read_bytes()
+    for name in "ab":
+        pa.parquet.write_table(pa.table({"image": [image] * 3}), tmp_path / f"{name}.parquet")
+    (tmp_path / "a.parquet").write_bytes(b"")
+    source = open_source(tmp_path, max_bad_fraction=0.5)
+    out = extract_codes(tokenizer, source, tmp_path / "codes", 2, progress=False, unit_size=2)
+    said = [json.loads((out / f"codes-0000{unit}.json").read_text())["failures"] for unit in range(2)]
+    assert [name for name, _ in said[0]] == ["a.parquet"] and said[1] == []
+    assert json.loads((out / "header.json").read_text())["failed"] == 1
+
+
+def test_the_size_of_a_unit_is_an_option_where_there_are_no_shards(tokenizer, shards, tmp_path, capsys):
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    command = ["data", "codes", "--tokenizer", str(tmp_path / "tokenizer"), "--unit-size", "9"]
+    for rank in range(3):
+        share = ["--rank", str(rank), "--world-size", "3"]
+        assert main([*command, "--shards", SPEC, "--out", str(tmp_path / "out"), *share]) == 0
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.tar")) == [f"codes-0000{n}" for n in range(3)]
+    assert CodeSource(tmp_path / "out").header["count"] == 23
+    assert main([*command[:-1], "10", "--shards", SPEC, "--out", str(tmp_path / "out")]) == 2
+    assert "0:9" in capsys.readouterr().err
+    assert main([*command, "--shards", str(shards), "--out", str(tmp_path / "none")]) == 2
+    assert "--unit-size 9" in capsys.readouterr().err and not (tmp_path / "none").exists()
 
 
 def test_shares_come_from_the_launcher(monkeypatch):

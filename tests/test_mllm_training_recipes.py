@@ -238,23 +238,34 @@ def test_documents_are_read_from_lines(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "more.txt").write_text("first document\n\n  second, with é  \n")
     source = TextSource([folder / "texts.jsonl", tmp_path / "more.txt"])
     assert len(source) == 10 and source[8] == "first document" and source[9] == "second, with é"
+    (tmp_path / "bom.jsonl").write_text('{"text": "marked"}\n{"text": "more"}\n', encoding="utf-8-sig")
+    assert [TextSource([tmp_path / "bom.jsonl"])[n] for n in range(2)] == ["marked", "more"]
     assert source[1] == "the 1 th red circle is left of a blue square" and source.key(9).endswith("more.txt at byte 16")
 
 
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", '{"words": "x"}\n', "at byte 0: no readable text \\(KeyError\\); expected"),
-        ("a.jsonl", "no json\n", "no readable text \\(JSONDecodeError\\)"),
+        ("a.jsonl", '{"words": "x"}\n', 'at byte 0: the text is None; expected words, as {"text"'),
+        ("a.jsonl", "no json\n", "at byte 0 is not JSON"),
+        ("a.jsonl", '["x"]\n', "is a JSON list; expected an object"),
+        ("a.jsonl", '{"text": "x", "n": ' + "9" * 5000 + "}\n", "is JSON that cannot be read"),
+        ("a.jsonl", '{"text": ' + "[" * 100_000 + "]" * 100_000 + "}\n", "is JSON nested too deeply"),
+        ("a.jsonl", '{"text": "a\\ud800b"}\n', "holds half a surrogate pair"),
+        ("a.jsonl", '{"text": "a\\u0000b"}\n', "holds a NUL character"),
+        ("a.txt", "a\0b\n", "holds a NUL character"),
+        ("a.txt", "\udce9\n", "text is not UTF-8"),
+        ("a.txt", "\ufeff\n", "no document in it"),
         ("a.jsonl", '{"text": 5}\n', "the text is 5; expected words"),
         ("a.txt", "\n\n", "no document in it"),
         ("a.csv", "x\n", "expected texts as .jsonl or .txt"),
     ],
 )
 def test_what_is_no_document_is_named(tmp_path: Path, name: str, content: str, message: str) -> None:
-    (tmp_path / name).write_text(content)
-    with pytest.raises(DataError, match=message):
+    (tmp_path / name).write_text(content, encoding="utf-8", errors="surrogateescape")
+    with pytest.raises(DataError, match=message) as caught:
         TextSource([tmp_path / name])[0]
+    assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="no such file of texts"):
         TextSource([tmp_path / "none.txt"])
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def shapes(arguments: argparse.Namespace) -> int:
             }
 
     for path in write_shards(samples(), Path(arguments.out)):
-        print(path)
+        _say(path)
     return 0
 
 
@@ -44,6 +45,8 @@ def codes(arguments: argparse.Namespace) -> int:
     """Encode a source to code shards; of several processes each does its part."""
     from unitok.core.distributed import inference_device
     from unitok.core.pretrained import load_model_folder
+    from unitok.data.code_units import UNIT_SIZE
+    from unitok.data.shards import reader_of
     from unitok.data.source import open_source
     from unitok.tokenizer import UniTok
     from unitok.tokenizer.extract import Share, extract_codes
@@ -57,6 +60,11 @@ def codes(arguments: argparse.Namespace) -> int:
     if "SLURM_LOCALID" in os.environ:
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
     source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction)
+    if arguments.unit_size is not None and reader_of(source) is not None:
+        raise UserError(
+            f"--unit-size {arguments.unit_size}: {arguments.shards} has shards, each of which gives one of codes; "
+            "leave the option out"
+        )
     out = extract_codes(
         load_model_folder(UniTok, arguments.tokenizer).to(inference_device()),
         source,
@@ -65,6 +73,7 @@ def codes(arguments: argparse.Namespace) -> int:
         latents=arguments.latents,
         share=share,
         num_workers=arguments.workers,
+        unit_size=arguments.unit_size or UNIT_SIZE,
     )
     header = out / "header.json"
     if not header.is_file():
@@ -72,7 +81,7 @@ def codes(arguments: argparse.Namespace) -> int:
         return 0
     said = json.loads(header.read_text(encoding="utf-8"))
     left_out = f" ({said['failed']} bad ones left out)" if said["failed"] else ""
-    print(f"{said['count']} images encoded to {out}{left_out}")
+    _say(f"{said['count']} images encoded to {out}{left_out}")
     return 0
 
 
@@ -93,6 +102,12 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> None:
         "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images ahead")
+    parser.add_argument(
+        "--unit-size",
+        type=positive_int,
+        metavar="N",
+        help="images of a shard of codes where the source has no shards (default: 10000); ranks share out shards",
+    )
     parser.add_argument("--rank", type=int, metavar="R", help="this process, from 0 (default: the launcher's)")
     parser.add_argument("--world-size", type=int, metavar="W", help="number of processes (default: the launcher's)")
     parser.add_argument("--max-bad-fraction", type=float, default=0.01, metavar="F", help="default: %(default)s")
@@ -109,9 +124,9 @@ def index(arguments: argparse.Namespace) -> int:
     reader = ShardReader(arguments.shards, on_bad="skip")
     print(f"{len(reader)} samples in {len(reader.paths)} shards")
     for path, problem in reader.bad_shards.items():
-        print(f"bad shard {path}: {problem}")
+        _say(f"bad shard {path}: {problem}")
     for name, reason in reader.bad_samples.items():
-        print(f"bad sample {name}: {reason}")
+        _say(f"bad sample {name}: {reason}")
     return 1 if reader.bad_shards or reader.bad_samples else 0
 
 
@@ -154,15 +169,15 @@ def check(arguments: argparse.Namespace) -> int:
     values = report.to_dict()
     for name, value in values.items():
         if name not in ("bad", "duplicate_keys", "example", "parts") and value != {} and value != "":
-            print(f"{name:<22} {value}")
+            _say(f"{name:<22} {value}")
     for part in report.parts:
-        print(f"part                   {part['name']}: {part['num_samples']} samples, {part['of_an_epoch']} an epoch")
+        _say(f"part                   {part['name']}: {part['num_samples']} samples, {part['of_an_epoch']} an epoch")
     for name, value in report.example.items():
-        print(f"example {name:<14} {_one_line(value)}")
+        _say(f"example {name:<14} {_one_line(value)}")
     for key in report.duplicate_keys[:_PRINTED]:
-        print(f"key given twice        {_one_line(key)}")
+        _say(f"key given twice        {_one_line(key)}")
     for place, reason in report.bad[:_PRINTED]:
-        print("bad sample", _one_line(reason if reason.startswith(place) else f"{place}: {reason}"))
+        _say("bad sample " + _one_line(reason if reason.startswith(place) else f"{place}: {reason}"))
     if report.num_bad > _PRINTED:
         print(
             f"... and {report.num_bad - _PRINTED} more bad ones{'' if arguments.json else ' (--json FILE lists them)'}"
@@ -170,6 +185,13 @@ def check(arguments: argparse.Namespace) -> int:
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(values, indent=2, ensure_ascii=True) + "\n", encoding="utf-8")
     return 1 if report.num_bad else 0
+
+
+def _say(value: Any) -> None:
+    """Prints names and texts of strangers: on one line, and with escapes for what the terminal's encoding lacks."""
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value))
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "backslashreplace").decode(encoding))
 
 
 def _one_line(value: Any) -> str:
@@ -181,5 +203,5 @@ def import_llava(arguments: argparse.Namespace) -> int:
     from unitok.data.conversations import import_llava as convert
 
     path, kept, dropped = convert(Path(arguments.json), Path(arguments.images), Path(arguments.out))
-    print(f"{path}: {kept} records kept, {dropped} left out")
+    _say(f"{path}: {kept} records kept, {dropped} left out")
     return 0

@@ -22,7 +22,7 @@ def derive_seed(*parts: int | str) -> int:
         if isinstance(part, bool) or not isinstance(part, int | str | np.integer):
             raise TypeError(f"a part of a seed is {part!r} ({type(part).__name__}); expected int or str")
         text = part if isinstance(part, str) else str(int(part))
-        encoded = text.encode("utf-8")
+        encoded = text.encode("utf-8", "surrogatepass")  # names of files need not be Unicode
         digest.update(f"{'s' if isinstance(part, str) else 'i'}{len(encoded)}:".encode())
         digest.update(encoded)
     return int.from_bytes(digest.digest(), "little") >> 1

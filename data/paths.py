@@ -1,0 +1,68 @@
+"""What names of sources mean on the disk: patterns with braces and *, and what stands in a folder."""
+
+import glob
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from unitok.core.errors import DataError
+
+
+def printable(name: str) -> str:
+    r"""A file's name as Unicode, for keys: bytes that are not UTF-8 become \xNN."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def matching_files(spec: str) -> list[Path]:
+    """The files that a path, a glob or a brace pattern of these means, sorted by pattern; a path need not exist.
+
+    What is there under that very name comes first: "data[1]/a.tar" and "{a}.tar" are names that files may have.
+    """
+    if os.path.exists(spec):
+        return [Path(spec)]
+    return [path for pattern in expand_braces(spec) for path in _matching(pattern)]
+
+
+def _matching(pattern: str) -> list[Path]:
+    if os.path.exists(pattern) or not glob.has_magic(pattern):
+        return [Path(pattern)]
+    folder, name = os.path.split(pattern)
+    if os.path.isdir(folder):
+        pattern = os.path.join(glob.escape(folder), name)
+    return [Path(found) for found in sorted(glob.glob(pattern))]
+
+
+def expand_braces(spec: str) -> list[str]:
+    """Every name that a brace pattern stands for; DataError where its braces do not close."""
+    import braceexpand
+
+    try:
+        return list(braceexpand.braceexpand(spec))
+    except braceexpand.UnbalancedBracesError:
+        raise DataError(f"{spec}: a brace has no partner; expected a pattern such as part-{{00..09}}.tar") from None
+
+
+def walk(folder: Path) -> Iterator[tuple[Path, bool]]:
+    """(path, whether it is a folder) of all that is in a folder and its sub-folders, in no order.
+
+    Hidden names are passed over. Folders that are links are read where what they lead to has not been met; those last,
+    so that what a folder holds itself goes by its own name. OSError where one cannot be listed.
+    """
+    seen: set[tuple[int, int]] = set()
+    links = [str(folder)]
+    while links:
+        left = [links.pop(0)]
+        while left:
+            current = left.pop()
+            found = os.stat(current)
+            if (found.st_dev, found.st_ino) in seen:
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            with os.scandir(current) as entries:  # which mostly know what is a folder, without a look at each
+                shown = [e for e in entries if not e.name.startswith(".")]
+                kinds = sorted((e.path, e.is_symlink(), e.is_dir(follow_symlinks=False)) for e in shown)
+            for path, is_link, is_folder in kinds:
+                is_folder = is_folder or (is_link and os.path.isdir(path))
+                yield Path(path), is_folder
+                if is_folder:
+                    (links if is_link else left).append(path)
