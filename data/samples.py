@@ -30,10 +30,13 @@ class Sample(Words):
 class Source(BadSamples, ABC):
     """Map-style source that survives bad samples (unreadable image, malformed text).
 
-    `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise).
+    `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise). `num_text_only`:
+    conversations without an image, which training on images does not see: they stand behind the images, under numbers
+    from `len(source)` on, for `key`, `place` and `read_words` alone.
     """
 
     max_pixels: int = MAX_PIXELS
+    num_text_only: int = 0
     parts: "list[Source]" = []  # noqa: RUF012 - never changed
 
     @abstractmethod
@@ -61,6 +64,10 @@ class Source(BadSamples, ABC):
     def turn(self, index: int, epoch: int) -> "tuple[Source, int]":
         """The source and its sample that place `index` of an epoch takes: other ones every epoch, in a mixture."""
         return self, index
+
+    def read_words(self, index: int) -> Words:
+        """Words of sample `index` itself, or of a conversation without an image; UserError when it is bad."""
+        return self._read_words(index)
 
     def words(self, index: int) -> Words:
         """Like `source[index]` without its image. A bad image is not noticed here."""

@@ -160,6 +160,7 @@ def open_source(
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
     seed: int = 0,
+    text_only: bool = False,
 ) -> Source:
     """Opens a source by its name; `docs/data.md` shows all forms.
 
@@ -171,6 +172,7 @@ def open_source(
         max_bad_fraction: share of unreadable samples above which reading stops.
         max_pixels: images of more are bad samples.
         seed: of a mixture's order.
+        text_only: conversations without a single image are a source too (of length 0, see `Source.num_text_only`).
 
     Raises:
         DataError: the spec is of no known form or nothing is there.
@@ -182,6 +184,11 @@ def open_source(
     assert isinstance(spec, str | Path)
     source = _open_one(str(spec), split, max_bad_fraction)
     source.max_pixels = max_pixels
+    if len(source) == 0 and not text_only:
+        raise DataError(
+            f"{source.name}: {source.num_text_only} conversations and no image; only stage two learns from these, after "
+            "unitok data codes"
+        )
     return source
 
 
