@@ -19,8 +19,9 @@ class SourceReport:
     """What a source holds.
 
     bad: place and reason of samples that cannot be used, and of shards that are cut off (the first 1000); `bad_kinds`
-    counts all of them. `num_text_only`: of the samples, conversations without an image. `duplicate_keys` (across shards or records) are told, but not bad. `image_sizes`: the ten most
-    frequent; `smallest`, `largest`: by pixels. `example`: the first good sample. `parts`: of a mixture, each alone.
+    counts all of them. `duplicate_keys` (across shards or records) are told, but not bad. `num_text_only`: of the
+    samples, conversations without an image. `image_sizes`: the ten most frequent; `smallest`, `largest`: by pixels.
+    `example`: the first good sample with an image. `parts`: of a mixture, each alone.
     """
 
     name: str
@@ -53,7 +54,7 @@ def check_source(spec: str, split: str | None = None, limit: int | None = None) 
     Raises:
         DataError: the source cannot be opened at all.
     """
-    return check_opened(open_source(spec, split, max_bad_fraction=1.0), limit)
+    return check_opened(open_source(spec, split, max_bad_fraction=1.0, text_only=True), limit)
 
 
 def check_opened(source: Source, limit: int | None = None) -> SourceReport:

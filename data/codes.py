@@ -3,7 +3,8 @@
 A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words;
 on demand KEY.latents.npy, fp16 [L, C], the vectors before quantization) and `header.json`, written last, which says
 whose codes these are. A conversation without an image is a KEY.json alone, with "image": false; the header's
-"text_only", where there are such, counts them ("count" counts all samples). What extraction writes beside them is told in `code_units`.
+"text_only", where there are such, counts them ("count" counts all samples). What extraction writes beside them is told
+in `code_units`.
 """
 
 import io

@@ -186,7 +186,7 @@ def open_source(
     source.max_pixels = max_pixels
     if len(source) == 0 and not text_only:
         raise DataError(
-            f"{source.name}: {source.num_text_only} conversations and no image; only stage two learns from these, after "
+            f"{source.name}: {source.num_text_only} conversations and no image; only stage two learns from such, after "
             "unitok data codes"
         )
     return source

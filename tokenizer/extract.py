@@ -130,8 +130,8 @@ class _Images(torch.utils.data.Dataset):
         empty = torch.zeros(0, dtype=torch.int64)
         try:
             if index >= len(self.source):
-                said = self.source.read_words(index)
-                return CodeSample(self.source.key(index), empty, [], [], said.conversations, said.meta, None, False), None
+                key, said = self.source.key(index), self.source.read_words(index)
+                return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
             found = self.source.read(index)
             pixels = eval_transform(found.image, self.image_size, self.preprocess)
         except (UserError, OSError) as error:
