@@ -54,6 +54,7 @@ class RecordSource(Source):
         """Called once, with a flag for each record."""
         self.num_text_only = int(flags.sum())
         if self.num_text_only:
+            _LOGGER.info("%s: %d of %d records have no image", self.path, self.num_text_only, len(flags))
             self._numbers = np.argsort(flags, kind="stable")
 
     def _number(self, index: int) -> int:
@@ -126,9 +127,11 @@ class LlavaSource(RecordSource):
         kept = [record for record in records if not _lacks_image(record) or record.get("conversations")]
         if len(kept) < len(records):
             left_out, total = len(records) - len(kept), len(records)
-            _LOGGER.warning("%s: %d of %d records have no image and are left out", path, left_out, total)
+            _LOGGER.warning(
+                "%s: %d of %d records have neither image nor conversations and are left out", path, left_out, total
+            )
         if not kept:
-            raise DataError(f"{path}: none of {len(records)} records has an image; expected LLaVA's instruction file")
+            raise DataError(f"{path}: none of {len(records)} records can be used; expected LLaVA's instruction file")
         self._set_text_only(np.array([_lacks_image(record) for record in kept]))
         lines = [json.dumps(record).encode() for record in kept]
         self._ends = np.cumsum([len(line) for line in lines])

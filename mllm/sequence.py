@@ -64,12 +64,19 @@ class Sequence:
         return self
 
 
+class TooLongError(DataError):
+    """Even cut, nothing of a sample would be learnt."""
+
+    def __init__(self, length: int | None, what: str) -> None:
+        super().__init__(f"too long: {what} do not fit into data.max_length={length}; raise it or take the sample out")
+
+
 class SequenceBuilder:
     """Builds sequences for one model configuration and its text tokenizer.
 
     Args:
         max_length: ids of a training sequence. max_caption: of them before an image that is drawn. None: any number.
-            DataError for a sample that these leave nothing to be learnt of.
+            TooLongError for a sample that these leave nothing to be learnt of.
 
     Raises UserError when the configuration lacks the special ids.
     """
@@ -100,7 +107,7 @@ class SequenceBuilder:
             limits.append(self.max_length - self.config.num_image_positions - 3)  # boi, eoi, eos
         if limits:
             if min(limits) < 2:
-                raise DataError(self._no_room("an image and a word before it", self.max_length))
+                raise TooLongError(self.max_length, "an image and a word before it")
             sequence.cut(min(limits))
         return self._image(sequence.add([boi], learn=True), learn=True).add([eoi, eos], learn=True)
 
@@ -182,12 +189,8 @@ class SequenceBuilder:
         length, images = whole[-1] if whole else (self.max_length, ends[0][1] if ends else len(sequence.learn_image))
         sequence.cut(length).learn_image = sequence.learn_image[:images]
         if all(label == IGNORE for label in sequence.labels):
-            raise DataError(self._no_room("image, question and an id of what is learnt", self.max_length))
+            raise TooLongError(self.max_length, "image, question and an id of what is learnt")
         return sequence
-
-    @staticmethod
-    def _no_room(what: str, length: int | None) -> str:
-        return f"a sample is too long: {what} do not fit into data.max_length={length}; raise it or take the sample out"
 
     def _instruction(self, caption: str, unconditional: bool) -> str:
         return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix

@@ -12,6 +12,7 @@ from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
+from unitok.data.bad import SampleError
 from unitok.data.captions import paraphrase
 from unitok.data.code_mixtures import CodeMixture, open_codes
 from unitok.data.codes import TEXT_ONLY, CodeSample, CodeSource
@@ -28,7 +29,7 @@ from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import check_recipe
-from unitok.mllm.sequence import Sequence, SequenceBuilder, pack_right, pad_right
+from unitok.mllm.sequence import Sequence, SequenceBuilder, TooLongError, pack_right, pad_right
 from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig
 from unitok.mllm.start import load_start, prepare_model
 from unitok.tokenizer import UniTok
@@ -214,7 +215,10 @@ class MllmTask(Task):
         """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
         the epoch, where that is another one: of a mixture a sample may come twice in an epoch."""
         sample = (source or self.source)[number]
-        kind, sequence = self._sequence(sample, number if place is None else place, epoch)
+        try:
+            kind, sequence = self._sequence(sample, number if place is None else place, epoch)
+        except TooLongError as error:
+            raise SampleError(f"{sample.key} is {error}", "too long") from None
         if not sequence.learn_image:
             return Loaded(kind, self._no_images, sequence)
         image = sample.latents.T if self.continuous else sample.codes

@@ -83,22 +83,19 @@ def test_a_prompt_is_never_cut() -> None:
 
 
 def test_what_leaves_nothing_to_be_learnt_is_refused() -> None:
-    """Not even the image fits, or nothing of what is said about it."""
+    """Not even the image fits, or nothing of what is said about it. One id more is enough."""
     cases = [
-        lambda: builder(L + 4).text_to_image("abc"),
-        lambda: builder(L + 3).caption("abc"),
-        lambda: builder(L + 1).plain("abc"),
-        lambda: builder(L + 2).plain("abc").ids or pytest.fail(),
-        lambda: builder(1 + 2 + L + 3).chat(TURNS),
-        lambda: builder(4).chat([Turn("user", "q"), Turn("assistant", "r")]),
+        (L + 4, lambda build: build.text_to_image("abc")),
+        (L + 3, lambda build: build.caption("abc")),
+        (L + 1, lambda build: build.plain("abc")),
+        (L + 6, lambda build: build.chat(TURNS)),
+        (6, lambda build: build.chat([Turn("user", "q"), Turn("assistant", "r")])),
     ]
-    for number, build in enumerate(cases):
-        if number == 3:  # a single id is something
-            assert build()
-            continue
-        with pytest.raises(DataError, match=r"too long: .* do not fit into data.max_length=\d+") as caught:
-            build()
+    for length, build in cases:
+        with pytest.raises(DataError, match=f"^too long: .* do not fit into data.max_length={length};") as caught:
+            build(builder(length))
         assert "\n" not in str(caught.value)
+        assert len(build(builder(length + 1)).ids) == length + 1
 
 
 def test_the_defaults_are_the_released_recipe() -> None:
@@ -160,5 +157,8 @@ def test_a_row_without_room_for_its_image_is_bad(
     options = [f"data.codes={folder / 'mixed'}", "data.mixture={text_to_image: 1, caption: 0, chat: 0}"]
     task = task_of(folder, tmp_path, *options, "data.max_length=8")
     task.build()
-    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match=r"1 of 16 samples are bad.* do not fit"):
+    with (
+        caplog.at_level(logging.WARNING),
+        pytest.raises(DataError, match=r"1 of 16 samples are bad.* is too long: .* do not fit"),
+    ):
         task.load_batch([0], 0)

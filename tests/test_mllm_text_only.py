@@ -1,4 +1,4 @@
-"""Conversations without an image, as LLaVA's instruction mix has them: read, counted, encoded, and learnt in stage two."""
+"""Conversations without an image, as LLaVA's instruction mix has them: read, counted, encoded, learnt in stage two."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,6 @@ from unitok.data.conversations import Turn, import_llava
 from unitok.data.source import open_source
 from unitok.mllm.mixture import has_words
 from unitok.mllm.sequence import SequenceBuilder
-from unitok.mllm.settings import KINDS
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import Share, extract_codes
 
@@ -73,12 +72,8 @@ def test_they_stand_behind_the_images(folder: Path, name: str) -> None:
     assert [source[n].key for n in range(IMAGES)] == [f"image {n}" for n in range(IMAGES)]
     assert [source.key(IMAGES + n) for n in range(TALKS)] == [f"talk {1 + 2 * n}" for n in range(TALKS)]
     assert source.place(IMAGES + 1).endswith("record 5") and source.place(2).endswith("record 3")
-    asked = [
-        Turn("user", "red or blue?"),
-        Turn("assistant", "red"),
-        Turn("user", "and now?"),
-        Turn("assistant", "blue"),
-    ]
+    asked = [Turn("user", "red or blue?"), Turn("assistant", "red")]
+    asked += [Turn("user", "and now?"), Turn("assistant", "blue")]
     assert source.read_words(IMAGES + 1).conversations == [asked]
     assert source.read_words(IMAGES).conversations == [[Turn("user", "a?"), Turn("assistant", "b")]]
     with pytest.raises(IndexError):
@@ -88,13 +83,8 @@ def test_they_stand_behind_the_images(folder: Path, name: str) -> None:
 def test_a_check_counts_them(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     spec = f"{folder}/llava.json?images={folder}/images"
     report = check_source(spec)
-    total = IMAGES + TALKS
-    assert (report.num_samples, report.num_text_only, report.num_conversations, report.num_bad) == (
-        total,
-        TALKS,
-        total,
-        0,
-    )
+    assert report.num_samples == report.num_conversations == IMAGES + TALKS
+    assert (report.num_text_only, report.num_bad) == (TALKS, 0)
     assert check_source(spec, limit=IMAGES + 2).num_text_only == 2
     assert main(["data", "check", f"mix:{spec};{folder}/only.jsonl"]) == 2  # it could not be trained on as a mixture
     assert main(["data", "check", spec]) == main(["data", "check", f"{folder}/only.jsonl"]) == 0
@@ -146,16 +136,8 @@ def test_extraction_keeps_them(folder: Path, tmp_path: Path, capsys: pytest.Capt
     header = json.loads((folder / "mix" / "header.json").read_text())
     assert (header["count"], header["text_only"], header["failed"]) == (IMAGES + TALKS, TALKS, 0)
     for rank in (1, 0):
-        extract_codes(
-            tokenizer,
-            open_source(spec),
-            tmp_path / "two",
-            4,
-            False,
-            share=Share(rank, 2),
-            unit_size=10,
-            num_workers=rank,
-        )
+        options = {"share": Share(rank, 2), "unit_size": 10, "num_workers": rank}
+        extract_codes(tokenizer, open_source(spec), tmp_path / "two", 4, False, **options)
     ours, other = CodeSource(folder / "mix"), CodeSource(tmp_path / "two")
     assert other.header["shards"] == 3 and other.header["text_only"] == ours.header["text_only"] == TALKS
     for index in range(len(ours)):
@@ -258,11 +240,10 @@ def halves(folder: Path) -> Callable[[Any], None]:
 @pytest.mark.slow
 @pytest.mark.parametrize("zero", [2, 3])
 def test_ranks_out_of_phase_equal_one_process(folder: Path, tmp_path: Path, zero: int) -> None:
-    options = ["steps=4", f"data.codes={folder / 'mix'}", "data.mixture={text_to_image: 0, caption: 0, chat: 1}"]
+    options = ["steps=4", f"data.codes={folder / 'mix'}", CHAT]
     prepare = halves(folder)
     one = run_ranks(1, run_stage, "mllm", folder / "mllm.yaml", tmp_path / "one", 1, options, None, prepare)[0]
     options.append(f"engine.zero_stage={zero}")
     two = run_ranks(2, run_stage, "mllm", folder / "mllm.yaml", tmp_path / "two", 2, options, None, prepare)[0]
     assert max(differences(two, one).values()) < 1e-4
     assert all(record["samples_text_only"] == GLOBAL_BATCH / 2 for record in two)
-    assert set(KINDS) >= {"chat"}
