@@ -12,9 +12,7 @@ _LOOKED_AT = 1000  # samples
 
 
 def has_words(sample: CodeSample, kind: Kind) -> bool:
-    """Can a sample be learnt from as `kind` (any but "text")? One without an image only ever chats."""
-    if not sample.has_image:
-        return kind == "chat" and bool(sample.conversations)
+    """Can a sample be learnt from as `kind` (any but "text")?"""
     return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
 
 

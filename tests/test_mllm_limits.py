@@ -157,8 +157,6 @@ def test_a_row_without_room_for_its_image_is_bad(
     options = [f"data.codes={folder / 'mixed'}", "data.mixture={text_to_image: 1, caption: 0, chat: 0}"]
     task = task_of(folder, tmp_path, *options, "data.max_length=8")
     task.build()
-    with (
-        caplog.at_level(logging.WARNING),
-        pytest.raises(DataError, match=r"1 of 16 samples are bad.* is too long: .* do not fit"),
-    ):
+    said = r"1 of 16 samples are bad.* is too long: .* do not fit"
+    with caplog.at_level(logging.WARNING), pytest.raises(DataError, match=said):
         task.load_batch([0], 0)

@@ -111,7 +111,7 @@ def test_kinds_without_words_are_named(caplog):
             return read(index)
 
         def text(self, index):
-            return SimpleNamespace(captions=["a"] if index == 2 else [], questions=[], conversations=[], has_image=True)
+            return SimpleNamespace(captions=["a"] if index == 2 else [], questions=[], conversations=[])
 
     warn_of_missing_words(Source(), MixtureConfig(text_to_image=1, caption=0, chat=2))
     assert [record.getMessage() for record in caplog.records] == [
