@@ -19,13 +19,15 @@ class SourceReport:
     """What a source holds.
 
     bad: place and reason of samples that cannot be used, and of shards that are cut off (the first 1000); `bad_kinds`
-    counts all of them. `duplicate_keys` (across shards or records) are told, but not bad. `image_sizes`: the ten most
-    frequent; `smallest`, `largest`: by pixels. `example`: the first good sample. `parts`: of a mixture, each alone.
-    `passed_over`: what stands in image folders and is neither image nor words, by ending.
+    counts all of them. `duplicate_keys` (across shards or records) are told, but not bad. `num_text_only`: of the
+    samples, conversations without an image. `image_sizes`: the ten most frequent; `smallest`, `largest`: by pixels.
+    `example`: the first good sample with an image. `parts`: of a mixture, each alone. `passed_over`: what stands in
+    image folders and is neither image nor words, by ending.
     """
 
     name: str
     num_samples: int = 0
+    num_text_only: int = 0
     num_bad: int = 0
     num_captions: int = 0
     num_distinct_captions: int = 0
@@ -54,7 +56,7 @@ def check_source(spec: str, split: str | None = None, limit: int | None = None) 
     Raises:
         DataError: the source cannot be opened at all.
     """
-    return check_opened(open_source(spec, split, max_bad_fraction=1.0), limit)
+    return check_opened(open_source(spec, split, max_bad_fraction=1.0, text_only=True), limit)
 
 
 def check_opened(source: Source, limit: int | None = None) -> SourceReport:
@@ -101,26 +103,29 @@ class _Counts:
 def _indices(source: Source, limit: int | None) -> Iterator[int]:
     from tqdm import tqdm
 
-    count = len(source) if limit is None else min(limit, len(source))
+    total = len(source) + source.num_text_only
+    count = total if limit is None else min(limit, total)
     yield from tqdm(range(count), desc="check", unit="sample", disable=None, leave=False)
 
 
 def _count_sample(source: Source, index: int, report: SourceReport, counts: _Counts) -> None:
+    has_image = index < len(source)
     try:
-        sample = source.read(index)
+        sample = source.read(index) if has_image else source.read_words(index)
     except (UserError, OSError) as error:
         _note_bad(report, counts, source.place(index), str(error), kind_of(error))
         return
     report.num_samples += 1
+    report.num_text_only += not has_image
     report.num_captions += len(sample.captions)
     report.num_questions += len(sample.questions)
     report.num_conversations += len(sample.conversations)
     report.num_without_words += not (sample.captions or sample.questions or sample.conversations)
     counts.captions.update(map(hash, sample.captions))
     counts.types.update(question.type for question in sample.questions)
-    counts.sizes[sample.image.size] += 1
-    if not report.example:
-        report.example = _example(sample, source.place(index))
+    if isinstance(sample, Sample):
+        counts.sizes[sample.image.size] += 1
+        report.example = report.example or _example(sample, source.place(index))
 
 
 def _note_bad(report: SourceReport, counts: _Counts, place: str, reason: str, kind: str) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.data.classes import ClassSource
-from unitok.data.codes import CodeSource
+from unitok.data.codes import TEXT_ONLY, CodeSource
 from unitok.data.mixtures import Mixed, SourceShare, parse_mixture
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,7 +22,8 @@ class CodeMixture(Mixed[CodeSource]):
     def __init__(self, members: Sequence[CodeSource], shares: Sequence[SourceShare], seed: int = 0) -> None:
         self.name = " + ".join(member.name for member in members)
         self.share_out(members, shares, seed)
-        self.header = members[0].header | {"count": len(self)}
+        text_only = sum(member.header[TEXT_ONLY] for member in members)
+        self.header = members[0].header | {"count": len(self), TEXT_ONLY: text_only}
 
     def read_latents(self) -> None:
         """From now on samples come with their latents; DataError where a member holds none."""

@@ -1,6 +1,7 @@
 """Code shards written by many processes: which part of a source becomes which shard, and what is done already.
 
-A unit is one shard of the source, or a range of its samples where it has no shards. Unit u becomes `codes-UUUUU.tar`
+A unit is one shard of the source, or a range of its samples where it has no shards (behind the images: those of
+conversations without one). Unit u becomes `codes-UUUUU.tar`
 and, written just before it, `codes-UUUUU.json`: whose codes they are, from which samples, how many, and what failed. It
 is complete when both are there and fit together. No process needs to know of another; equal input gives equal bytes.
 """
@@ -14,7 +15,15 @@ from typing import Any
 import numpy as np
 
 from unitok.core.errors import DataError
-from unitok.data.codes import HEADER_FILE, CodeSample, code_record, header_fields, write_json
+from unitok.data.codes import (
+    HEADER_FILE,
+    TEXT_ONLY,
+    CodeSample,
+    code_record,
+    header_fields,
+    text_only_field,
+    write_json,
+)
 from unitok.data.shards import reader_of, temporary_name, write_shard
 from unitok.data.source import Source
 from unitok.data.words import load_json_object, text_of
@@ -42,10 +51,8 @@ def units_of(source: Source, size: int = UNIT_SIZE) -> list[Unit]:
     """The parts of a source, in order: its shards, or ranges of `size` samples."""
     reader = reader_of(source)
     if reader is None:
-        return [
-            Unit(number, start, min(start + size, len(source)))
-            for number, start in enumerate(range(0, len(source), size))
-        ]
+        total = len(source) + source.num_text_only
+        return [Unit(number, start, min(start + size, total)) for number, start in enumerate(range(0, total, size))]
     ends = np.cumsum([0, *reader.sizes]).tolist()
     return [Unit(n, start, stop, n) for n, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True))]
 
@@ -86,6 +93,7 @@ class CodeFolder:
     def __init__(self, out: Path, header: Mapping[str, Any]) -> None:
         self.out, self.header = out, header
         self.fields = header_fields(header)
+        self._text_only = 0  # samples without an image of the unit that is written
         out.mkdir(parents=True, exist_ok=True)
 
     def done(self, unit: Unit, source: Source) -> dict[str, Any] | None:
@@ -123,6 +131,7 @@ class CodeFolder:
                 "count": count,
                 "bytes": whole.stat().st_size,
                 "failures": failures,
+                **text_only_field(self._text_only),
             }
             write_json(tar.with_suffix(".json"), said)
             whole.replace(tar)
@@ -133,7 +142,9 @@ class CodeFolder:
         return said
 
     def _records(self, unit: Unit, samples: Iterable[CodeSample]) -> Iterator[dict[str, Any]]:
+        self._text_only = 0
         for number, sample in enumerate(samples):
+            self._text_only += not sample.has_image
             # unique in the folder without knowing how many samples of other units failed
             yield code_record(sample, self.header, unit.start + number)
 
@@ -144,7 +155,7 @@ class CodeFolder:
             DataError: more samples failed than allowed, or the folder holds shards of another job.
         """
         totals = {"count": 0, "failed": 0, "shards": len(units)}
-        samples, missing = 0, []
+        samples, text_only, missing = 0, 0, []
         for unit in units:
             said = self._said(unit)
             if said is None or not self._is_whole(self.out / f"{unit.name}.tar", said):
@@ -153,6 +164,7 @@ class CodeFolder:
             totals["count"] += said["count"]
             totals["failed"] += len(said["failures"])
             samples += said["samples"]
+            text_only += said.get(TEXT_ONLY, 0)
         if missing:
             return missing
         names = {f"{unit.name}.tar" for unit in units}
@@ -163,7 +175,7 @@ class CodeFolder:
         if totals["count"] == 0:
             raise DataError(f"{self.out}: none of {samples} images could be encoded")
         try:
-            write_json(self.out / HEADER_FILE, {**self.fields, **totals})
+            write_json(self.out / HEADER_FILE, {**self.fields, **totals, **text_only_field(text_only)})
         except FileNotFoundError:  # another process finishes too, and has just cleaned up after its equal header
             if not (self.out / HEADER_FILE).is_file():
                 raise

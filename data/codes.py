@@ -2,7 +2,9 @@
 
 A folder holds `codes-00000.tar`, ... (per sample KEY.npy, the codes [K, L] as small integers, and KEY.json, the words;
 on demand KEY.latents.npy, fp16 [L, C], the vectors before quantization) and `header.json`, written last, which says
-whose codes these are. What extraction writes beside them is told in `code_units`.
+whose codes these are. A conversation without an image is a KEY.json alone, with "image": false; the header's
+"text_only", where there are such, counts them ("count" counts all samples). What extraction writes beside them is told
+in `code_units`.
 """
 
 import io
@@ -28,12 +30,16 @@ FORMAT_VERSION = 1
 HEADER_FILE = "header.json"
 HEADER_FIELDS = ("tokenizer", "num_codebooks", "codebook_size", "image_size", "num_positions")
 LATENT_WIDTH = "latent_width"  # a further field of shards with latents: their C
+TEXT_ONLY = "text_only"  # of a folder with conversations without an image: how many
 LATENTS = "latents.npy"
 
 
 @dataclass
 class CodeSample:
-    """Codes int64 [K, L] of one image and what is said about it; fp16 `latents` [L, C] where they were asked for."""
+    """Codes int64 [K, L] of one image and what is said about it; fp16 `latents` [L, C] where they were asked for.
+
+    Without `has_image` it is conversations alone, and `codes` is empty.
+    """
 
     key: str
     codes: torch.Tensor
@@ -42,6 +48,7 @@ class CodeSample:
     conversations: list[Conversation]
     meta: dict[str, Any]
     latents: torch.Tensor | None = None
+    has_image: bool = True
 
 
 def write_codes(
@@ -61,17 +68,23 @@ def write_codes(
     """
     out = Path(out)
     fields = header_fields(header)
-    count = 0
+    count = text_only = 0
 
     def records() -> Iterator[dict[str, Any]]:
-        nonlocal count
+        nonlocal count, text_only
         for sample in samples:
             yield code_record(sample, header, count)
             count += 1
+            text_only += not sample.has_image
 
     write_shards(records(), out, max_per_shard, prefix="codes")
-    write_json(out / HEADER_FILE, {**fields, "count": count})
+    write_json(out / HEADER_FILE, {**fields, "count": count, **text_only_field(text_only)})
     return out
+
+
+def text_only_field(count: int) -> dict[str, int]:
+    """What says how many samples of a folder or shard have no image: nothing, where all have one."""
+    return {TEXT_ONLY: count} if count else {}
 
 
 def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +105,14 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
     """A sample as members of a shard; DataError where it does not fit the header."""
+    words = words_to_json(Words(sample.captions, sample.questions, sample.conversations, sample.meta))
+    told: dict[str, Any] = {"key": sample.key, "words": words} | ({} if sample.has_image else {"image": False})
+    # Keys of other sources may hold dots or repeat; the number keeps members apart, the key itself travels inside.
+    record = {"__key__": f"{number:09d}", "json": json.dumps(told).encode("ascii")}
+    return (_code_members(sample, header) if sample.has_image else {}) | record
+
+
+def _code_members(sample: CodeSample, header: Mapping[str, Any]) -> dict[str, bytes]:
     codes = np.asarray(sample.codes)
     _check_codes(codes, header, sample.key)
     codes = codes.astype(np.int16 if header["codebook_size"] <= 2**15 else np.int32)
@@ -100,14 +121,7 @@ def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> d
         array = np.zeros(0, np.float16) if sample.latents is None else np.asarray(sample.latents, dtype=np.float16)
         _check_latents(array, header, sample.key)
         latents[LATENTS] = _npy(array)
-    words = words_to_json(Words(sample.captions, sample.questions, sample.conversations, sample.meta))
-    # Keys of other sources may hold dots or repeat; the number keeps members apart, the key itself travels inside.
-    return {
-        "__key__": f"{number:09d}",
-        "npy": _npy(codes),
-        **latents,
-        "json": json.dumps({"key": sample.key, "words": words}).encode("ascii"),
-    }
+    return {"npy": _npy(codes), **latents}
 
 
 def _npy(array: np.ndarray) -> bytes:
@@ -155,7 +169,8 @@ class CodeSource(BadSamples):
         self.folder = Path(folder)
         folders = _folders(str(folder))
         headers = [_load_header(one) for one in folders]
-        self.header = headers[0] | {"count": sum(header["count"] for header in headers)}
+        text_only = sum(header.get(TEXT_ONLY, 0) for header in headers)
+        self.header = headers[0] | {"count": sum(header["count"] for header in headers), TEXT_ONLY: text_only}
         for name, value in (expect or {}).items():
             if self.header.get(name) != value:
                 raise DataError(
@@ -203,6 +218,8 @@ class CodeSource(BadSamples):
     def __getitem__(self, index: int) -> CodeSample:
         members = self.reader.read(index, ("json", "npy", *([LATENTS] if self.with_latents else [])))
         sample = self._sample(index, members)
+        if not sample.has_image:
+            return sample
         codes = self._array(members, "npy", sample.key)
         _check_codes(codes, self.header, sample.key)
         sample.codes = torch.from_numpy(codes.astype(np.int64))
@@ -227,16 +244,16 @@ class CodeSource(BadSamples):
         where = f"{self.folder}: sample {index}"
         try:
             record = json.loads(members["json"])
-            key, words = record["key"], record["words"]
+            key, words, has_image = record["key"], record["words"], record.get("image") is not False
             if not isinstance(key, str) or not isinstance(words, dict):
                 raise TypeError("a key and words")
-        except (KeyError, TypeError, ValueError, RecursionError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise DataError(
                 f"{where} has no readable words ({type(error).__name__}); encode the images again"
             ) from None
-        parsed = words_from_json(words, f"{where} ({key})")
-        empty = torch.zeros(0, dtype=torch.int64)
-        return CodeSample(key, empty, parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
+        parsed = words_from_json(words, f"{where} ({key})", has_image)
+        said = (parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
+        return CodeSample(key, torch.zeros(0, dtype=torch.int64), *said, has_image=has_image)
 
 
 def _folders(pattern: str) -> list[Path]:

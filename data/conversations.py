@@ -35,10 +35,11 @@ class ConversationError(SampleError):
         super().__init__(message, "conversation")
 
 
-def parse_conversations(data: Any, where: str) -> list[Conversation]:
+def parse_conversations(data: Any, where: str, has_image: bool = True) -> list[Conversation]:
     """Reads one conversation or a list of several, in LLaVA's (from, value) or the chat (role, content) form.
 
-    Each is about one image; where it does not say where the image stands, it stands at the beginning.
+    Each is about one image; where it does not say where the image stands, it stands at the beginning. Or about none:
+    such a one may begin in the middle, with an answer, which is left out, as LLaVA does with pieces of long ones.
 
     Raises:
         DataError: the form is unknown or a conversation cannot be learnt from; the message begins with `where`.
@@ -50,9 +51,11 @@ def parse_conversations(data: Any, where: str) -> list[Conversation]:
     for turns in several:
         conversation = _parse_turns(turns, where)
         marks = sum(turn.content.count(IMAGE_MARK) for turn in conversation)
-        if marks == 0:
+        if not has_image and conversation[0].role == "assistant":
+            conversation = conversation[1:]
+        if has_image and marks == 0:
             conversation[0] = conversation[0]._replace(content=f"{IMAGE_MARK}\n{conversation[0].content}")
-        validate_conversation(conversation, 1, where)
+        validate_conversation(conversation, int(has_image), where)
         found.append(conversation)
     return found
 
@@ -112,7 +115,8 @@ def validate_conversation(turns: Sequence[Turn], num_images: int, where: str = "
 def import_llava(json_path: Path | str, images: Path | str, out: Path | str) -> tuple[Path, int, int]:
     """Turns a LLaVA instruction file into `OUT/train.jsonl`, which `open_source` reads.
 
-    Records without an image, or that cannot be learnt from, are left out; the first few are logged.
+    Records without an image stay conversations without one. Those that cannot be learnt from are left out; the first
+    few are logged.
 
     Args:
         json_path: LLaVA's list of {"id", "image"?, "conversations"}.
@@ -158,15 +162,18 @@ def _load_llava(json_path: Path) -> list[Any]:
 def _convert_llava(record: Any, images: Path, out: Path, where: str, number: int) -> dict[str, Any]:
     if not isinstance(record, dict) or "conversations" not in record:
         raise DataError(f"{where} is {_short(record)}; expected an object with conversations")
-    if not isinstance(record.get("image"), str):
-        raise DataError(f"{where} has no image; text-only records are not supported")
-    path = images / record["image"]
-    if not path.is_file():
-        raise DataError(f"{where}: image {path} does not exist")
-    conversations = parse_conversations(record["conversations"], where)
+    name, place = record.get("image"), {}
+    if name is not None:
+        if not isinstance(name, str):
+            raise DataError(f"{where}: image is {_short(name)}; expected a path")
+        path = images / name
+        if not path.is_file():
+            raise DataError(f"{where}: image {path} does not exist")
+        place = {"image": os.path.relpath(path, out)}
+    conversations = parse_conversations(record["conversations"], where, has_image=name is not None)
     return {
         "id": str(record.get("id", number)),
-        "image": os.path.relpath(path, out),
+        **place,
         "conversations": [turn._asdict() for turn in conversations[0]],
     }
 

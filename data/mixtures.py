@@ -103,6 +103,20 @@ class MixtureSource(Mixed[Source], Source):
         super().__init__(" + ".join(member.name for member in members), 1.0)  # members watch over their own
         self.share_out(members, shares, seed)
 
+    @property
+    def num_text_only(self) -> int:  # type: ignore[override]
+        return sum(part.num_text_only for part in self.parts)
+
+    def turn(self, index: int, epoch: int) -> tuple[Source, int]:
+        number = index - len(self)  # of the members' conversations without an image, each once
+        if number < 0:
+            return super().turn(index, epoch)
+        for part in self.parts:
+            if number < part.num_text_only:
+                return part, len(part) + number
+            number -= part.num_text_only
+        raise IndexError(f"text-only sample {index - len(self)} of {self.name}, which has {self.num_text_only}")
+
     def key(self, index: int) -> str:
         source, number = self.turn(index, 0)
         return source.key(number)

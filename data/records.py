@@ -6,6 +6,7 @@ Text of records is held as bytes or left in the file, which worker processes sha
 import json
 import logging
 import os
+import re
 from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,24 +23,44 @@ from unitok.data.samples import Source
 from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
 _LOGGER = logging.getLogger(__name__)
+_HAS_IMAGE = re.compile(rb'"image"\s*:\s*[^\sn]')  # anything but null
 
 
 class RecordSource(Source):
     """Records {"image", "id"?, "caption"?, "captions"?, "questions"?, "conversations"?}.
 
     Image paths are relative to the file and are used as they are, `..` and absolute ones too; with `images`, they are
-    relative to that folder and must not lead out of it.
+    relative to that folder and must not lead out of it. Records with conversations and without an image (absent or
+    null) are text-only: not counted in the length, and numbered behind those with one.
     """
 
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(str(path), max_bad_fraction)
         self.path, self.images = path, images
+        self._numbers: np.ndarray | None = None  # of the records in the file, where that is not their order here
         if images is not None and not images.is_dir():
             raise DataError(f"{path}: images={images} is no folder")
 
     @abstractmethod
-    def _line(self, index: int) -> bytes:
-        """The text of one record."""
+    def _line(self, number: int) -> bytes:
+        """The text of record `number` of the file."""
+
+    @abstractmethod
+    def _num_records(self) -> int:
+        """How many there are, text-only ones too."""
+
+    def __len__(self) -> int:
+        return self._num_records() - self.num_text_only
+
+    def _set_text_only(self, flags: np.ndarray) -> None:
+        """Called once, with a flag for each record."""
+        self.num_text_only = int(flags.sum())
+        if self.num_text_only:
+            _LOGGER.info("%s: %d of %d records have no image", self.path, self.num_text_only, len(flags))
+            self._numbers = np.argsort(flags, kind="stable")
+
+    def _number(self, index: int) -> int:
+        return index if self._numbers is None else int(self._numbers[index])
 
     def key(self, index: int) -> str:
         try:
@@ -47,17 +68,17 @@ class RecordSource(Source):
         except DataError:
             name = None
         usable = isinstance(name, int) or (isinstance(name, str) and is_unicode(name))
-        return str(name) if usable else f"{printable(self.path.stem)}-{index:06d}"
+        return str(name) if usable else f"{printable(self.path.stem)}-{self._number(index):06d}"
 
     def place(self, index: int) -> str:
-        return f"{self.path}: record {index}"
+        return f"{self.path}: record {self._number(index)}"
 
     def _record(self, index: int) -> dict[str, Any]:
         where = self.place(index)
-        return load_json_object(text_of(self._line(index), where), where)
+        return load_json_object(text_of(self._line(self._number(index)), where), where)
 
     def _read_words(self, index: int) -> Words:
-        return words_from_json(self._record(index), self.place(index))
+        return words_from_json(self._record(index), self.place(index), has_image=index < len(self))
 
     def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
         name = self._record(index).get("image")
@@ -82,42 +103,51 @@ class JsonlSource(RecordSource):
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(path, images, max_bad_fraction)
         try:
-            self._starts = np.fromiter(line_starts(path), dtype=np.int64)
+            found = np.fromiter(
+                ((start, _is_text_only(line)) for start, line in _lines(path)),
+                dtype=np.dtype([("start", np.int64), ("text_only", bool)]),
+            )
         except OSError as error:
             raise DataError(f"cannot read {path} ({error.strerror}); expected JSON lines in UTF-8") from None
-        if not len(self._starts):
+        if not len(found):
             raise DataError(f"{path} holds no record; expected one JSON object a line with image and caption")
+        self._starts = found["start"].copy()
+        self._set_text_only(found["text_only"])
 
-    def __len__(self) -> int:
+    def _num_records(self) -> int:
         return len(self._starts)
 
-    def _line(self, index: int) -> bytes:
+    def _line(self, number: int) -> bytes:
         with self.path.open("rb") as lines:
-            lines.seek(int(self._starts[index]))
+            lines.seek(int(self._starts[number]))
             return lines.readline()
 
 
 class LlavaSource(RecordSource):
-    """LLaVA's list of {"id", "image", "conversations"} in one JSON file. Records without an image are left out."""
+    """LLaVA's list of {"id", "image"?, "conversations"} in one JSON file. Records with neither image nor conversations
+    are left out."""
 
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(path, images, max_bad_fraction)
         records = _load_list(path)
-        kept = [json.dumps(record).encode() for record in records if not _is_text_only(record)]
+        kept = [record for record in records if not _lacks_image(record) or record.get("conversations")]
         if len(kept) < len(records):
+            left_out, total = len(records) - len(kept), len(records)
             _LOGGER.warning(
-                "%s: %d of %d records have no image and are left out", path, len(records) - len(kept), len(records)
+                "%s: %d of %d records have neither image nor conversations and are left out", path, left_out, total
             )
         if not kept:
-            raise DataError(f"{path}: none of {len(records)} records has an image; expected LLaVA's instruction file")
-        self._ends = np.cumsum([len(line) for line in kept])
-        self._text = b"".join(kept)
+            raise DataError(f"{path}: none of {len(records)} records can be used; expected LLaVA's instruction file")
+        self._set_text_only(np.array([_lacks_image(record) for record in kept]))
+        lines = [json.dumps(record).encode() for record in kept]
+        self._ends = np.cumsum([len(line) for line in lines])
+        self._text = b"".join(lines)
 
-    def __len__(self) -> int:
+    def _num_records(self) -> int:
         return len(self._ends)
 
-    def _line(self, index: int) -> bytes:
-        return self._text[int(self._ends[index - 1]) if index else 0 : int(self._ends[index])]
+    def _line(self, number: int) -> bytes:
+        return self._text[int(self._ends[number - 1]) if number else 0 : int(self._ends[number])]
 
 
 def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
@@ -137,12 +167,27 @@ def open_records(spec: str, max_bad_fraction: float) -> RecordSource:
 
 def line_starts(path: Path) -> Iterator[int]:
     """Where each line of a file begins, in bytes, that is not empty."""
+    yield from (start for start, _ in _lines(path))
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
     position = 0
     with path.open("rb") as lines:
         for line in lines:
             if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                yield position
+                yield position, line
             position += len(line)
+
+
+def _is_text_only(line: bytes) -> bool:
+    """Whether it is a conversation without an image."""
+    if _HAS_IMAGE.search(line):  # nearly all lines, which are not parsed for this
+        return False
+    try:
+        record = load_json_object(text_of(line, ""), "")
+    except SampleError:  # told when it is read
+        return False
+    return _lacks_image(record) and bool(record.get("conversations"))
 
 
 def _load_list(path: Path) -> list[Any]:
@@ -155,5 +200,5 @@ def _load_list(path: Path) -> list[Any]:
     return records
 
 
-def _is_text_only(record: Any) -> bool:
+def _lacks_image(record: Any) -> bool:
     return isinstance(record, dict) and record.get("image") is None

@@ -30,11 +30,14 @@ class Sample(Words):
 class Source(BadSamples, ABC):
     """Map-style source that survives bad samples (unreadable image, malformed text).
 
-    `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise).
-    `broken`: of `lost`, the places that are whole files. `passed_over`: what stands there and is no sample, by kind.
+    `max_pixels`: images of more are bad samples. `parts`: what a mixture is made of (empty otherwise). `num_text_only`:
+    conversations without an image, which training on images does not see: they stand behind the images, under numbers
+    from `len(source)` on, for `key`, `place` and `read_words` alone. `broken`: of `lost`, the places that are whole
+    files. `passed_over`: what stands there and is no sample, by kind.
     """
 
     max_pixels: int = MAX_PIXELS
+    num_text_only: int = 0
     parts: "list[Source]" = []  # noqa: RUF012 - never changed
     broken: frozenset[str] = frozenset()
     passed_over: dict[str, int] = {}  # noqa: RUF012 - never changed
@@ -68,6 +71,10 @@ class Source(BadSamples, ABC):
     def leaves(self) -> "list[Source]":
         """The sources behind this one: of a mixture, also of mixtures, all members that are none themselves."""
         return [leaf for part in self.parts for leaf in part.leaves()] or [self]
+
+    def read_words(self, index: int) -> Words:
+        """Words of sample `index` itself, or of a conversation without an image; UserError when it is bad."""
+        return self._read_words(index)
 
     def words(self, index: int) -> Words:
         """Like `source[index]` without its image. A bad image is not noticed here."""

@@ -6,7 +6,8 @@ What a source is stands in `samples`; JSON records, parquet files and mixtures h
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -180,6 +181,7 @@ def open_source(
     max_bad_fraction: float = 0.01,
     max_pixels: int = MAX_PIXELS,
     seed: int = 0,
+    text_only: bool = False,
 ) -> Source:
     """Opens a source by its name; `docs/data.md` shows all forms.
 
@@ -191,25 +193,34 @@ def open_source(
         max_bad_fraction: share of unreadable samples above which reading stops.
         max_pixels: images of more are bad samples.
         seed: of a mixture's order.
+        text_only: conversations without a single image are a source too (of length 0, see `Source.num_text_only`).
 
     Raises:
         DataError: the spec is of no known form or nothing is there.
     """
-    return _open(spec, split, max_bad_fraction, max_pixels, seed, ())
+    open_one = partial(_open_one, split=split, max_bad_fraction=max_bad_fraction)
+    return _open(spec, open_one, max_pixels, text_only, seed, ())
 
 
-def _open(spec: Any, split: str | None, max_bad_fraction: float, max_pixels: int, seed: int, outer: tuple) -> Source:
+def _open(
+    spec: Any, open_one: Callable[[str], Source], max_pixels: int, text_only: bool, seed: int, outer: tuple
+) -> Source:
     """outer: the names of the mixtures that this one is a member of."""
     shares = parse_mixture(spec)
     if shares is not None:
         if spec in outer:
             raise DataError(f"{spec} is a mixture that has itself as a member; take it out")
         inside = (*outer, spec)
-        members = [_open(share.source, split, max_bad_fraction, max_pixels, 0, inside) for share in shares]
+        members = [_open(share.source, open_one, max_pixels, False, 0, inside) for share in shares]
         return MixtureSource(members, shares, seed)
     assert isinstance(spec, str | Path)
-    source = _open_one(str(spec), split, max_bad_fraction)
+    source = open_one(str(spec))
     source.max_pixels = max_pixels
+    if len(source) == 0 and not text_only:
+        raise DataError(
+            f"{source.name}: {source.num_text_only} conversations and no image; only stage two learns from such, after "
+            "unitok data codes"
+        )
     return source
 
 

@@ -62,8 +62,9 @@ def load_json_object(text: str, where: str) -> dict[str, Any]:
     return data
 
 
-def words_from_json(data: dict[str, Any], where: str) -> Words:
-    """Words from a sample's JSON; keys that are not words become its meta. null is as good as absent."""
+def words_from_json(data: dict[str, Any], where: str, has_image: bool = True) -> Words:
+    """Words from a sample's JSON; keys that are not words become its meta. null is as good as absent. A sample without
+    an image has conversations alone."""
     several = _list_of(data, "captions", where)
     # null and blank text are no caption, as an empty .txt is none
     captions = [item for item in (data.get("caption"), *several) if item is not None]
@@ -71,7 +72,9 @@ def words_from_json(data: dict[str, Any], where: str) -> Words:
         raise SampleError(f"{where}: captions are {str(captions)[:80]!r}; expected texts", "wrong type")
     captions = list(dict.fromkeys(item.strip() for item in captions if item.strip()))
     asked = [_question(item, where) for item in _list_of(data, "questions", where)]
-    talks = parse_conversations(data["conversations"], where) if data.get("conversations") else []
+    if not has_image and (captions or asked):
+        raise SampleError(f"{where} has no image, but captions or questions, which are about one", "missing image")
+    talks = parse_conversations(data["conversations"], where, has_image) if data.get("conversations") else []
     reserved = ("caption", "captions", "questions", "conversations", "image")
     meta = {key: value for key, value in data.items() if key not in reserved}
     _check_meta(meta, where)

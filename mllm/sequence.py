@@ -10,6 +10,9 @@ A prompt is the beginning of the training sequence up to the first learnt id (te
 whoever asks for an image has already decided on one). Text is tokenized piece by piece: a piece ends where an image, a
 special id or a learnt part begins, so that prompt and training agree id for id. The turn after an answer is tokenized
 as it stands behind the answer's end, where some tokenizers put no space.
+
+What is longer than a builder's limits is cut: a caption that is to be drawn before the image, other captions at the end
+(their own end is then not learnt), a conversation behind the last answer that fits whole.
 """
 
 from collections.abc import Sequence as SequenceOf
@@ -39,25 +42,53 @@ class TextTokenizer(Protocol):
 
 @dataclass
 class Sequence:
-    """Ids and labels of equal length (IGNORE where nothing is learnt); one flag per image: are its codes learnt?"""
+    """Ids and labels of equal length (IGNORE where nothing is learnt); one flag per image: are its codes learnt?
+
+    `is_cut`: it was too long, and something of it is missing.
+    """
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     learn_image: list[bool] = field(default_factory=list)
+    is_cut: bool = False
 
     def add(self, ids: SequenceOf[int], learn: bool = False) -> "Sequence":
         self.ids += ids
         self.labels += ids if learn else [IGNORE] * len(ids)
         return self
 
+    def cut(self, length: int) -> "Sequence":
+        """Leave out what stands behind the first `length` ids, if anything does."""
+        if len(self.ids) > length:
+            self.ids, self.labels, self.is_cut = self.ids[:length], self.labels[:length], True
+        return self
+
+
+class TooLongError(DataError):
+    """Even cut, nothing of a sample would be learnt."""
+
+    def __init__(self, length: int | None, what: str) -> None:
+        super().__init__(f"too long: {what} do not fit into data.max_length={length}; raise it or take the sample out")
+
 
 class SequenceBuilder:
     """Builds sequences for one model configuration and its text tokenizer.
 
+    Args:
+        max_length: ids of a training sequence. max_caption: of them before an image that is drawn. None: any number.
+            TooLongError for a sample that these leave nothing to be learnt of.
+
     Raises UserError when the configuration lacks the special ids.
     """
 
-    def __init__(self, config: UniTokMLLMConfig, tokenizer: TextTokenizer) -> None:
+    def __init__(
+        self,
+        config: UniTokMLLMConfig,
+        tokenizer: TextTokenizer,
+        max_length: int | None = None,
+        max_caption: int | None = None,
+    ) -> None:
+        self.max_length, self.max_caption = max_length, max_caption
         for name in ("begin_image_id", "end_image_id", "image_token_id"):
             if getattr(config, name) is None:
                 raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
@@ -71,6 +102,13 @@ class SequenceBuilder:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
         boi, eoi, eos = self.config.begin_image_id, self.config.end_image_id, self.tokenizer.eos_token_id
         sequence = self._start().add(self._text(self._instruction(caption, unconditional)))
+        limits = [] if self.max_caption is None else [self.max_caption]
+        if self.max_length is not None:
+            limits.append(self.max_length - self.config.num_image_positions - 3)  # boi, eoi, eos
+        if limits:
+            if min(limits) < 2:
+                raise TooLongError(self.max_length, "an image and a word before it")
+            sequence.cut(min(limits))
         return self._image(sequence.add([boi], learn=True), learn=True).add([eoi, eos], learn=True)
 
     def text_to_image_prompt(self, caption: str, unconditional: bool = False) -> list[int]:
@@ -85,11 +123,12 @@ class SequenceBuilder:
         """Image to text, as in pre-training."""
         sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
         sequence.add([self.config.end_image_id])
-        return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        return self._fitted(sequence)
 
     def plain(self, caption: str) -> Sequence:
         """Image to text as LLaVA aligns with: a conversation of nothing but the image and the caption."""
-        return self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True)
+        return self._fitted(self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True))
 
     def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
         """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
@@ -112,6 +151,7 @@ class SequenceBuilder:
                 f"{'ending with the user' if prompt else 'ending with the assistant'}"
             )
         sequence = self._start()
+        answered: list[tuple[int, int]] = []  # ids and images up to the end of each answer
         text = self.config.system_prompt
         for index, turn in enumerate(turns):
             if turn.role != ("assistant" if index % 2 else "user"):
@@ -130,7 +170,8 @@ class SequenceBuilder:
                 sequence.add(self._text(self._space + turn.content), learn=True).add(
                     [self.tokenizer.eos_token_id], learn=True
                 )
-        return sequence
+                answered.append((len(sequence.ids), len(sequence.learn_image)))
+        return sequence if prompt else self._fitted(sequence, answered)
 
     def chat_image(self, sequence: Sequence) -> None:
         """Add an image as it stands in a conversation: placeholders, between the two marks if the layout has them."""
@@ -139,6 +180,17 @@ class SequenceBuilder:
         self._image(sequence, learn=False)
         if self.config.chat_image_marks:
             sequence.add([self.config.end_image_id])
+
+    def _fitted(self, sequence: Sequence, ends: SequenceOf[tuple[int, int]] = ()) -> Sequence:
+        """`sequence`, cut to `max_length`: behind the last of `ends` (ids, images) that fits, anywhere if none does."""
+        if self.max_length is None or len(sequence.ids) <= self.max_length:
+            return sequence
+        whole = [end for end in ends if end[0] <= self.max_length]
+        length, images = whole[-1] if whole else (self.max_length, ends[0][1] if ends else len(sequence.learn_image))
+        sequence.cut(length).learn_image = sequence.learn_image[:images]
+        if all(label == IGNORE for label in sequence.labels):
+            raise TooLongError(self.max_length, "image, question and an id of what is learnt")
+        return sequence
 
     def _instruction(self, caption: str, unconditional: bool) -> str:
         return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix

@@ -53,8 +53,12 @@ class MllmDataConfig(Config):
     `unconditional` is the share of text-to-image samples without their text (for guidance); `questions_per_image`
     questions make one conversation, in words drawn anew if `paraphrase` (made for the shapes world: its rules spoil
     other questions). Of an image's captions one is drawn with a chance that grows with its number of words to the power
-    `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read, have no words for the
-    mixture or more than `max_length` ids are left out and logged; a share of them above `max_bad_fraction` ends it.
+    `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read or have no words for the
+    mixture are left out and logged; a share of them above `max_bad_fraction` ends it.
+
+    Long samples are cut: what stands before an image that is drawn to `max_caption` ids, any sample to `max_length`:
+    captions at their end, conversations behind the last answer that fits, or in mid-answer where that is the first one.
+    The log counts them (`samples_cut`). One that cannot hold its image and something to be learnt is a bad sample.
 
     `classes`: a file of class folders, one a line; every image's words are then its class's token and nothing else
     (`backbone.class_tokens` makes these single pieces of the text).
@@ -72,6 +76,7 @@ class MllmDataConfig(Config):
     questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
     max_length: int = Field(2048, ge=4)
+    max_caption: int = Field(1750, ge=2)
     pack: bool = False
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
 

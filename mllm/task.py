@@ -12,9 +12,10 @@ from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
 from unitok.core.task import Network, Task
+from unitok.data.bad import SampleError
 from unitok.data.captions import paraphrase
 from unitok.data.code_mixtures import CodeMixture, open_codes
-from unitok.data.codes import CodeSample, CodeSource
+from unitok.data.codes import TEXT_ONLY, CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
 from unitok.data.texts import TextOrder, TextSource
@@ -28,7 +29,7 @@ from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import check_recipe
-from unitok.mllm.sequence import Sequence, SequenceBuilder, pack_right, pad_right
+from unitok.mllm.sequence import Sequence, SequenceBuilder, TooLongError, pack_right, pad_right
 from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig
 from unitok.mllm.start import load_start, prepare_model
 from unitok.tokenizer import UniTok
@@ -88,6 +89,7 @@ class MllmTask(Task):
         }
         self.source = open_codes(data.codes, expected, data.max_bad_fraction, data.classes, config.seed)
         self.members = self.source.names if isinstance(self.source, CodeMixture) else []
+        self.text_only = self.source.header[TEXT_ONLY]  # conversations without an image
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None
         share = data.mixture.text / data.mixture.total
         self.text_order = TextOrder(len(self.source), share, len(self.texts), config.seed) if self.texts else None
@@ -119,7 +121,8 @@ class MllmTask(Task):
         prepare_model(model, config, training_device(config.device))
         self._look_at_shards(model.config)
         warn_of_missing_words(self.source, config.data.mixture)
-        self.builder = SequenceBuilder(model.config, self.text_tokenizer)
+        data = config.data
+        self.builder = SequenceBuilder(model.config, self.text_tokenizer, data.max_length, data.max_caption)
         self.pad_id = self.text_tokenizer.pad_token_id
         return {"mllm": Network(_LossForward(model), config.optimizer, config.ema_decay)}
 
@@ -184,9 +187,11 @@ class MllmTask(Task):
         }
 
     def _count(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
-        """How many samples are of each kind, and how many come from each member of a mixture, int64 `[kinds + members]`
-        (documents come from none)."""
+        """How many samples are of each kind, cut, conversations without an image; and how many come from each member of
+        a mixture (documents come from none), int64 `[kinds + 2 + members]`."""
         counts = [sum(one.kind == kind for one in loaded) for kind in KINDS]
+        counts.append(sum(one.sequence.is_cut for one in loaded))
+        counts.append(sum(one.kind == "chat" and not one.sequence.learn_image for one in loaded))
         if isinstance(self.source, CodeMixture):
             encoded = [index for index, one in zip(indices, loaded, strict=True) if one.kind != "text"]
             members = [self.source.member(index % self.num_samples) for index in encoded]
@@ -210,9 +215,12 @@ class MllmTask(Task):
         """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
         the epoch, where that is another one: of a mixture a sample may come twice in an epoch."""
         sample = (source or self.source)[number]
-        kind, sequence = self._sequence(sample, number if place is None else place, epoch)
-        if len(sequence.ids) > self.config.data.max_length:
-            raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
+        try:
+            kind, sequence = self._sequence(sample, number if place is None else place, epoch)
+        except TooLongError as error:
+            raise SampleError(f"{sample.key} is {error}", "too long") from None
+        if not sequence.learn_image:
+            return Loaded(kind, self._no_images, sequence)
         image = sample.latents.T if self.continuous else sample.codes
         return Loaded(kind, image.expand(len(sequence.learn_image), *image.shape), sequence)
 
@@ -261,9 +269,8 @@ class MllmTask(Task):
         return source.text(number).key
 
     def prepare_step(self, batches: list[dict[str, Any]], step: int) -> None:
-        """Count learnt ids and codes, and samples of each kind and member, of the whole step: over micro-batches and
-        ranks."""
-        counts = torch.zeros(2 + len(KINDS) + len(self.members), dtype=torch.float64)
+        """Count learnt ids and codes, and samples as `_count` does, of the whole step: over micro-batches and ranks."""
+        counts = torch.zeros(2 + len(KINDS) + 2 + len(self.members), dtype=torch.float64)
         for batch in batches:
             counts[0] += (batch["labels"][:, 1:] != IGNORE).sum()
             counts[1] += batch["learn_image"].sum() * batch["codes"].shape[1] * batch["codes"].shape[2]
@@ -278,8 +285,9 @@ class MllmTask(Task):
             "has_image": image > 0,
             "has_text": text > 0,
         }
-        kinds, members = samples[: len(KINDS)], samples[len(KINDS) :]
+        kinds, (cut, text_only), members = samples[: len(KINDS)], samples[len(KINDS) :][:2], samples[len(KINDS) + 2 :]
         self._samples = {f"samples_{k}": n for k, n in zip(KINDS, kinds, strict=True) if k in self._logged_kinds}
+        self._samples |= {"samples_cut": cut} | ({"samples_text_only": text_only} if self.text_only else {})
         self._samples |= {f"samples/{name}": n for name, n in zip(self.members, members, strict=True)}
 
     def micro_step(

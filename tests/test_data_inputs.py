@@ -75,13 +75,15 @@ def test_llava_json_is_a_source(tmp_path, caplog):
     records = [
         {"id": "a", "image": "train/1.jpg", "conversations": TALK},
         {"id": "text only", "conversations": TALK},
+        {"id": "nothing"},
         {"id": 7, "image": "train/gone.jpg", "conversations": TALK},
         {"id": "c", "image": "/etc/hostname", "conversations": TALK},
         {"id": "d", "image": "train/1.jpg", "conversations": TALK[:1]},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     source = open_source(f"{tmp_path}/llava.json?images={tmp_path}/coco", max_bad_fraction=1.0)
-    assert len(source) == 4 and "1 of 5 records have no image" in caplog.text
+    assert len(source) == 4 and "1 of 6 records have neither image nor conversations" in caplog.text
+    assert source.num_text_only == 1 and source.place(4).endswith("record 1")
     assert [source.key(n) for n in range(4)] == ["a", "7", "c", "d"]
     assert source[0].conversations[0][1].content == "a square" and source[0].meta == {"id": "a"}
     assert [source[n].key for n in (1, 2, 3)] == ["a"] * 3 and len(pickle.loads(pickle.dumps(source))) == 4  # noqa: S301

@@ -1,6 +1,7 @@
 """What stage two makes of its code shards, bad samples included."""
 
 import logging
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,7 +28,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     samples = [source[index] for index in range(20)]
     samples[WORDLESS].captions, samples[WORDLESS].questions = [], []
     samples[WORDY].captions, samples[WORDY].questions = [], []
-    samples[WORDY].conversations = [[Turn("user", f"{IMAGE_MARK} what?"), Turn("assistant", "yes " * 3000)]]
+    samples[WORDY].conversations = [[Turn("user", f"{IMAGE_MARK} {'what? ' * 3000}"), Turn("assistant", "yes " * 3000)]]
     files["codes"] = write_codes(samples, folder / "uneven", source.header)
     return files
 
@@ -46,7 +47,8 @@ def test_bad_samples_are_left_out_and_named(
     with caplog.at_level(logging.WARNING):
         batches = [task.load_batch(list(range(WORDLESS - 1, WORDY + 2)), epoch) for epoch in (0, 0)]
     text = caplog.text
-    assert text.count("nothing for the tasks of data.mixture") == 1 and text.count("data.max_length is 2048") == 1
+    assert text.count("nothing for the tasks of data.mixture") == 1 and text.count("data.max_length=2048;") == 1
+    assert re.search(r"train-0-000005 is too long: image, question and an id of what is learnt do not fit", text)
     assert set(task.source.bad) == {WORDLESS, WORDY}
     fresh = built(files, tmp_path / "two", "data.max_bad_fraction=0.1")
     batches.append(fresh.load_batch(list(range(WORDLESS - 1, WORDY + 2)), 0))

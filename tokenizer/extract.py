@@ -78,7 +78,8 @@ def extract_codes(
     num_workers: int = 0,
     unit_size: int = UNIT_SIZE,
 ) -> Path:
-    """Encode every image of `source` and write code shards with their header into `out`.
+    """Encode every image of `source` and write code shards with their header into `out`; its conversations without an
+    image come behind, as they are.
 
     One shard of the source gives one of codes. What is complete already is kept, so that the same call goes on where
     another was cut short, also killed. Each process does its `share`; who finds all done writes the header, which
@@ -94,14 +95,14 @@ def extract_codes(
     job = _Job(tokenizer, source, CodeFolder(out, _header(tokenizer, latents)), batch_size, num_workers, latents)
     units, share = units_of(source, unit_size), share or Share()
     own = units[share.rank :: share.world_size]
-    failed = 0
-    with ProgressLog(out / f"extract-rank{share.rank}.jsonl", len(source), progress) as log:
+    failed, total = 0, len(source) + source.num_text_only
+    with ProgressLog(out / f"extract-rank{share.rank}.jsonl", total, progress) as log:
         for unit in own:
             said = job.folder.done(unit, source)
             if said is None:
                 said = log.timed(unit, lambda unit=unit: job.encode_unit(unit, log.advance))
             failed += len(said["failures"])
-            check_failures(out, failed, len(source), source.max_bad_fraction)
+            check_failures(out, failed, total, source.max_bad_fraction)
     job.folder.finish(units, source.max_bad_fraction)
     return out
 
@@ -119,19 +120,24 @@ def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
 
 
 class _Images(torch.utils.data.Dataset):
-    """Images of a source ready for the encoder: (sample without its image, pixels), or (key, why it failed)."""
+    """Images of a source ready for the encoder: (sample without its image, pixels), or (key, why it failed). Where
+    there is no image to be read, None are the pixels."""
 
     def __init__(self, source: Source, image_size: int, preprocess: str) -> None:
         self.source, self.image_size, self.preprocess = source, image_size, preprocess
 
-    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor] | Failure:
+    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor | None] | Failure:
+        empty = torch.zeros(0, dtype=torch.int64)
         try:
+            if index >= len(self.source):
+                key, said = self.source.key(index), self.source.read_words(index)
+                return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
             found = self.source.read(index)
             pixels = eval_transform(found.image, self.image_size, self.preprocess)
         except (UserError, OSError) as error:
             return self.source.key(index), " ".join(str(error).split())
         words = (found.captions, found.questions, found.conversations, found.meta)
-        return CodeSample(found.key, torch.zeros(0, dtype=torch.int64), *words), pixels
+        return CodeSample(found.key, empty, *words), pixels
 
 
 @dataclass
@@ -177,15 +183,17 @@ class _Job:
         )
 
     @torch.no_grad()
-    def _encode(self, batch: list[tuple[CodeSample, torch.Tensor]]) -> Iterator[CodeSample]:
+    def _encode(self, batch: list[tuple[CodeSample, torch.Tensor | None]]) -> Iterator[CodeSample]:
         self.tokenizer.eval()
-        pixels = torch.stack([pixels for _, pixels in batch]).to(self.tokenizer.device)
-        codes = self.tokenizer.encode(pixels).cpu()
-        vectors = self.tokenizer.latents(pixels).half().cpu() if self.latents else None
-        for row, (sample, _) in enumerate(batch):
+        pictured = [(sample, pixels) for sample, pixels in batch if pixels is not None]
+        if pictured:
+            pixels = torch.stack([pixels for _, pixels in pictured]).to(self.tokenizer.device)
+            codes = self.tokenizer.encode(pixels).cpu()
+            vectors = self.tokenizer.latents(pixels).half().cpu() if self.latents else None
+        for row, (sample, _) in enumerate(pictured):
             sample.codes = codes[row]
             sample.latents = None if vectors is None else vectors[row]
-            yield sample
+        yield from (sample for sample, _ in batch)
 
 
 class ProgressLog:

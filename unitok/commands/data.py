@@ -59,7 +59,7 @@ def codes(arguments: argparse.Namespace) -> int:
     share = Share.of_launcher(arguments.rank, arguments.world_size)
     if "SLURM_LOCALID" in os.environ:
         os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
-    source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction)
+    source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction, text_only=True)
     if arguments.unit_size is not None and reader_of(source) is not None:
         raise UserError(
             f"--unit-size {arguments.unit_size}: {arguments.shards} has shards, each of which gives one of codes; "
@@ -81,7 +81,9 @@ def codes(arguments: argparse.Namespace) -> int:
         return 0
     said = json.loads(header.read_text(encoding="utf-8"))
     left_out = f" ({said['failed']} bad ones left out)" if said["failed"] else ""
-    _say(f"{said['count']} images encoded to {out}{left_out}")
+    text_only = said.get("text_only", 0)
+    beside = f", {text_only} conversations without an image beside them" if text_only else ""
+    _say(f"{said['count'] - text_only} images encoded to {out}{beside}{left_out}")
     return 0
 
 
@@ -164,7 +166,7 @@ def check(arguments: argparse.Namespace) -> int:
     from unitok.data.source import open_source
 
     pixels = arguments.max_pixels or MAX_PIXELS
-    source = open_source(arguments.source, arguments.split, max_bad_fraction=1.0, max_pixels=pixels)
+    source = open_source(arguments.source, arguments.split, max_bad_fraction=1.0, max_pixels=pixels, text_only=True)
     report = check_opened(source, arguments.limit)
     values = report.to_dict()
     for name, value in values.items():
