@@ -29,6 +29,7 @@ _KEPT_TEXTS = 4096  # those that come again: system prompts, suffixes, common qu
 class TextTokenizer(Protocol):
     """What a layout needs of a transformers tokenizer."""
 
+    bos_token: str | None
     bos_token_id: int | None
     eos_token: str
     eos_token_id: int
@@ -85,17 +86,17 @@ class SequenceBuilder:
         """Image to text, as in pre-training."""
         sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
         sequence.add([self.config.end_image_id])
-        return sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        return sequence.add(self._text(self._own(caption)), learn=True).add([self.tokenizer.eos_token_id], learn=True)
 
     def plain(self, caption: str) -> Sequence:
         """Image to text as LLaVA aligns with: a conversation of nothing but the image and the caption."""
-        return self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True)
+        return self._image(self._start(), learn=False).add(self._text(self._own(caption) + "\n"), learn=True)
 
     def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
         """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
         behind the last. `eos` ends the last part only. Documents are not kept in memory as other texts are."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*self._encode(text), self.tokenizer.eos_token_id]
+        ids = [*self._encode(self._own(text)), self.tokenizer.eos_token_id]
         size = max_length - len(bos)
         first = part % -(-len(ids) // size) * size
         return Sequence().add([*bos, *ids[first : first + size]], learn=True)
@@ -117,7 +118,7 @@ class SequenceBuilder:
             if turn.role != ("assistant" if index % 2 else "user"):
                 raise DataError(f"turn {index} is by {turn.role!r}: user and assistant must alternate")
             if turn.role == "user":
-                pieces = (text + self.config.user_prefix + turn.content).split(IMAGE_MARK)
+                pieces = (text + self.config.user_prefix + self._own(turn.content)).split(IMAGE_MARK)
                 pieces[-1] += self.config.assistant_prefix
                 for position, piece in enumerate(pieces):
                     if position > 0:
@@ -127,7 +128,7 @@ class SequenceBuilder:
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(self._space + turn.content), learn=True).add(
+                sequence.add(self._text(self._space + self._own(turn.content)), learn=True).add(
                     [self.tokenizer.eos_token_id], learn=True
                 )
         return sequence
@@ -141,7 +142,17 @@ class SequenceBuilder:
             sequence.add([self.config.end_image_id])
 
     def _instruction(self, caption: str, unconditional: bool) -> str:
-        return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix
+        return self.config.unconditional_text if unconditional else self._own(caption) + self.config.instruction_suffix
+
+    def _own(self, text: str) -> str:
+        """A text that is not the layout's, as it is; DataError if it holds what the tokenizer would read as the begin
+        or the end of it all (in an answer it would be learnt as its end)."""
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            if token and token in text:
+                raise DataError(
+                    f"the text {text[:80]!r} holds {token!r}, by which a sequence begins or ends; take it out"
+                )
+        return text
 
     def _start(self) -> Sequence:
         bos = self.tokenizer.bos_token_id
