@@ -101,6 +101,8 @@ class CodeGenerationMixin:
 
     def _check_generation(self, rows: int, num_positions: int, embedder_cache: str, guidance_scale: float) -> None:
         """UserError or DataError for what `generate_codes` cannot do."""
+        if rows < 1:
+            raise DataError("no prompts: expected input_ids [rows, T] with at least one row")
         if num_positions < 1:
             raise UserError(f"num_positions={num_positions}: an image has at least 1")
         if embedder_cache not in get_args(EmbedderCache):

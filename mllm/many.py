@@ -177,10 +177,10 @@ def _software() -> str:
 def _decode(pipeline: UniTokPipeline, codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> Tensor:
     """Pixels `[B, 3, H, W]`. `sampled` marks where the codes are complete: decode beside what follows it on the GPU."""
     if sampled is None:
-        return pipeline.tokenizer.decode(codes_BKL)
+        return pipeline.decode(codes_BKL)
     stream = torch.cuda.Stream(codes_BKL.device)
     stream.wait_event(sampled)
     with torch.cuda.stream(stream):
-        pixels = pipeline.tokenizer.decode(codes_BKL)
+        pixels = pipeline.decode(codes_BKL)
     stream.synchronize()
     return pixels

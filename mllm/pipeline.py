@@ -113,11 +113,13 @@ class UniTokPipeline:
         """One PIL image per prompt.
 
         `seed`: one number (image i gets seed + i) or one per prompt; the same prompt and seed give the same image
-        whatever the batch. Sampler settings default to the export's generation_config.json;
+        whatever the batch (see `decode`). Sampler settings default to the export's generation_config.json;
         `do_sample=False` takes the likeliest codes, whatever the seed. `on_position` is called after each image
-        position of a batch, with how many are done of how many. `graph`: see `generate_codes`; False
-        on a GPU saves the minute of compiling where only a few images are made.
+        position of a batch, with how many are done of how many. `graph`: see `generate_codes`; False on a GPU saves the
+        minute of compiling where only a few images are made.
         """
+        if batch_size < 1:
+            raise UserError(f"batch_size={batch_size}: expected at least 1")
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         seeds = seeds_of(seed, len(prompts), "prompts")
         given = {
@@ -133,8 +135,14 @@ class UniTokPipeline:
         for start in range(0, len(prompts), batch_size):
             part = slice(start, start + batch_size)
             codes = self.sample_codes(prompts[part], seeds[part], settings, on_position, graph)
-            images += [self.picture(pixels) for pixels in self.tokenizer.decode(codes)]
+            images += [self.picture(pixels) for pixels in self.decode(codes)]
         return images
+
+    def decode(self, codes_BKL: torch.Tensor) -> torch.Tensor:
+        """Pixels `[B, 3, H, W]` of codes. On a CPU one image at a time: rounding does not depend on the batch then. On
+        a GPU, where that would cost most of its speed, a pixel may differ by one grey level."""
+        at_once = 1 if codes_BKL.device.type == "cpu" else max(1, len(codes_BKL))
+        return torch.cat([self.tokenizer.decode(part) for part in codes_BKL.split(at_once)])
 
     def picture(self, pixels: torch.Tensor) -> Image.Image:
         """A drawn image of its pixels `[3, H, W]`."""

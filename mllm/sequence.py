@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from unitok.core.errors import DataError, UserError
+from unitok.data.bad import SampleError
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 
@@ -145,13 +146,12 @@ class SequenceBuilder:
         return self.config.unconditional_text if unconditional else self._own(caption) + self.config.instruction_suffix
 
     def _own(self, text: str) -> str:
-        """A text that is not the layout's, as it is; DataError if it holds what the tokenizer would read as the begin
+        """A text that is not the layout's, as it is; SampleError if it holds what the tokenizer would read as the begin
         or the end of it all (in an answer it would be learnt as its end)."""
         for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
             if token and token in text:
-                raise DataError(
-                    f"the text {text[:80]!r} holds {token!r}, by which a sequence begins or ends; take it out"
-                )
+                message = f"the text {text[:80]!r} holds {token!r}, by which a sequence begins or ends; take it out"
+                raise SampleError(message, "mark in text")
         return text
 
     def _start(self) -> Sequence:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
+from unitok.data.decoding import load_image
 from unitok.mllm.chat import KeptConversation
 
 if TYPE_CHECKING:
@@ -71,7 +72,9 @@ class ChatSession:
 
     def stream(self, question: str, images: Sequence[Image.Image | str | Path] = (), **options: Any) -> Iterator[str]:
         """As `ask`, but the answer comes in pieces. When it is left before its end, what has come stays its text."""
-        parts = [{"type": "image", "image": image} for image in images]
+        # Pictures, not paths: a file may change or go while the conversation is about what it was.
+        opened = [load_image(image) if isinstance(image, str | Path) else image for image in images]
+        parts = [{"type": "image", "image": image} for image in opened]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
         answer, complete = "", False
         try:

@@ -168,6 +168,15 @@ def test_command_measures_a_folder_with_quantized_weights(tmp_path, capsys):
     assert [line.split("  ")[0] for line in lines[-3:-1]] == ["1 images", "2 positions"]
 
 
+def test_command_measures_a_model_of_few_positions_whatever_the_default(tmp_path, capsys):
+    model = make_mllm(image_position_embedding=True)
+    model.save_pretrained(tmp_path)
+    count = model.config.num_image_positions
+    options = ["--model", str(tmp_path), "--repeats", "1", "--batches", "1", "--no-train", "--no-answers"]
+    assert speed_mllm.mllm(arguments(*options, "--device", "cpu")) == 0
+    assert f"{count} positions" in capsys.readouterr().out
+
+
 def test_dry_run_measures_nothing(capsys):
     assert speed_mllm.mllm(arguments("--dry-run", "--device", "cpu", "--no-train", "--batches", "3")) == 0
     assert capsys.readouterr().out == (

@@ -134,6 +134,8 @@ def test_guidance_mixes_the_logits_of_both_rows(monkeypatch):
 def test_guidance_needs_pairs_of_rows():
     with pytest.raises(DataError, match="3 rows"):
         make_mllm().generate_codes(*pad_left(PROMPTS, PAD), guidance_scale=2.0)
+    with pytest.raises(DataError, match="no prompts"):
+        make_mllm().generate_codes(torch.zeros(0, 4, dtype=torch.long))
 
 
 # ---- seeds

@@ -65,13 +65,13 @@ def mllm(arguments: argparse.Namespace) -> int:
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     setting = Setting(device, arguments.precision, arguments.repeats, arguments.seed)
     arguments.batches = arguments.batches or BATCHES[device.type]
-    arguments.positions = arguments.positions or POSITIONS[device.type]
     arguments.codebooks = arguments.codebooks or (() if arguments.model or arguments.weights else CODEBOOKS)
     _check(arguments, config)
     if arguments.dry_run:
         parts = [name for name in ("baseline", "answers", "train") if not getattr(arguments, f"no_{name}")]
+        positions = arguments.positions or POSITIONS[device.type]
         print(
-            f"would measure: batches {arguments.batches}, positions {arguments.positions}, codes a position "
+            f"would measure: batches {arguments.batches}, positions {positions}, codes a position "
             f"{arguments.codebooks or '-'}, {', '.join(parts) or 'nothing else'}; {setting.precision} on {device.type}"
         )
         return 0
@@ -129,7 +129,12 @@ def _measure(arguments: argparse.Namespace, config: "MllmSpeedConfig", setting: 
     from unitok.eval.speed_chat import answer_speed
 
     bandwidth = speed.memory_bandwidth(setting)
-    model, sizes = _model(arguments, config, setting), config.sampling
+    model, sizes, positions = _model(arguments, config, setting), config.sampling, POSITIONS[setting.device.type]
+    if arguments.model is not None:  # the sizes that nobody gave were chosen for other models
+        most = model.config.num_image_positions
+        sizes = sizes.model_copy(update={"num_positions": min(sizes.num_positions, most)})
+        positions = [count for count in positions if count <= most] or [most]
+    arguments.positions = arguments.positions or positions
     found: dict[str, Any] = {"bytes_per_second": bandwidth, "bytes_per_position": speed.bytes_per_position(model)}
 
     def sample(of: "UniTokMLLM", images: int, positions: int) -> dict[str, Any]:
