@@ -72,7 +72,7 @@ class SequenceBuilder:
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
         boi, eoi, eos = self.config.begin_image_id, self.config.end_image_id, self.tokenizer.eos_token_id
-        sequence = self._start().add(self._text(self._instruction(caption, unconditional)))
+        sequence = self._start().add(self._text(self._instruction(self._own(caption), unconditional)))
         return self._image(sequence.add([boi], learn=True), learn=True).add([eoi, eos], learn=True)
 
     def text_to_image_prompt(self, caption: str, unconditional: bool = False) -> list[int]:
@@ -113,13 +113,13 @@ class SequenceBuilder:
                 f"a conversation of roles {roles}: expected user and assistant in turn, "
                 f"{'ending with the user' if prompt else 'ending with the assistant'}"
             )
-        sequence = self._start()
+        sequence, own = self._start(), str if prompt else self._own  # nothing is learnt from a prompt
         text = self.config.system_prompt
         for index, turn in enumerate(turns):
             if turn.role != ("assistant" if index % 2 else "user"):
                 raise DataError(f"turn {index} is by {turn.role!r}: user and assistant must alternate")
             if turn.role == "user":
-                pieces = (text + self.config.user_prefix + self._own(turn.content)).split(IMAGE_MARK)
+                pieces = (text + self.config.user_prefix + own(turn.content)).split(IMAGE_MARK)
                 pieces[-1] += self.config.assistant_prefix
                 for position, piece in enumerate(pieces):
                     if position > 0:
@@ -129,7 +129,7 @@ class SequenceBuilder:
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(self._space + self._own(turn.content)), learn=True).add(
+                sequence.add(self._text(self._space + own(turn.content)), learn=True).add(
                     [self.tokenizer.eos_token_id], learn=True
                 )
         return sequence
@@ -143,7 +143,7 @@ class SequenceBuilder:
             sequence.add([self.config.end_image_id])
 
     def _instruction(self, caption: str, unconditional: bool) -> str:
-        return self.config.unconditional_text if unconditional else self._own(caption) + self.config.instruction_suffix
+        return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix
 
     def _own(self, text: str) -> str:
         """A text that is not the layout's, as it is; SampleError if it holds what the tokenizer would read as the begin

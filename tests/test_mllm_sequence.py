@@ -166,13 +166,11 @@ def test_a_text_cannot_begin_or_end_the_sequence(token):
     own, text, other = builder(), f"a{token}b", [Turn("user", "q"), Turn("assistant", "r")]
     for build in (
         lambda: own.text_to_image(text),
-        lambda: own.text_to_image_prompt(text),
         lambda: own.caption(text),
         lambda: own.plain(text),
         lambda: own.text(text, max_length=9),
         lambda: own.chat([other[0], Turn("assistant", text)]),
         lambda: own.chat([Turn("user", text), other[1]]),
-        lambda: own.chat([*other, Turn("user", text)], prompt=True),
     ):
         with pytest.raises(DataError, match=rf"'a\{token}b' holds '\{token}', by which a sequence begins or ends"):
             build()
