@@ -20,12 +20,11 @@ from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.official import MODEL_TYPE, load_official_weights, official_config
 from unitok.mllm.processor import load_text_tokenizer, special_ids
-from unitok.mllm.shards import Place, load_sharded
+from unitok.mllm.shards import RECOMPUTED, Place, load_sharded
 
 # What some families do to the head's output; a value that is none of the neutral ones would change every text logit
 _LOGIT_CHANGES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 _NEUTRAL = (None, 1)
-_RECOMPUTED = ("rotary_emb.inv_freq",)  # stored by old versions of transformers
 _HUB_FILES = ("*.json", "*.safetensors", "*.bin", "tokenizer.model")
 
 
@@ -82,7 +81,7 @@ def pretrained_model(
                 model._init_weights(module)
     places, ignored = backbone_places(source)
     load_sharded(model, folder, places, ignored=ignored)
-    known = len(load_text_tokenizer(folder))
+    known = min(len(load_text_tokenizer(folder)), source.vocab_size)  # tokens may have been added without rows
     added = {index for index in special_ids(text_tokenizer).values() if index >= known}
     _fill_rows(model, known, sorted(added | set(range(source.vocab_size, config.text_config.vocab_size))))
     return model
@@ -136,9 +135,9 @@ def backbone_places(source: Any) -> tuple[dict[str, list[Place]], tuple[str, ...
                 f"a {source.model_type} has {key}, for which this model has no place; give another backbone"
             )
     if not getattr(source, "tie_word_embeddings", False):
-        return places, _RECOMPUTED
+        return places, RECOMPUTED
     places[f"{embedding}.weight"] += places.pop(f"{head}.weight")
-    return places, (*_RECOMPUTED, f"{head}.weight")
+    return places, (*RECOMPUTED, f"{head}.weight")
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

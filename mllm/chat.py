@@ -179,7 +179,7 @@ def generate_answers(
     pad_id: int,
     max_new_tokens: int = 128,
     sampling: TextSampling | None = None,
-    seeds: Sequence[int] | None = None,
+    seeds: Sequence[int] | Tensor | None = None,
 ) -> list[list[int]]:
     """New ids of every prompt, without `eos_id` (None: nothing ends an answer but `max_new_tokens`).
 
@@ -187,6 +187,7 @@ def generate_answers(
     """
     sampling = sampling or TextSampling()
     seeds = range(len(prompts)) if seeds is None else seeds
+    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} conversations: give one seed per conversation")
     generators = [torch_rng("answer", seed) for seed in seeds]

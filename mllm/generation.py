@@ -33,7 +33,7 @@ class CodeGenerationMixin:
         top_p: Setting = 1.0,
         depth_temperature: Setting | None = None,
         num_positions: int | None = None,
-        seeds: Sequence[int] | None = None,
+        seeds: Sequence[int] | Tensor | None = None,
         embedder_cache: str | None = None,
         on_position: Callable[[int, int], None] | None = None,
         graph: bool | None = None,
@@ -59,7 +59,8 @@ class CodeGenerationMixin:
         self._check_generation(rows, num_positions, embedder_cache, guidance_scale)
         guided = guidance_scale > 1
         images = rows // 2 if guided else rows
-        seeds = list(range(images)) if seeds is None else list(seeds)
+        seeds = range(images) if seeds is None else seeds
+        seeds = seeds.tolist() if isinstance(seeds, Tensor) else list(seeds)
         if len(seeds) != images:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature, input_ids.device)

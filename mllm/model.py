@@ -24,6 +24,7 @@ from unitok.mllm.depth import CodeHead, DepthTransformer
 from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
 from unitok.mllm.losses import LossMixin
+from unitok.mllm.quantize import refuse_quantized
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
 from unitok.tokenizer.quantizer import check_codes
@@ -90,6 +91,13 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Take the weights `[vocab, D]` of another head, such as the plain one that `resize_token_embeddings` makes."""
+        vocab_size, width = new_embeddings.weight.shape
+        head = TextHead(width, vocab_size, bias=False, device="meta")
+        head.weight = new_embeddings.weight
+        self.lm_head = head.train(self.training)
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would only distort."""
@@ -266,6 +274,11 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         if rows_of_codes is not None:
             codes = torch.cat([row for row in rows_of_codes for _ in range(expand_size)])
         return input_ids, kwargs | {"codes": codes}
+
+    def save_pretrained(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> None:
+        """As transformers does; UserError for a model of 8-bit or 4-bit weights."""
+        refuse_quantized(self)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":

@@ -23,12 +23,14 @@ from unitok.mllm.official_config import (
     RELEASED_LAYOUT,
     RELEASED_SAMPLER,
     SIZES_FILE,
+    odd_settings,
     official_config,
     official_text_tokenizer,
 )
 from unitok.mllm.precision import cast_weights
 from unitok.mllm.processor import TEXT_MODEL_FILE, UniTokProcessor, UniTokTextTokenizer
-from unitok.mllm.shards import Place, load_sharded, open_shards, save_shards, stored_dtype
+from unitok.mllm.quantize import refuse_quantized
+from unitok.mllm.shards import RECOMPUTED, Place, load_sharded, open_shards, save_shards, stored_dtype
 from unitok.tokenizer import UniTok
 
 if TYPE_CHECKING:
@@ -44,6 +46,7 @@ _PREFIXES = (
     ("lm_head.", "lm_head."),
 )
 _QUANTIZER = "model.multi_embedder.quantizer."  # what is written in fp32 beside weights in bf16
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _ZERO_KEY_BIAS = "model.multi_embedder.attn_projection.attn.zero_k_bias"
 
 
@@ -67,7 +70,7 @@ def load_official(
     shards = open_shards(folder)
     with no_init_weights():
         model = UniTokMLLM(config)
-    cast_weights(model, dtype or stored_dtype(shards, ignored=_QUANTIZER))
+    cast_weights(model, dtype or stored_dtype(shards, ignored=(_QUANTIZER, *RECOMPUTED)))
     load_official_weights(model, folder)
     ids = {name: getattr(config.text_config, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     model.generation_config = GenerationConfig(**ids, image_sampler=RELEASED_SAMPLER)
@@ -77,8 +80,13 @@ def load_official(
 
 
 def load_official_weights(model: nn.Module, folder: Path) -> None:
-    """Copy a released folder's weights into a model of its configuration, which ZeRO 3 may have partitioned."""
-    load_sharded(model, folder, official_places(model), zeros=(_ZERO_KEY_BIAS,))
+    """Copy a released folder's weights into a model of its configuration, which ZeRO 3 may have partitioned. A head
+    that shares the embedding's weights gets a copy of its own."""
+    places, ignored = official_places(model), RECOMPUTED
+    if model.config.text_config.tie_word_embeddings:
+        places[_EMBEDDING] += places.pop(_HEAD)
+        ignored += (_HEAD,)
+    load_sharded(model, folder, places, zeros=(_ZERO_KEY_BIAS,), ignored=ignored)
 
 
 def load_visual_tokenizer(source: str | Path | UniTok | None) -> UniTok | None:
@@ -129,6 +137,7 @@ def save_official(
     """
     folder, config = Path(folder), model.config
     _refuse_other_layouts(config)
+    refuse_quantized(model)
     if processor is not None:
         _refuse_other_tokenizers(processor)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -161,6 +170,7 @@ def _official_files(model: "UniTokMLLM") -> dict[str, dict[str, Any]]:
     described = {name: value for name, value in own.items() if not name.startswith("_") and name != "dtype"}
     described |= {"architectures": [ARCHITECTURE], "model_type": MODEL_TYPE, "torch_dtype": dtype, "use_cache": True}
     described |= {"rope_theta": rope.get("rope_theta"), "rope_scaling": None}
+    described["tie_word_embeddings"] = False  # both are written, whatever the backbone began with
     sizes = {
         "vocab": config.num_codebooks * config.codebook_size,
         "width": config.code_width,
@@ -184,13 +194,13 @@ def _refuse_other_layouts(config: UniTokMLLMConfig) -> None:
     }
     wanted = RELEASED_LAYOUT | {name: value for name, value in as_backbone.items() if getattr(config, name) is not None}
     wanted["depth_num_key_value_heads"] = text.num_key_value_heads
+    wanted["visual_input"] = "codes"
     wanted["visual_num_heads"] = config.visual_width // config.code_width
     found = {name: getattr(config, name) for name in wanted}
     if found["depth_num_key_value_heads"] is None:
         found["depth_num_key_value_heads"] = config.depth_num_heads or text.num_attention_heads
     odd = [f"{name}={found[name]!r} (expected {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]
-    rope_type = (text.rope_parameters or {}).get("rope_type", "default")
-    odd += [] if rope_type == "default" else [f"rope_type={rope_type!r} (expected 'default')"]
+    odd += odd_settings(text)
     if odd:
         raise ConfigError(f"the released layout has no place for {', '.join(odd)}; keep the export instead")
 

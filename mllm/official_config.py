@@ -85,13 +85,28 @@ def _text_config(given: dict[str, Any], file: Path) -> LlamaConfig:
     known = set(LlamaConfig().to_dict()) | {"rope_theta", "rope_scaling"}
     dropped = {"model_type", "architectures", "transformers_version", "dtype", "torch_dtype", "use_cache"}
     config = LlamaConfig(**{name: value for name, value in given.items() if name in known - dropped})
-    rope_type = (config.rope_parameters or {}).get("rope_type", "default")
-    if config.hidden_act != "silu" or rope_type != "default":
+    if odd := odd_settings(config):
         raise CheckpointError(
-            f"{file}: hidden_act={config.hidden_act}, rope scaling {rope_type!r}; the depth transformer has silu and "
-            "unscaled rotary positions"
+            f"{file}: {', '.join(odd)}; the released depth transformer has the backbone's settings, ours only those "
+            "expected ones"
         )
     return config
+
+
+def odd_settings(text: LlamaConfig) -> list[str]:
+    """Settings of a Llama backbone that the released layout has no place for. Its depth transformer is made with the
+    same ones, and ours has neither biases nor other activations, widths of heads or rotary positions."""
+    rope = text.rope_parameters or {}
+    found = {name: getattr(text, name, None) for name in ("hidden_act", "attention_bias", "mlp_bias", "head_dim")}
+    found |= {"rope_type": rope.get("rope_type", "default")}
+    wanted = {
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "head_dim": text.hidden_size // text.num_attention_heads,
+        "rope_type": "default",
+    }
+    return [f"{name}={found[name]!r} (expected {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]
 
 
 def _sizes(folder: Path, visual: UniTok | None) -> dict[str, int]:

@@ -25,6 +25,7 @@ from unitok.tokenizer import UniTok
 
 _LOGGER = logging.getLogger(__name__)
 TOKENIZER_FOLDER = "visual_tokenizer"
+Seeds = int | Sequence[int] | torch.Tensor  # or a numpy array
 
 
 class UniTokPipeline:
@@ -103,7 +104,8 @@ class UniTokPipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         depth_temperature: float | None = None,
-        seed: int | Sequence[int] = 0,
+        do_sample: bool | None = None,
+        seed: Seeds = 0,
         batch_size: int = 32,
         on_position: Callable[[int, int], None] | None = None,
         graph: bool | None = None,
@@ -111,9 +113,10 @@ class UniTokPipeline:
         """One PIL image per prompt.
 
         `seed`: one number (image i gets seed + i) or one per prompt; the same prompt and seed give the same image
-        whatever the batch (see `decode`). Sampler settings default to the export's generation_config.json.
-        `on_position` is called after each image position of a batch, with how many are done of how many. `graph`: see
-        `generate_codes`; False on a GPU saves the minute of compiling where only a few images are made.
+        whatever the batch (see `decode`). Sampler settings default to the export's generation_config.json;
+        `do_sample=False` takes the likeliest codes, whatever the seed. `on_position` is called after each image
+        position of a batch, with how many are done of how many. `graph`: see `generate_codes`; False on a GPU saves the
+        minute of compiling where only a few images are made.
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: expected at least 1")
@@ -125,6 +128,7 @@ class UniTokPipeline:
             "top_k": top_k,
             "top_p": top_p,
             "depth_temperature": depth_temperature,
+            "do_sample": do_sample,
         }
         settings = self.image_sampler | {name: value for name, value in given.items() if value is not None}
         images: list[Image.Image] = []
@@ -187,7 +191,7 @@ class UniTokPipeline:
         self,
         conversations: Sequence[list[dict[str, Any]]],
         max_new_tokens: int = 128,
-        seed: int | Sequence[int] = 0,
+        seed: Seeds = 0,
         batch_size: int = 32,
         **sampling: Any,
     ) -> list[str]:
@@ -300,11 +304,13 @@ class UniTokPipeline:
         self.tokenizer.save_pretrained(Path(folder) / TOKENIZER_FOLDER)
 
 
-def seeds_of(seed: int | Sequence[int], count: int, what: str) -> list[int]:
+def seeds_of(seed: Seeds, count: int, what: str) -> list[int]:
     """One seed each: those given, or `seed` and the numbers after it."""
-    if not isinstance(seed, Integral | Sequence):
-        raise UserError(f"seed={seed!r}: expected a whole number, or a list of one for each of the {what}")
-    seeds = [int(seed) + i for i in range(count)] if isinstance(seed, Integral) else list(seed)
+    given = seed.tolist() if hasattr(seed, "tolist") else seed  # tensors and arrays
+    listed = isinstance(given, Sequence) and not isinstance(given, str)
+    if not all(isinstance(one, Integral) for one in (given if listed else [given])):
+        raise UserError(f"seed={str(seed)[:80]}: expected a whole number, or a list of one for each of the {what}")
+    seeds = [int(one) for one in given] if listed else [int(given) + i for i in range(count)]
     if len(seeds) != count:
         raise UserError(f"{len(seeds)} seeds for {count} {what}: give one seed, or one for each")
     return seeds

@@ -122,8 +122,16 @@ class UniTokProcessor:
             messages, chat_template=self.chat_template, add_generation_prompt=add_generation_prompt, tokenize=False
         )
 
-    def __call__(self, text: str | list[str], images: list[Image.Image] | None = None) -> dict[str, torch.Tensor]:
+    def __call__(
+        self,
+        text: str | list[str],
+        images: Image.Image | list[Image.Image] | None = None,
+        return_tensors: str | None = "pt",
+    ) -> dict[str, torch.Tensor]:
+        if return_tensors not in ("pt", None):
+            raise UserError(f"return_tensors={return_tensors!r}: this processor gives torch's tensors alone ('pt')")
         texts = [text] if isinstance(text, str) else text
+        images = [images] if isinstance(images, Image.Image) else images
         marks = sum(one.count(IMAGE_MARK) for one in texts)
         if marks != len(images or []):
             raise DataError(f"{marks} {IMAGE_MARK} marks in the text, but {len(images or [])} images given")
@@ -153,8 +161,20 @@ class UniTokProcessor:
         turns, images = split_messages(messages)
         return self.builder.chat(turns, prompt=True).ids, images
 
-    def save_pretrained(self, folder: str | Path) -> None:
+    def decode(self, ids: Any, **options: Any) -> str:
+        """The text of ids, as the text tokenizer gives it."""
+        return self.tokenizer.decode(ids, **options)
+
+    def batch_decode(self, ids: Any, **options: Any) -> list[str]:
+        """The texts of rows of ids."""
+        return self.tokenizer.batch_decode(ids, **options)
+
+    def save_pretrained(self, folder: str | Path, **hub_options: Any) -> None:
+        """Write what `from_pretrained` reads. A config.json that is there stays: it is the model's."""
         folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "config.json").is_file():
+            self.config.save_pretrained(folder)
         self.tokenizer.chat_template = self.chat_template
         self.tokenizer.save_pretrained(folder)
         settings = {

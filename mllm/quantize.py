@@ -38,6 +38,15 @@ def quantize_weights(model: "UniTokMLLM", kind: str) -> "UniTokMLLM":
     return model
 
 
+def refuse_quantized(model: "UniTokMLLM") -> None:
+    """UserError for a model whose weights have fewer bits: no file of ours holds those."""
+    if model.weight_kind is not None:
+        raise UserError(
+            f"this model has {model.weight_kind} weights, which cannot be saved; save it as it was loaded, and give "
+            f"weights={model.weight_kind!r} when loading it"
+        )
+
+
 def _linear_layers(model: "UniTokMLLM") -> dict[str, nn.Linear]:
     """The layers that are quantized, by name."""
     return {

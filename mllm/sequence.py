@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from unitok.core.errors import DataError, UserError
+from unitok.data.bad import SampleError
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 
@@ -32,6 +33,7 @@ _KEPT_TEXTS = 4096  # those that come again: system prompts, suffixes, common qu
 class TextTokenizer(Protocol):
     """What a layout needs of a transformers tokenizer."""
 
+    bos_token: str | None
     bos_token_id: int | None
     eos_token: str
     eos_token_id: int
@@ -101,7 +103,7 @@ class SequenceBuilder:
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
         boi, eoi, eos = self.config.begin_image_id, self.config.end_image_id, self.tokenizer.eos_token_id
-        sequence = self._start().add(self._text(self._instruction(caption, unconditional)))
+        sequence = self._start().add(self._text(self._instruction(self._own(caption), unconditional)))
         limits = [] if self.max_caption is None else [self.max_caption]
         if self.max_length is not None:
             limits.append(self.max_length - self.config.num_image_positions - 3)  # boi, eoi, eos
@@ -123,18 +125,20 @@ class SequenceBuilder:
         """Image to text, as in pre-training."""
         sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
         sequence.add([self.config.end_image_id])
-        sequence.add(self._text(caption), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        sequence.add(self._text(self._own(caption)), learn=True).add([self.tokenizer.eos_token_id], learn=True)
         return self._fitted(sequence)
 
     def plain(self, caption: str) -> Sequence:
         """Image to text as LLaVA aligns with: a conversation of nothing but the image and the caption."""
-        return self._fitted(self._image(self._start(), learn=False).add(self._text(caption + "\n"), learn=True))
+        return self._fitted(
+            self._image(self._start(), learn=False).add(self._text(self._own(caption) + "\n"), learn=True)
+        )
 
     def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
         """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
         behind the last. `eos` ends the last part only. Documents are not kept in memory as other texts are."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*self._encode(text), self.tokenizer.eos_token_id]
+        ids = [*self._encode(self._own(text)), self.tokenizer.eos_token_id]
         size = max_length - len(bos)
         first = part % -(-len(ids) // size) * size
         return Sequence().add([*bos, *ids[first : first + size]], learn=True)
@@ -150,14 +154,14 @@ class SequenceBuilder:
                 f"a conversation of roles {roles}: expected user and assistant in turn, "
                 f"{'ending with the user' if prompt else 'ending with the assistant'}"
             )
-        sequence = self._start()
+        sequence, own = self._start(), str if prompt else self._own  # nothing is learnt from a prompt
         answered: list[tuple[int, int]] = []  # ids and images up to the end of each answer
         text = self.config.system_prompt
         for index, turn in enumerate(turns):
             if turn.role != ("assistant" if index % 2 else "user"):
                 raise DataError(f"turn {index} is by {turn.role!r}: user and assistant must alternate")
             if turn.role == "user":
-                pieces = (text + self.config.user_prefix + turn.content).split(IMAGE_MARK)
+                pieces = (text + self.config.user_prefix + own(turn.content)).split(IMAGE_MARK)
                 pieces[-1] += self.config.assistant_prefix
                 for position, piece in enumerate(pieces):
                     if position > 0:
@@ -167,7 +171,7 @@ class SequenceBuilder:
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(self._space + turn.content), learn=True).add(
+                sequence.add(self._text(self._space + own(turn.content)), learn=True).add(
                     [self.tokenizer.eos_token_id], learn=True
                 )
                 answered.append((len(sequence.ids), len(sequence.learn_image)))
@@ -194,6 +198,15 @@ class SequenceBuilder:
 
     def _instruction(self, caption: str, unconditional: bool) -> str:
         return self.config.unconditional_text if unconditional else caption + self.config.instruction_suffix
+
+    def _own(self, text: str) -> str:
+        """A text that is not the layout's, as it is; SampleError if it holds what the tokenizer would read as the begin
+        or the end of it all (in an answer it would be learnt as its end)."""
+        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
+            if token and token in text:
+                message = f"the text {text[:80]!r} holds {token!r}, by which a sequence begins or ends; take it out"
+                raise SampleError(message, "mark in text")
+        return text
 
     def _start(self) -> Sequence:
         bos = self.tokenizer.bos_token_id

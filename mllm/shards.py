@@ -23,6 +23,7 @@ from unitok.tokenizer.weights import check_layout, read_weights
 INDEX_SUFFIX = ".index.json"
 # In the order in which transformers looks for them
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+RECOMPUTED = ("rotary_emb.inv_freq",)  # endings of keys that old versions of transformers stored
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -64,12 +65,12 @@ def open_shards(folder: str | Path) -> list[Shard]:
     raise CheckpointError(f"{folder}: no weights in it; expected one of {expected}")
 
 
-def stored_dtype(shards: Sequence[Shard], ignored: str | None = None) -> torch.dtype:
-    """The floating point type that holds every stored number exactly, of keys without `ignored` in their name."""
+def stored_dtype(shards: Sequence[Shard], ignored: Collection[str] = ()) -> torch.dtype:
+    """The floating point type that holds every stored number exactly, of keys with none of `ignored` in them."""
     dtype: torch.dtype | None = None
     for shard in shards:
         for key, tensor in shard.layout.items():
-            if tensor.is_floating_point() and (ignored is None or ignored not in key):
+            if tensor.is_floating_point() and not any(part in key for part in ignored):
                 dtype = tensor.dtype if dtype is None else torch.promote_types(dtype, tensor.dtype)
     return dtype or torch.float32
 

@@ -72,6 +72,7 @@ class MllmTask(Task):
     incidental = (
         "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing"
     )  # fmt: skip
+    decisive = ("recipe", "lora", "lora.rank", "lora.alpha", "lora.targets")
     headline = ("loss", "image", "text")
 
     def __init__(self, config: MllmTrainConfig) -> None:

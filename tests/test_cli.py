@@ -178,7 +178,7 @@ def test_data_commands(run, capsys):
         (["generate", "a circle", "--model", "MODEL", "--out", "RUN/x.gif"], "x.gif"),
         (["generate", "a circle", "--model", "MODEL", "--num", "0"], "--num"),
         (["generate", "a circle", "--model", "MODEL", "--temperature", "0"], "temperature"),
-        (["generate", "a circle", "--model", "MODEL", "--depth-temperature", "-1"], "depth_temperature"),
+        (["generate", "a circle", "--model", "MODEL", "--depth-temperature", "-1"], "--depth-temperature -1"),
         (["generate", "--from-file", "RUN/absent.txt", "--model", "MODEL"], "absent.txt"),
         (["chat", "what?", "--image", "RUN/absent.png", "--model", "MODEL"], "absent.png"),
         (["chat", "what?", "--image", "RUN/notes.txt", "--model", "MODEL"], "notes.txt"),

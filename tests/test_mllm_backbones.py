@@ -16,7 +16,7 @@ from unitok.core.pretrained import load_model_folder
 from unitok.data.conversations import MARKS, Turn
 from unitok.mllm import UniTokMLLM, UniTokProcessor
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
-from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer
+from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer, special_ids
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SETTINGS = UniTokMLLMSettings(visual_width=24, visual_num_heads=2, visual_mlp_ratio=1.5, depth_num_layers=1)
@@ -69,6 +69,27 @@ def test_a_pretrained_backbone_says_the_same(family, folders, tmp_path):
             assert not bool(parameter.any()), name
         else:
             assert 0.01 < float(parameter.std()) < 0.03, name
+
+
+@pytest.mark.parametrize("extra", [1, 3])
+@torch.no_grad()
+def test_tokens_without_rows_are_filled_too(extra, folders, tmp_path):
+    """A tokenizer may hold more than the model: a `<pad>` that somebody added. Nothing comes from memory as it was."""
+    folder = shutil.copytree(folders["llama2"], tmp_path / "padded")
+    tokenizer = load_text_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": [f"<pad{number}>" for number in range(extra)]})
+    tokenizer.save_pretrained(folder)
+    source = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    rows = source.config.vocab_size
+    assert len(load_text_tokenizer(folder)) == rows + extra
+    text_tokenizer, model = built(folder, tmp_path)
+    assert special_ids(text_tokenizer)["image_token_id"] >= rows + extra
+    for ours, theirs in (
+        (model.get_input_embeddings(), source.get_input_embeddings()),
+        (model.lm_head, source.lm_head),
+    ):
+        assert torch.equal(ours.weight[:rows], theirs.weight) and len(ours.weight) == rows + extra + 3
+        assert torch.equal(ours.weight[rows:], theirs.weight.mean(0).expand(extra + 3, -1))
 
 
 @every_family

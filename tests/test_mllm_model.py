@@ -368,3 +368,23 @@ def test_a_model_without_a_placeholder_id_reads_and_draws():
     assert model.generate_codes(ids, do_sample=False).shape == (1, 3, 6)
     with pytest.raises(DataError, match="placeholders"):
         model(ids, codes=random_codes(model.config, 1, 6))
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_resized_vocabulary_is_read_written_and_learnt(tied, tmp_path):
+    """transformers makes a plain head of its own then; ours also gives losses. Saved and loaded it is the same."""
+    model = make_mllm(text={"tie_word_embeddings": tied})
+    ids = torch.tensor([[BOS, 20, 21, EOS]])
+    with torch.no_grad():
+        before = model(input_ids=ids).logits
+    model.resize_token_embeddings(61)
+    assert model.config.text_config.vocab_size == model.lm_head.out_features == 61
+    assert torch.equal(model(input_ids=ids).logits[..., :50], before)
+    ids = torch.tensor([[BOS, 20, 60, EOS]])
+    sums = model.losses(ids, ids, None, torch.zeros(0, dtype=torch.bool), torch.ones_like(ids))
+    logits = model(input_ids=ids).logits
+    torch.testing.assert_close(sums.text, F.cross_entropy(logits[0, :-1], ids[0, 1:], reduction="sum"))
+    sums.text.backward()
+    assert bool(model.lm_head.weight.grad[60].any()) and bool(model.get_input_embeddings().weight.grad[60].any())
+    model.save_pretrained(tmp_path)
+    assert torch.equal(UniTokMLLM.from_pretrained(tmp_path)(input_ids=ids).logits, logits)

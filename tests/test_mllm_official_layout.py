@@ -16,7 +16,7 @@ from unitok import UniTokPipeline
 from unitok.cli import main
 from unitok.core.errors import CheckpointError, ConfigError, UserError
 from unitok.data.transforms import padded_transform
-from unitok.mllm import UniTokMLLM, UniTokProcessor
+from unitok.mllm import UniTokMLLM, UniTokMLLMConfig, UniTokProcessor
 from unitok.mllm.official import (
     RELEASED_SAMPLER,
     official_config,
@@ -25,6 +25,7 @@ from unitok.mllm.official import (
     official_text_tokenizer,
     save_official,
 )
+from unitok.mllm.quantize import quantize_weights
 from unitok.mllm.shards import save_shards
 from unitok.tokenizer.official import save_official as save_tokenizer
 
@@ -219,6 +220,39 @@ def test_usage_of_an_own_model_is_its_tokenizers(released, visual, tmp_path):
     assert torch.equal(saved.embedder.code_usage, visual.quantizer.usage_average)
 
 
+def test_a_shared_head_is_read_and_never_written(released, tmp_path):
+    """Its tensor may be missing, or there beside what makes no difference; what is written has two matrices."""
+
+    def share(state):
+        del state["lm_head.weight"]
+
+    def repeat(state):
+        state["lm_head.weight"] = torch.full_like(state["lm_head.weight"], 7.0)  # transformers does not read it
+
+    for name, change in (("missing", share), ("there", repeat)):
+        folder = changed(released, tmp_path / name, change, tie_word_embeddings=True)
+        model = UniTokMLLM.from_official(folder)
+        assert torch.equal(model.lm_head.weight, model.get_input_embeddings().weight)
+    with torch.no_grad():
+        model.lm_head.weight += 1
+    save_official(model, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    assert states_equal(UniTokMLLM.from_official(tmp_path / "out"), model)
+
+
+def test_what_old_versions_of_transformers_stored_is_passed_over(released, tmp_path):
+    """Rotary frequencies, in fp32 also beside weights in bf16."""
+
+    def add(state):
+        state |= {key: tensor.bfloat16() for key, tensor in state.items() if "quantizer" not in key}
+        for layer in ("model.layers.0", "model.layers.1", "ar_head.layers.0"):
+            state[f"{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+
+    model = UniTokMLLM.from_official(changed(released, tmp_path / "old", add))
+    assert model.dtype == torch.bfloat16
+    assert states_equal(model, UniTokMLLM.from_official(released, dtype=torch.bfloat16))
+
+
 # ---- refusals
 
 
@@ -254,8 +288,11 @@ def _key_bias(state):
         (_transpose, {}, r"wrong shape: ar_head.linear_head.weight \[32, 16\] instead of \[16, 32\]"),
         (_key_bias, {}, r"zero_k_bias is not zero"),
         (None, {"hidden_size": 64}, r"wrong shape: .* and \d+ more"),
-        (None, {"hidden_act": "gelu"}, r"hidden_act=gelu"),
-        (None, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"rope scaling 'linear'"),
+        (None, {"hidden_act": "gelu"}, r"hidden_act='gelu' \(expected 'silu'\)"),
+        (None, {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, r"rope_type='linear'"),
+        (None, {"attention_bias": True}, r"attention_bias=True \(expected False\)"),
+        (None, {"mlp_bias": True}, r"mlp_bias=True"),
+        (None, {"head_dim": 16}, r"head_dim=16 \(expected 8\)"),
         (None, {"model_type": "llama"}, r"type 'llama', expected the released 'mini_gemini'"),
         (None, {"num_attention_heads": 5}, r"sizes do not fit"),
     ],
@@ -314,6 +351,37 @@ def test_another_visual_tokenizer_is_refused(released, tmp_path):
 def test_models_that_the_released_code_could_not_run_are_refused(tmp_path):
     model = make_mllm(depth_shared_head=False, chat_image_marks=True)
     with pytest.raises(ConfigError, match=r"depth_shared_head=False .*chat_image_marks=True .*keep the export"):
+        save_official(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"hidden_act": "gelu"}, r"hidden_act='gelu' \(expected 'silu'\)"),
+        ({"attention_bias": True}, r"attention_bias=True"),
+        ({"mlp_bias": True}, r"mlp_bias=True"),
+        ({"head_dim": 16}, r"head_dim=16 \(expected 8\)"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}, r"rope_type='linear'"),
+        ({"visual_input": "quantized"}, r"visual_input='quantized' \(expected 'codes'\)"),
+    ],
+)
+def test_settings_that_the_layout_has_no_place_for_are_refused(released, tmp_path, changes, message):
+    """Nothing is written that reads as another model, or as none."""
+    values = official_config(released).to_dict()
+    outer = {name: value for name, value in changes.items() if name in values}
+    inner = {name: value for name, value in changes.items() if name not in values}
+    text = values["text_config"] | inner
+    model = UniTokMLLM(UniTokMLLMConfig(**(values | outer | {"text_config": text})))
+    with pytest.raises(ConfigError, match=f"no place for {message}.*; keep the export"):
+        save_official(model, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_models_of_fewer_bits_are_not_written(released, tmp_path):
+    model = UniTokMLLM.from_official(released)
+    quantize_weights(model, "int8")
+    with pytest.raises(UserError, match=r"int8 weights, which cannot be saved; .* weights='int8' when loading"):
         save_official(model, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

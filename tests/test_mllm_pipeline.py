@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import make_text_tokenizer, make_tokenizer, roughen
-from transformers import AutoModelForMultimodalLM, AutoProcessor
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
 
 from unitok.cli import main as cli
 from unitok.commands.chat import Conversation, converse
 from unitok.core.errors import CheckpointError, UserError
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
-from unitok.mllm.pipeline import UniTokPipeline
+from unitok.mllm.pipeline import UniTokPipeline, seeds_of
 from unitok.mllm.processor import UniTokProcessor
 
 SMALL = Path(__file__).parent.parent / "assets" / "shapes-mini"
@@ -123,6 +123,35 @@ def test_a_loaded_pipeline_draws_and_answers_as_the_one_that_was_saved(made, pip
         assert same(one, other)
     question = ask("what color is the circle?")
     assert made.chat(question, max_new_tokens=6) == pipe.chat(question, max_new_tokens=6)
+
+
+def test_the_likeliest_picture_does_not_depend_on_the_seed(pipe, export, tmp_path, capsys):
+    one, other = (pipe.generate_images(PROMPTS[:1], seed=seed, do_sample=False)[0] for seed in (1, 2))
+    drawn = pipe.generate_images(PROMPTS[:1], seed=1)[0]
+    assert same(one, other) and not same(one, drawn, 1)
+    command = ["generate", PROMPTS[0], "--model", str(export), "--no-graph", "--out", str(tmp_path / "a.png")]
+    assert cli([*command, "--greedy", "--seed", "7"]) == 0
+    assert same(Image.open(tmp_path / "a.png"), one, 1)
+    for options, message in (
+        (["--temperature", "0"], "--temperature 0: must be positive; for the likeliest image give --greedy"),
+        (["--greedy", "--depth-temperature", "0.5"], "--depth-temperature 0.5 and --greedy: "),
+    ):
+        capsys.readouterr()
+        assert cli([*command, *options]) == 2 and message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_seeds_are_numbers_of_any_kind(pipe, kind):
+    """A tensor or array is one number, or one each; what is no whole number is refused."""
+    assert seeds_of(kind(4), 2, "prompts") == seeds_of(kind([4, 5]), 2, "prompts") == [4, 5]
+    ids = torch.tensor([pipe.processor.builder.text_to_image_prompt(PROMPTS[0])] * 2)
+    codes = pipe.model.generate_codes(ids, seeds=kind([4, 5]))
+    assert torch.equal(codes, pipe.model.generate_codes(ids, seeds=[4, 5]))
+    wanted = pipe.chat_batch([ask("what?")] * 2, 4, seed=[4, 5], do_sample=True)
+    assert pipe.chat_batch([ask("what?")] * 2, 4, seed=kind([4, 5]), do_sample=True) == wanted
+    for wrong in (kind(1.5), kind([0.5, 1.0]), [1, "2"], "12", None, kind([[1, 2]])):
+        with pytest.raises(UserError, match="expected a whole number, or a list of one for each of the prompts"):
+            seeds_of(wrong, 2, "prompts")
 
 
 def test_wrong_requests_for_pictures(pipe):
@@ -388,6 +417,22 @@ def test_the_auto_classes_of_transformers_know_an_export(export, pipe):
     image = Image.new("RGB", (40, 40), "red")
     batches = [one("<image>\nwhat is this?", [image]) for one in (processor, pipe.processor)]
     assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "attention_mask", "pixels"))
+    assert type(AutoModel.from_pretrained(export)) is type(model)
+
+
+def test_the_processor_alone_goes_round(export, tmp_path):
+    AutoProcessor.from_pretrained(export).save_pretrained(tmp_path / "processor")
+    again, first = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "processor", export))
+    assert type(again) is UniTokProcessor and again.config.to_dict() == first.config.to_dict()
+    batches = [one("<image>\nwhat is this?", [picture()]) for one in (again, first)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+def test_fewer_bits_are_not_saved(export, tmp_path):
+    pipe = UniTokPipeline.from_pretrained(export, device="cpu", weights="int8")
+    with pytest.raises(UserError, match="int8 weights, which cannot be saved"):
+        pipe.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
 
 
 def test_an_export_holds_everything_and_no_more(export):

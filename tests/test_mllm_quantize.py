@@ -67,3 +67,11 @@ def test_errors(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without_torchao)
     with pytest.raises(UserError, match=r"needs torchao; install the extra unitok\[quantized\]"):
         quantize_weights(model, "int8")
+
+
+def test_fewer_bits_are_not_saved(tmp_path):
+    """In one line, with nothing written, instead of torch's complaint about storage."""
+    model = quantize_weights(make_mllm(), "int8")
+    with pytest.raises(UserError, match=r"this model has int8 weights, which cannot be saved; .*weights='int8'"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -19,7 +19,7 @@ class LetterTokenizer:
     """One id per character, so that every id of a layout can be written down."""
 
     bos_token_id, eos_token_id, pad_token_id = BOS, EOS, PAD
-    eos_token = "$"
+    bos_token, eos_token = "^", "$"
 
     def encode(self, text, add_special_tokens=True):
         assert not add_special_tokens, "layouts place special ids themselves"
@@ -160,6 +160,24 @@ def test_missing_special_ids_are_refused(name):
         builder(**{name: None})
 
 
+@pytest.mark.parametrize("token", "^$")
+def test_a_text_cannot_begin_or_end_the_sequence(token):
+    """What the tokenizer reads as its own begin or end would, in an answer, be learnt as its end."""
+    own, text, other = builder(), f"a{token}b", [Turn("user", "q"), Turn("assistant", "r")]
+    for build in (
+        lambda: own.text_to_image(text),
+        lambda: own.caption(text),
+        lambda: own.plain(text),
+        lambda: own.text(text, max_length=9),
+        lambda: own.chat([other[0], Turn("assistant", text)]),
+        lambda: own.chat([Turn("user", text), other[1]]),
+    ):
+        with pytest.raises(DataError, match=rf"'a\{token}b' holds '\{token}', by which a sequence begins or ends"):
+            build()
+    layout = builder(user_prefix="$U:").chat(other)  # of what the settings say nothing is refused
+    assert layout.ids == [BOS, EOS, *letters("U:qA:r"), EOS]
+
+
 def test_an_answer_cannot_hold_an_image():
     """Only user turns expand the mark; in an answer it would be learnt as an id that stands for nothing."""
     with pytest.raises(DataError, match="<image>"):
@@ -289,8 +307,7 @@ def test_template_quotes_what_the_configuration_says(text_tokenizer):
 
 
 def test_processor_save_and_load(processor, tmp_path):
-    processor.config.save_pretrained(tmp_path)
-    processor.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)  # alone, without a model beside it
     loaded = UniTokProcessor.from_pretrained(tmp_path)
     messages = conversation("what color is the circle?", "red", "is there a green triangle?")
     assert loaded.image_size == 32 and loaded.chat_prompt(messages)[0] == processor.chat_prompt(messages)[0]
@@ -298,6 +315,23 @@ def test_processor_save_and_load(processor, tmp_path):
     pixels = [one.pixels([picture()]) for one in (loaded, processor)]
     assert torch.equal(*pixels)
     assert type(load_text_tokenizer(tmp_path)) is type(processor.tokenizer)
+
+
+def test_a_configuration_that_is_there_stays(processor, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    processor.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").read_text() == "{}"
+
+
+def test_the_processor_as_transformers_calls_it(processor):
+    ids = processor.tokenizer.encode("a photo of a red circle")
+    assert processor.decode(ids, skip_special_tokens=True) == "a photo of a red circle"
+    assert processor.batch_decode([ids, ids], skip_special_tokens=True) == ["a photo of a red circle"] * 2
+    plain = processor("<image>\nwhat color?", [picture()])
+    given = processor(text="<image>\nwhat color?", images=picture(), return_tensors="pt")
+    assert plain.keys() == given.keys() and all(torch.equal(plain[name], given[name]) for name in plain)
+    with pytest.raises(UserError, match=r"return_tensors='np': .*'pt'"):
+        processor("a", return_tensors="np")
 
 
 def test_a_folder_that_is_no_export_is_refused(tmp_path):

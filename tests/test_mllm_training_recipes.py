@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from stages import COMMON, mllm_values, plain_steps, task_of
+from stages import COMMON, mllm_values, plain_steps, run_stage, task_of
 from tiny import PlainEngine, make_mllm, random_codes
 
 from unitok.core.config import load_config
@@ -153,6 +153,30 @@ def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> 
         without = model(ids, codes=codes).logits
     torch.testing.assert_close(*outputs, rtol=1e-5, atol=1e-5)
     assert (without - outputs[0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        (["recipe=warmup"], ["recipe=sft"], "recipe=warmup, now it is sft"),
+        (["recipe=sft", "lora={rank: 2}"], ["recipe=sft"], "lora.rank=2, now it is None"),
+        (["recipe=sft", "lora={rank: 2}"], ["recipe=sft", "lora={rank: 4}"], "lora.rank=2, now it is 4"),
+        (
+            ["recipe=sft"],
+            ["recipe=sft", "optimizer.lr_multipliers={model.embedder.: 0.5}"],
+            "does not fit network 'mllm'",
+        ),
+    ],
+)
+def test_a_run_is_not_resumed_with_other_parts_trained(
+    folder: Path, tmp_path: Path, first: list[str], then: list[str], message: str
+) -> None:
+    """One line that says what to do, before anything is loaded."""
+    shared = [CHAT_ONLY, "ema_decay=null", "save_every=1"]
+    run_stage("mllm", folder / "mllm.yaml", tmp_path, 1, [*shared, *first, "steps=1"])
+    with pytest.raises(CheckpointError, match=message) as refused:
+        run_stage("mllm", folder / "mllm.yaml", tmp_path, 1, [*shared, *then, "steps=2"])
+    assert "\n" not in str(refused.value) and "another output_dir" in str(refused.value)
 
 
 def test_adapters_need_linear_maps() -> None:

@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from math import ceil, sqrt
+from math import ceil, inf, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depth-temperature", type=float, metavar="T", help="of all codes of a position but the first: how things look"
     )
+    parser.add_argument("--greedy", action="store_true", help="the likeliest image, whatever the seed")
     parser.add_argument(
         "--from-file",
         metavar="FILE",
@@ -138,7 +139,14 @@ def _draw_many(
 
 
 def _sampler_of(arguments: argparse.Namespace) -> dict[str, float | None]:
+    for name in ("temperature", "depth_temperature"):
+        value, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if value is not None and arguments.greedy:
+            raise UserError(f"{option} {value:g} and --greedy: the likeliest image has no temperature")
+        if value is not None and not 0 < value < inf:
+            raise UserError(f"{option} {value:g}: must be positive; for the likeliest image give --greedy")
     return {
+        "do_sample": False if arguments.greedy else None,
         "guidance_scale": arguments.guidance,
         "temperature": arguments.temperature,
         "depth_temperature": arguments.depth_temperature,

@@ -178,9 +178,14 @@ def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -
         engine.checkpoint_engine = _safe_checkpoint_engine()
         try:
             loaded = _load_engine(engine, path / name, state)
-        except RuntimeError as error:  # torch: keys or shapes of the state do not fit
+        except UserError:
+            raise
+        except (RuntimeError, ValueError) as error:  # torch: keys, shapes or parameter groups do not fit
             text = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"checkpoint {path} does not fit network {name!r}: {text}") from error
+            raise CheckpointError(
+                f"checkpoint {path} does not fit network {name!r}: {text}; set its settings back, or take another "
+                "output_dir"
+            ) from error
         if loaded is None:
             raise CheckpointError(f"checkpoint {path}: DeepSpeed found no state of network {name!r}")
     for name, ema in emas.items():

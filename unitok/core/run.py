@@ -155,8 +155,8 @@ def resume(run: Run) -> None:
     run.last_checkpoint = checkpoint.on_main(lambda: _find_checkpoint(run))
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
-        present, incidental = identity(run), run.task.incidental
-        checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, incidental))
+        present, settings = identity(run), (run.task.incidental, run.task.decisive)
+        checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, *settings))
         checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]

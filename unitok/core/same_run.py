@@ -16,13 +16,20 @@ RUNNING = (
 )  # fmt: skip
 
 
-def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any], incidental: Sequence[str] = ()) -> None:
+def check_same_run(
+    path: Path,
+    saved: dict[str, Any],
+    present: dict[str, Any],
+    incidental: Sequence[str] = (),
+    decisive: Sequence[str] = (),
+) -> None:
     """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
     step is left to make them true.
 
     Args:
         saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
         incidental: the task's settings that may differ, such as places whose content it checks itself.
+        decisive: those that say what is trained, and so what the checkpoint holds.
     """
     keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
     old, new = _flatten(saved["config"]), _flatten(present["config"])
@@ -31,6 +38,12 @@ def check_same_run(path: Path, saved: dict[str, Any], present: dict[str, Any], i
             raise CheckpointError(
                 f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; "
                 f"set it back, or start anew in another output_dir"
+            )
+    for key in decisive:
+        if old.get(key) != new.get(key):
+            raise CheckpointError(
+                f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; set it back, or "
+                "train on from its export in another output_dir (init_from=EXPORT)"
             )
     if saved["global_micro_batch"] != present["global_micro_batch"]:
         raise CheckpointError(

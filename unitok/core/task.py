@@ -34,11 +34,13 @@ class Task(ABC):
     micro-batch, `prepare_step`, `micro_step` for every micro-batch, `after_step`.
 
     name: names the run in messages. headline: the metrics that the progress line shows. incidental: settings that a
-    resumed run may change freely (dotted names), because they do not matter or the task checks them itself.
+    resumed run may change freely (dotted names), because they do not matter or the task checks them itself. decisive:
+    those that it may not change at all, because they say what is trained.
     """
 
     name: str = "task"
     incidental: tuple[str, ...] = ()
+    decisive: tuple[str, ...] = ()
     epochs_differ: bool = False  # one index means another sample in another epoch, as in a mixture
     headline: tuple[str, ...] = ("loss",)
 
