@@ -10,6 +10,7 @@ import ctypes
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError, WorkerLostError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
 
@@ -171,6 +172,30 @@ def _begin_worker(_worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere torch's workers look for their parent every 5 s
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+@contextmanager
+def loader_deaths() -> Iterator[None]:
+    """Context around whatever goes on while torch's loaders have workers: one that dies is told in one line.
+
+    torch raises its RuntimeError where the main thread happens to be (from the signal that a child has ended), not only
+    where a batch is asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith("DataLoader worker"):
+            raise
+        if "Bus error" in text:  # would only come again
+            raise UserError(
+                "a worker that loads data had no room in shared memory (/dev/shm); give the machine or container more "
+                "(--shm-size), or set num_workers=0"
+            ) from error
+        raise WorkerLostError(
+            f"a worker that loads data is gone ({text.rstrip('. ')}); the same command goes on. If it comes again, "
+            "memory runs out: lower num_workers"
+        ) from error
 
 
 def batches(
