@@ -31,7 +31,7 @@ from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
 from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
-from unitok.core.sampling import batches, loader_deaths, order_of
+from unitok.core.sampling import SampleOrder, batches, loader_deaths, order_of
 from unitok.core.signals import StopSignals
 from unitok.core.task import Task
 from unitok.core.watchdog import Watchdog
@@ -91,13 +91,21 @@ def _open_log(run: Run) -> None:
 
 def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
     """Run the remaining steps. Returns True if a signal asked to stop before the end."""
+    config = run.config
+    per_step = run.global_micro_batch * config.engine.accumulation_steps
+    order = order_of(run.task, config.seed, config.shuffle_window)
+    stop = config.steps * per_step
+    stream = batches(run.task, order, run.samples, stop, config.engine.micro_batch_size, config.num_workers)
+    with contextlib.closing(stream):  # workers end here, also where an error keeps the stream alive
+        return _take_steps(run, order, stream, evaluators, signals)
+
+
+def _take_steps(
+    run: Run, order: SampleOrder, stream: Iterator[Any], evaluators: dict[str, Evaluator], signals: StopSignals
+) -> bool:
     config, task = run.config, run.task
     accumulation = config.engine.accumulation_steps
     per_step = run.global_micro_batch * accumulation
-    order = order_of(task, config.seed, config.shuffle_window)
-    stream = batches(
-        task, order, run.samples, config.steps * per_step, config.engine.micro_batch_size, config.num_workers
-    )
     while run.step < config.steps:
         buffers = Buffers(run)
         micro_batches = _next_batches(run, stream, accumulation)

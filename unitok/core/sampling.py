@@ -9,7 +9,8 @@ no rank holds a list of samples (see `permutation`).
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -200,10 +201,11 @@ def loader_deaths() -> Iterator[None]:
 
 def batches(
     task: Task, order: SampleOrder, start: int, stop: int, micro_batch_size: int, num_workers: int
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """This rank's micro-batches from global position `start` to `stop`, loaded in order.
 
-    With workers they are loaded ahead in processes; without, in this one when they are asked for.
+    With workers they are loaded ahead in processes, which end when this generator is closed; without, in this one when
+    they are asked for.
     """
     requests = _Requests(order, start, stop, micro_batch_size)
     if num_workers == 0:
@@ -219,7 +221,26 @@ def batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    stream = iter(loader)
+    try:
+        for batch in stream:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        _end_workers(stream)
+
+
+def _end_workers(stream: Any) -> None:
+    """Kill what still runs: torch and multiprocessing would send SIGTERM, which workers ignore, and one that waits for a
+    lock that a killed worker held never ends by itself. The process would hang at its exit."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:  # torch's handler would take these deaths for faults
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for worker in stream._workers:
+            worker.kill()
+        stream._shutdown_workers()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
