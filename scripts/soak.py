@@ -112,8 +112,8 @@ class Soak:
         reference = self.out / "undisturbed"
         if unit.stage == "codes":
             export = str(reference / "stage one, 1 rank" / "export")
-            return [sys.executable, "-m", "unitok", "data", "codes", "--tokenizer", export, "--shards", str(self.images()),
-                    "--out", str(folder), "--batch-size", "32"]  # fmt: skip
+            words = ["data", "codes", "--tokenizer", export, "--shards", str(self.images())]
+            return [sys.executable, "-m", "unitok", *words, "--out", str(folder), "--batch-size", "32"]
         own = ["--config", str(self.out / f"{unit.stage}.yaml"), f"output_dir={folder}"]
         own += [f"engine.zero_stage={unit.zero}", f"engine.micro_batch_size={4 // unit.ranks}"]
         if unit.stage == "mllm":
@@ -184,6 +184,7 @@ class Soak:
         """Wait for the drawn moment; False if the process ends before it, or takes too long."""
         deadline = time.monotonic() + (self.draw.uniform(0, 15) if early else RUN_SECONDS)
         before = last_step(folder / "log.jsonl")
+        goal = goal if unit.ranks else max(goal, len(complete_shards(folder)) + 1)  # of this attempt
         while time.monotonic() < deadline and process.poll() is None:
             if early and last_step(folder / "log.jsonl") != before:
                 break

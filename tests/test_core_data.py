@@ -95,10 +95,10 @@ def test_what_is_lost_counts_and_messages_are_one_line() -> None:
     other.load(json.loads(json.dumps(counts.state())))
     assert (other.read, other.bad) == ([90, 0], [15, 0])
     counts.add([1, 1, 0, 0])
-    with pytest.raises(DataError, match=r"^a: over all ranks 6 of 104 samples are bad, more than max_bad_fraction=0.05"):
+    with pytest.raises(DataError, match=r"^a: over all ranks 6 of 104 samples are bad, more than max_bad"):
         counts.check(1)
     other.add([1, 1, 0, 0])
-    with pytest.raises(DataError, match=r"^b: over all ranks 16 of 300 samples are bad, in 3 passes over it, more than"):
+    with pytest.raises(DataError, match=r"^b: over all ranks 16 of 300 samples are bad, in 3 passes over it"):
         other.check(1)
 
 
@@ -183,7 +183,9 @@ class DyingWorker(ToyTask):
 
 def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path: Path, quick: None) -> None:
     settings = {"num_workers": 2, "save_every": 1}
-    with pytest.raises(WorkerLostError, match=r"a worker .* is gone \(DataLoader worker .*; the same command") as caught:
+    with pytest.raises(
+        WorkerLostError, match=r"a worker .* is gone \(DataLoader worker .*; the same command"
+    ) as caught:
         run_toy(DyingWorker(), tmp_path / "one", **settings)
     assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
     assert not multiprocessing.active_children()  # though the error is still at hand
