@@ -252,7 +252,7 @@ for number in range(24):
     [
         ("goes on", None),
         ("anew", "complete before a kill, and made again: codes-00000"),
-        ("refuses", "exit code 2|ended"),
+        ("refuses", "ended with 2 before"),
     ],
 )
 def test_the_soak_sees_whether_an_extraction_goes_on(tmp_path, way, fault):

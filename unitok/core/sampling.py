@@ -232,8 +232,8 @@ def batches(
 
 
 def _end_workers(stream: Any) -> None:
-    """Kill what still runs: torch and multiprocessing would send SIGTERM, which workers ignore, and one that waits for a
-    lock that a killed worker held never ends by itself. The process would hang at its exit."""
+    """Kill what still runs: torch and multiprocessing would send SIGTERM, which workers ignore, and one that waits for
+    a lock that a killed worker held never ends by itself. The process would hang at its exit."""
     in_main = threading.current_thread() is threading.main_thread()
     if in_main:  # torch's handler would take these deaths for faults
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
