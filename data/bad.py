@@ -5,10 +5,10 @@ from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
+from unitok.core.bad_share import clearly_more
 from unitok.core.errors import DataError, UserError
 
 _LOGGER = logging.getLogger(__name__)
-_ENOUGH_READ = 1000  # samples from which on the share of bad ones among those read tells something about all
 T = TypeVar("T")
 
 
@@ -29,8 +29,8 @@ class BadSamples:
     """Base of map-style readers: a bad sample is logged with its place and replaced by the next good one.
 
     Which one stands in does not depend on what was read before. Reading stops when the bad samples found by this
-    process are more than `max_bad_fraction` of all, or clearly more than that of those it has read (no process ever
-    reads a noticeable share of a billion).
+    process are more than `max_bad_fraction` of all, or clearly more than that of those it has read. In training that
+    is the first net only: `unitok.core.bad_share` holds the limit over all ranks and workers.
     """
 
     def __init__(self, name: str, max_bad_fraction: float = 0.01) -> None:
@@ -86,9 +86,7 @@ class BadSamples:
 
     def _stop_if_too_many(self, last: str) -> None:
         bad, total = len(self.bad) + self.num_lost, len(self) + self.num_lost
-        allowed = self.max_bad_fraction * self._num_read
-        # four standard deviations of what chance brings into as many draws, and a few
-        if self._num_read >= _ENOUGH_READ and len(self.bad) > allowed + 4 * allowed**0.5 + 3:
+        if clearly_more(len(self.bad), self._num_read, self.max_bad_fraction):
             bad, total = len(self.bad), self._num_read
         elif bad <= self.max_bad_fraction * total:
             return

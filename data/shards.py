@@ -3,6 +3,7 @@
 Members of one sample share the key (the path up to the first dot of the file name) and stand side by side.
 """
 
+import contextlib
 import os
 import socket
 from collections.abc import Iterable, Mapping, Sequence
@@ -73,8 +74,9 @@ def write_shard(samples: Iterable[Mapping[str, Any]], path: Path) -> int:
 
 
 def temporary_name(path: Path) -> Path:
-    """Where this process writes a file of that name until it is complete."""
-    return path.with_name(f".{path.name}.{socket.gethostname()}-{os.getpid()}.tmp")
+    """Where this process writes a file of that name until it is complete; of such a name, that name itself."""
+    end = f".{socket.gethostname()}-{os.getpid()}.tmp"
+    return path if path.name.endswith(end) else path.with_name(f".{path.name}{end}")
 
 
 class _ShardFile:
@@ -85,6 +87,7 @@ class _ShardFile:
 
         self.path = path
         self.count = 0
+        self._finished = False
         self._temporary = temporary_name(path)
         self._stream = open(self._temporary, "wb")
         self._tar = webdataset.TarWriter(self._stream, mtime=0, user="user", group="group")
@@ -99,11 +102,17 @@ class _ShardFile:
         os.fsync(self._stream.fileno())
         self._stream.close()
         os.replace(self._temporary, self.path)
+        self._finished = True
         return self.path
 
     def discard(self) -> None:
-        if not self._stream.closed:
+        """Delete what is not finished. On a full disk closing fails as writing has: that error is on its way already,
+        and the space must be free again."""
+        if self._finished:
+            return
+        with contextlib.suppress(OSError):
             self._tar.close()
+        with contextlib.suppress(OSError):  # closes the file even where it cannot write the rest
             self._stream.close()
         self._temporary.unlink(missing_ok=True)
 

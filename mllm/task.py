@@ -6,11 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from unitok.core.bad_share import Reading
 from unitok.core.distributed import all_reduce_sum_, training_device, world_size
 from unitok.core.errors import CheckpointError, DataError
 from unitok.core.pretrained import load_model_folder
 from unitok.core.rng import derive_seed, numpy_rng
 from unitok.core.run import resumed_folder
+from unitok.core.same_run import check_same_mixture
 from unitok.core.task import Network, Task
 from unitok.data.bad import SampleError
 from unitok.data.captions import paraphrase
@@ -39,11 +41,13 @@ _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained o
 
 
 class Loaded(NamedTuple):
-    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them."""
+    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them; whether
+    its own sample is bad, and another one stands in."""
 
     kind: Kind
     codes: Tensor
     sequence: Sequence
+    bad: bool = False
 
 
 class _LossForward(nn.Module):
@@ -107,6 +111,20 @@ class MllmTask(Task):
     def shard_sizes(self) -> list[int] | None:
         return self.source.reader.sizes if isinstance(self.source, CodeSource) else None
 
+    def readings(self) -> list[Reading]:
+        limit, source = self.config.data.max_bad_fraction, self.source
+        if isinstance(source, CodeMixture):
+            members = zip(self.members, source.parts, source.counts, strict=True)
+            found = [Reading(name, len(part), count, limit) for name, part, count in members]
+        else:
+            found = [Reading(source.name, len(source), len(source), limit)]
+        if self.texts is not None and self.text_order is not None:
+            found.append(Reading("data.texts", len(self.texts), self.text_order.per_epoch, limit))
+        return found
+
+    def places(self, batch: dict[str, Any]) -> Tensor:
+        return batch["places"]
+
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config
@@ -166,7 +184,7 @@ class MllmTask(Task):
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         """One batch, right-padded or packed; what each place is used for depends on (seed, epoch, index) alone."""
         loaded = [self._load(*self.place(index, epoch)) for index in indices]
-        kinds = self._count(indices, loaded)
+        kinds, places = self._count(indices, loaded), self._places(indices, loaded)
         sequences = [one.sequence for one in loaded]
         if self.config.data.pack:
             rows = first_fit_decreasing([len(one.ids) for one in sequences], self.config.data.max_length)
@@ -185,6 +203,7 @@ class MllmTask(Task):
             "codes": torch.cat([one.codes for one in loaded]),
             "learn_image": torch.tensor(learn_image, dtype=torch.bool),
             "kinds": kinds,
+            "places": places,
         }
 
     def _count(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
@@ -199,18 +218,28 @@ class MllmTask(Task):
             counts += [members.count(number) for number in range(len(self.members))]
         return torch.tensor(counts)
 
+    def _places(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
+        counts = torch.zeros(len(self.readings()), 2, dtype=torch.int64)
+        for index, one in zip(indices, loaded, strict=True):
+            member = self.source.member(index % self.num_samples) if isinstance(self.source, CodeMixture) else 0
+            counts[-1 if one.kind == "text" else member] += torch.tensor([1, one.bad])  # documents are the last
+        return counts
+
     def _load(self, index: int, epoch: int) -> Loaded:
         turn = None if self.text_order is None else self.text_order.turn(index, epoch)
         if turn is not None:
             return self._document(*turn)
         source, first = self.source.turn(index, epoch)
         place = index if self.members else None
-        return source.first_good(first, lambda number: self._read(number, epoch, source, place), always_bad=False)
+        used, loaded = source.first_good(
+            first, lambda number: (number, self._read(number, epoch, source, place)), always_bad=False
+        )
+        return loaded._replace(bad=used != first)
 
     def _document(self, number: int, part: int) -> Loaded:
         length = self.config.data.max_length
-        sequence = self.texts.first_good(number, lambda n: self.builder.text(self.texts[n], length, part))
-        return Loaded("text", self._no_images, sequence)
+        used, sequence = self.texts.first_good(number, lambda n: (n, self.builder.text(self.texts[n], length, part)))
+        return Loaded("text", self._no_images, sequence, bad=used != number)
 
     def _read(self, number: int, epoch: int, source: CodeSource | None = None, place: int | None = None) -> Loaded:
         """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
@@ -295,7 +324,7 @@ class MllmTask(Task):
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
     ) -> dict[str, Tensor]:
         engine, counts, config = engines["mllm"], self._counts, self.config
-        inputs = {name: value for name, value in batch.items() if name != "kinds"}
+        inputs = {name: value for name, value in batch.items() if name not in ("kinds", "places")}
         sums = engine(**{name: value.to(engine.device) for name, value in inputs.items()})
         per_id, per_code = counts["parts"] / counts["text"], counts["parts"] / counts["image"]
         text, image, image_z = sums.text * per_id, sums.image * per_code, sums.image_z * per_code
@@ -318,7 +347,9 @@ class MllmTask(Task):
         return {
             "visual_tokenizer": self.source.header["tokenizer"],
             "num_texts": 0 if self.texts is None else len(self.texts),
-            "mixture": self.source.shares if isinstance(self.source, CodeMixture) else None,
+            "mixture": [[name, *share] for name, share in zip(self.members, self.source.shares, strict=True)]
+            if isinstance(self.source, CodeMixture)
+            else None,
         }
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
@@ -331,12 +362,7 @@ class MllmTask(Task):
                 f"{self.config.output_dir}: the checkpoint was trained on {state.get('num_texts', 0)} documents, "
                 f"data.texts now holds {present['num_texts']}; resume with the same texts"
             )
-        if state.get("mixture") != present["mixture"]:
-            raise CheckpointError(
-                f"{self.config.output_dir}: the checkpoint was trained on the mixture [samples of an epoch, of the "
-                f"source] {state.get('mixture')}, data.codes now gives {present['mixture']}; resume with the same "
-                "sources and weights"
-            )
+        check_same_mixture(self.config.output_dir, state.get("mixture"), present["mixture"])
         saved, present = state["visual_tokenizer"], present["visual_tokenizer"]
         if saved != present:
             raise CheckpointError(

@@ -4,8 +4,8 @@
 
 Each unit (stage one, extraction, stage two; one rank and two under torchrun and deepspeed) runs once undisturbed, then
 again with kills: one rank by SIGKILL, all of them by SIGKILL, or SIGTERM to the launcher, each at a drawn moment of a
-drawn step (saving included: it takes most of the time here) or of the start-up, and the same command again after it.
-docs/faults.md says what must come of it.
+drawn step (saving included: it takes most of the time here), a drawn code shard or of the start-up, and the same
+command again after it. docs/faults.md says what must come of it.
 """
 
 import argparse
@@ -29,11 +29,15 @@ import yaml
 from unitok.core.distributed import free_port
 from unitok.core.errors import EXIT_RESUME
 from unitok.core.runlog import read_log
+from unitok.data.shards import write_shards
+from unitok.data.source import open_source
+from unitok.data.words import words_to_json
 
 ROOT = Path(__file__).resolve().parents[1]
 HANG_SECONDS = 60.0  # the others must have ended by then
 RUN_SECONDS = 300.0  # for a run that nobody disturbs
-STEPS, SAVE_EVERY, SAMPLES = 80, 2, 4096
+STEPS, SAVE_EVERY = 80, 2
+SHARDS, SHARD_SIZE = 24, 128  # what is encoded: one code shard for each
 WAYS = ("one", "all", "term", "one", "early")
 
 TOKENIZER = {
@@ -79,8 +83,7 @@ class Unit:
     kills: int = 0
     by: dict[str, int] = field(default_factory=dict)
     longest_end: float = 0.0  # seconds from a kill to the end of all processes
-    unnamed: int = 0  # a rank killed while steps ran, and no message said which
-    restarted_clean: int = 0
+    kept: int = 0  # code shards that were complete at a kill, and are still the same files at the end
     faults: list[str] = field(default_factory=list)
 
 
@@ -108,10 +111,9 @@ class Soak:
         """The command of a unit into `folder`."""
         reference = self.out / "undisturbed"
         if unit.stage == "codes":
-            source = f"shapes:train?num={SAMPLES}&size=32"
             export = str(reference / "stage one, 1 rank" / "export")
-            return [sys.executable, "-m", "unitok", "data", "codes", "--tokenizer", export, "--shards", source,
-                    "--out", str(folder), "--batch-size", "32"]  # fmt: skip
+            words = ["data", "codes", "--tokenizer", export, "--shards", str(self.images())]
+            return [sys.executable, "-m", "unitok", *words, "--out", str(folder), "--batch-size", "32"]
         own = ["--config", str(self.out / f"{unit.stage}.yaml"), f"output_dir={folder}"]
         own += [f"engine.zero_stage={unit.zero}", f"engine.micro_batch_size={4 // unit.ranks}"]
         if unit.stage == "mllm":
@@ -124,6 +126,16 @@ class Soak:
             "deepspeed": [str(Path(sys.executable).parent / "deepspeed"), "--num_gpus", "2", "--master_port", port],
         }
         return [*launched[unit.launcher], script, *own]
+
+    def images(self) -> Path:
+        """The shards that are encoded, written when they are first asked for."""
+        folder = self.out / "images"
+        if not folder.is_dir():
+            source = open_source(f"shapes:train?num={SHARDS * SHARD_SIZE}&size=32")
+            found = (source[index] for index in range(len(source)))
+            samples = ({"__key__": s.key, "png": s.image, "json": words_to_json(s)} for s in found)
+            write_shards(samples, folder, SHARD_SIZE)
+        return folder
 
     def start(self, unit: Unit, folder: Path, output: Path) -> subprocess.Popen:
         """Start a unit in a process group of its own."""
@@ -149,31 +161,36 @@ class Soak:
         """Kill it so often, finish it, compare."""
         folder = self.out / "killed" / unit.name
         folder.parent.mkdir(exist_ok=True)
-        steps = sorted(self.draw.sample(range(1, STEPS * 2 // 3), kills))
+        goals = sorted(self.draw.sample(range(1, (STEPS if unit.ranks else SHARDS) * 2 // 3), kills))
         ways = [WAYS[(self.draw.randrange(len(WAYS)) + number) % len(WAYS)] for number in range(kills)]
+        complete: dict[str, tuple[int, int]] = {}
         for number in range(kills):
             output = self.out / f"{unit.name} kill {number + 1}.txt"
             process = self.start(unit, folder, output)
             way = "all" if unit.ranks == 0 else ways[number]
-            if not self._wait_for(unit, process, folder, steps[number], early=way == "early"):
+            if not self._wait_for(unit, process, folder, goals[number], early=way == "early"):
                 unit.faults.append(f"ended with {process.poll()} before kill {number + 1}: see {output}")
                 return
             self._kill(unit, process, way, output)
+            complete.update(complete_shards(folder))
         self._finish(unit, folder)
+        again = sorted(name for name, file in complete.items() if complete_shards(folder).get(name) != file)
+        unit.kept = len(complete) - len(again)
+        if again:
+            unit.faults.append(f"complete before a kill, and made again: {', '.join(again)}")
         unit.faults += differences(unit, self.out / "undisturbed" / unit.name, folder)
 
-    def _wait_for(self, unit: Unit, process: subprocess.Popen, folder: Path, step: int, early: bool) -> bool:
+    def _wait_for(self, unit: Unit, process: subprocess.Popen, folder: Path, goal: int, early: bool) -> bool:
         """Wait for the drawn moment; False if the process ends before it, or takes too long."""
         deadline = time.monotonic() + (self.draw.uniform(0, 15) if early else RUN_SECONDS)
         before = last_step(folder / "log.jsonl")
+        goal = goal if unit.ranks else max(goal, len(complete_shards(folder)) + 1)  # of this attempt
         while time.monotonic() < deadline and process.poll() is None:
             if early and last_step(folder / "log.jsonl") != before:
                 break
-            if not early and unit.ranks == 0 and folder.is_dir() and any(folder.iterdir()):
-                time.sleep(self.draw.uniform(0, 1.0))
-                break
-            if not early and unit.ranks and last_step(folder / "log.jsonl") >= step:
-                time.sleep(self.draw.uniform(0, 0.1))
+            done = last_step(folder / "log.jsonl") if unit.ranks else len(complete_shards(folder))
+            if not early and done >= goal:
+                time.sleep(self.draw.uniform(0, 0.1 if unit.ranks else 0.3))
                 break
             time.sleep(0.01)
         return process.poll() is None and (early or time.monotonic() < deadline)
@@ -201,17 +218,13 @@ class Soak:
         ):
             unit.faults.append(f"SIGTERM: exit code {code}, or no message: see {output}")
         if way == "one" and len(ranks) > 1 and f"rank {victim} is gone" not in text:
-            unit.unnamed += 1
+            unit.faults.append(f"no message says that rank {victim} is gone: see {output}")
         unit.kills += 1
         unit.by[way] = unit.by.get(way, 0) + 1
 
     def _finish(self, unit: Unit, folder: Path) -> None:
         output = self.out / f"{unit.name} end.txt"
         code = self.start(unit, folder, output).wait(RUN_SECONDS)
-        if code and unit.ranks == 0:  # an extraction that refuses what a kill left behind begins anew
-            unit.restarted_clean += 1
-            shutil.rmtree(folder)
-            code = self.start(unit, folder, output).wait(RUN_SECONDS)
         if code:
             unit.faults.append(f"the last run ended with exit code {code}: see {output}")
 
@@ -220,6 +233,15 @@ def last_step(log: Path) -> int:
     """The last whole line's step; 0 without one."""
     lines = log.read_bytes().split(b"\n")[:-1] if log.is_file() else []
     return json.loads(lines[-1])["step"] if lines else 0
+
+
+def complete_shards(folder: Path) -> dict[str, tuple[int, int]]:
+    """The complete code shards of a folder by name: (inode, time of change). One that is made again is another file."""
+    found = {}
+    for path in folder.glob("codes-*.tar"):
+        status = path.stat()
+        found[path.name] = (status.st_ino, status.st_mtime_ns)
+    return found
 
 
 def rank_processes(launcher: int) -> list[psutil.Process]:
@@ -297,9 +319,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     rows = [
         (u.name, u.launcher or "-", f"ZeRO {u.zero}", u.kills, " ".join(f"{n} {w}" for w, n in sorted(u.by.items())),
-         f"{u.longest_end:.1f} s", u.unnamed, "no" if u.faults else "yes") for u in units
+         f"{u.longest_end:.1f} s", u.kept if u.ranks == 0 else "-", "no" if u.faults else "yes") for u in units
     ]  # fmt: skip
-    headers = ("unit", "launcher", "engine", "kills", "of these", "longest end", "rank not named", "equal")
+    headers = ("unit", "launcher", "engine", "kills", "of these", "longest end", "shards kept", "equal")
     print_table([tuple(map(str, row)) for row in rows], headers)
     minutes, failed = (time.monotonic() - started) / 60, [u for u in units if u.faults]
     results = {"kills": sum(u.kills for u in units), "minutes": round(minutes, 1), "units": [asdict(u) for u in units]}

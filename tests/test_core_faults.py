@@ -275,6 +275,66 @@ def test_falls_back_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixt
     assert names == {"step_12", "step_12.corrupt", "step_8.corrupt"}
 
 
+@pytest.mark.parametrize(
+    "marker",
+    ["", "[]", "\xff", "[" * 100000, '{"files": {}}', '{"files": []}', '{"files": {"state.json": 1}}',
+     '{"files": {"x": {"size": 1, "blake2b": ""}}}', '{"files": {"state.json": {"size": 2}}}'],
+)  # fmt: skip
+def test_a_marker_of_another_form_is_corrupt(tmp_path: Path, marker: str) -> None:
+    (tmp_path / "state.json").write_text("{}")
+    (tmp_path / checkpoint.MARKER).write_bytes(marker.encode("latin-1"))
+    with pytest.raises(CheckpointError, match=r"COMPLETE.json of checkpoint .* is corrupt; delete"):
+        checkpoint.verify(tmp_path)
+    (tmp_path / checkpoint.MARKER).unlink()
+    checkpoint.seal(tmp_path, 1)
+    checkpoint.verify(tmp_path)
+
+
+def test_what_a_kill_leaves_of_old_checkpoints_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed between the marker's deletion and the folder's: the next save deletes the rest, and nothing else."""
+    for step in range(2, 7):
+        checkpoint.step_folder(tmp_path, step).mkdir()
+        (checkpoint.step_folder(tmp_path, step) / checkpoint.MARKER).write_text("{}")
+    for name in ("step_3.partial", "step_9.partial", "step_8", "step_4.corrupt", "step_mine", "step_mine.partial"):
+        (tmp_path / name).mkdir()
+
+    def killed(path: Path, **_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.prune(tmp_path, 4)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        (tmp_path / "step_3.partial").rmdir()
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.prune(tmp_path, 4)
+    assert (tmp_path / "step_2").is_dir() and not (tmp_path / "step_2" / checkpoint.MARKER).exists()
+    checkpoint.prune(tmp_path, 4)
+    kept = {"step_3", "step_4", "step_5", "step_6"}
+    kept |= {"step_9.partial", "step_8", "step_4.corrupt", "step_mine", "step_mine.partial"}
+    assert {path.name for path in tmp_path.iterdir()} == kept
+
+
+def test_a_folder_that_is_replaced_never_stands_there_in_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while the old export is deleted: the new one has the name already."""
+    for name in ("export", "export.partial"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "of").write_text(name)
+
+    def killed(path: Path, ignore_errors: bool = False) -> None:
+        assert path.name != "export"
+        if path.exists():
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(checkpoint.shutil, "rmtree", killed)
+        checkpoint.replace_folder(tmp_path / "export.partial", tmp_path / "export")
+    assert (tmp_path / "export" / "of").read_text() == "export.partial"
+    (tmp_path / "export.partial").mkdir()
+    checkpoint.replace_folder(tmp_path / "export.partial", tmp_path / "export")
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
 def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
     run_toy(ToyTask(), tmp_path, steps=14, save_every=2, keep_last=2, keep_every=4)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}

@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -18,11 +20,11 @@ from tiny import make_tokenizer
 
 from unitok.cli import main
 from unitok.core.distributed import free_port
-from unitok.core.errors import ConfigError, DataError
+from unitok.core.errors import ConfigError, DataError, WorkerLostError
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
 from unitok.data.shard_index import INDEX_FILE
-from unitok.data.shards import write_shards
+from unitok.data.shards import temporary_name, write_shard, write_shards
 from unitok.data.source import open_source
 from unitok.data.transforms import eval_transform
 from unitok.data.words import words_to_json
@@ -273,6 +275,104 @@ def test_killed_at_every_moment_it_ends_with_the_same_bytes(tokenizer, shards, e
 def names(folder: Path) -> set[str]:
     """The units in a folder and what is being written of them."""
     return {path.name for path in folder.glob("*codes-*")}
+
+
+ATTEMPT = """
+import io, pathlib, shutil, sys, tarfile, time
+folder, way = pathlib.Path(sys.argv[1]), sys.argv[2]
+if way == "refuses" and folder.exists():
+    sys.exit(2)
+if way == "anew" and folder.exists():
+    shutil.rmtree(folder)
+folder.mkdir(exist_ok=True)
+for number in range(24):
+    path = folder / f"codes-{number:05d}.tar"
+    if not path.exists():
+        time.sleep(0.02)
+        with tarfile.open(path.with_suffix(".tmp"), "w") as file:
+            file.addfile(tarfile.TarInfo(f"{number}.npy"), io.BytesIO())
+        path.with_suffix(".tmp").rename(path)
+"""
+
+
+@pytest.mark.parametrize(
+    "way,fault",
+    [
+        ("goes on", None),
+        ("anew", "complete before a kill, and made again: codes-00000"),
+        ("refuses", "ended with 2 before"),
+    ],
+)
+def test_the_soak_sees_whether_an_extraction_goes_on(tmp_path, way, fault):
+    """Kills fall where some shards are complete; what begins anew, or refuses to go on, is a fault."""
+    from unitok.scripts.soak import Soak, Unit
+
+    class Attempts(Soak):
+        def command(self, unit: Unit, folder: Path) -> list[str]:
+            return [sys.executable, "-S", "-c", ATTEMPT, str(folder), way]
+
+    soak, unit = Attempts(tmp_path / "soak", seed=0), Unit("extraction", "codes", 0, "", 0)
+    soak.undisturbed(unit)
+    soak.disturbed(unit, 2)
+    if fault is None:
+        assert not unit.faults and unit.kills == 2 and unit.kept > 2
+    else:
+        assert re.search(fault, "; ".join(unit.faults)), unit.faults
+
+
+def test_a_full_disk_leaves_nothing_but_what_is_complete(tokenizer, shards, expected, tmp_path):
+    """Writing fails, and then closing fails too: the kernel allows files of 4 KiB, a shard's tar is larger."""
+
+    def limited() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+        torch.set_num_threads(1)
+        try:
+            extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+        except DataError as error:
+            (tmp_path / "said").write_text(str(error))
+
+    for folder, call in ((tmp_path, limited), (tmp_path / "shards", lambda: write_large(tmp_path / "shards"))):
+        process = multiprocessing.get_context("fork").Process(target=call)
+        process.start()
+        process.join(60)
+        assert process.exitcode == 0
+        assert {path.name for path in folder.iterdir()} <= {"said", "shards"}
+    assert re.fullmatch(r".*codes-00000.tar cannot be written \(File too large\); .*", (tmp_path / "said").read_text())
+    for path in (tmp_path / "said", tmp_path / "shards"):
+        shutil.rmtree(path, ignore_errors=True)
+        path.unlink(missing_ok=True)
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    assert made(tmp_path) == expected
+
+
+def write_large(folder: Path) -> None:
+    """In a fork: shards that do not fit."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match="File too large"):
+        write_shards(({"__key__": str(number), "txt": "x" * 500} for number in range(99)), folder)
+
+
+def test_one_temporary_name_is_enough(tmp_path):
+    name = temporary_name(tmp_path / "a.tar")
+    assert name == temporary_name(name) and name.name.startswith(".a.tar.") and name.name.count(".tmp") == 1
+    assert write_shard([{"__key__": "x", "txt": "x"}], name) == 1
+    assert list(tmp_path.iterdir()) == [name]
+
+
+def test_a_killed_worker_is_told_in_one_line(tokenizer, shards, tmp_path):
+    """As where memory runs out; the same command goes on."""
+    source, main = open_source(shards), os.getpid()
+    read = source.read
+
+    def dying(index, shrink_of=None):
+        if index == 12 and os.getpid() != main:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return read(index, shrink_of)
+
+    source.read = dying
+    with pytest.raises(WorkerLostError, match="a worker that loads data is gone .*; the same command") as caught:
+        extract_codes(tokenizer, source, tmp_path, 2, progress=False, num_workers=2)
+    assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
 
 
 @pytest.mark.slow

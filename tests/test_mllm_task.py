@@ -50,6 +50,7 @@ def test_bad_samples_are_left_out_and_named(
     assert text.count("nothing for the tasks of data.mixture") == 1 and text.count("data.max_length=2048;") == 1
     assert re.search(r"train-0-000005 is too long: image, question and an id of what is learnt do not fit", text)
     assert set(task.source.bad) == {WORDLESS, WORDY}
+    assert [task.places(batch).tolist() for batch in batches] == [[[5, 2]], [[5, 2]]]
     fresh = built(files, tmp_path / "two", "data.max_bad_fraction=0.1")
     batches.append(fresh.load_batch(list(range(WORDLESS - 1, WORDY + 2)), 0))
     for batch in batches[1:]:

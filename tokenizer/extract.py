@@ -14,6 +14,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.errors import ConfigError, UserError
+from unitok.core.sampling import loader_deaths
 from unitok.data.code_units import (
     UNIT_SIZE,
     CodeFolder,
@@ -96,7 +97,7 @@ def extract_codes(
     units, share = units_of(source, unit_size), share or Share()
     own = units[share.rank :: share.world_size]
     failed, total = 0, len(source) + source.num_text_only
-    with ProgressLog(out / f"extract-rank{share.rank}.jsonl", total, progress) as log:
+    with loader_deaths(), ProgressLog(out / f"extract-rank{share.rank}.jsonl", total, progress) as log:
         for unit in own:
             said = job.folder.done(unit, source)
             if said is None:

@@ -8,13 +8,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unitok.core.bad_share import Reading
 from unitok.core.distributed import rank, world_size
 from unitok.core.engine import clamp_parameter_
 from unitok.core.optim import OptimizerConfig, warmup_ramp
 from unitok.core.rng import derive_seed, torch_rng
 from unitok.core.run import resumed_folder
+from unitok.core.same_run import check_same_mixture
 from unitok.core.task import Network, Replaced, Task
 from unitok.data.images import ImageBatches
+from unitok.data.mixtures import MixtureSource
+from unitok.data.samples import Source
 from unitok.data.sentencepieces import load_sentencepiece, run_sentencepiece
 from unitok.data.shards import reader_of
 from unitok.data.transforms import as_pixels
@@ -68,6 +72,16 @@ class TokenizerTask(Task):
     def shard_sizes(self) -> list[int] | None:
         reader = reader_of(self.batches.source)
         return None if reader is None else reader.sizes
+
+    def readings(self) -> list[Reading]:
+        source, limit = self.batches.source, self.config.data.max_bad_fraction
+        if not isinstance(source, MixtureSource):
+            return [Reading(source.name, len(source), len(source), limit, source.num_lost)]
+        members = zip(source.names, source.parts, source.counts, strict=True)
+        return [Reading(name, len(part), count, limit, part.num_lost) for name, part, count in members]
+
+    def places(self, batch: dict[str, Any]) -> Tensor:
+        return batch["places"]
 
     # ---- networks
 
@@ -123,9 +137,20 @@ class TokenizerTask(Task):
 
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         batch = self.batches.load(indices, epoch)
+        batch["places"] = self._places(indices, epoch)
         if self.model is not None and self.config.loss.contrastive > 0:  # in a loader's worker, where there is one
             batch["text_ids"] = self.model.tokenize_text(batch["captions"])
         return batch
+
+    def _places(self, indices: list[int], epoch: int) -> Tensor:
+        """What `places` gives, of samples that have been loaded here: a bad one is bad in every epoch."""
+        mixture = self.batches.source
+        counts = torch.zeros(len(mixture.parts) or 1, 2, dtype=torch.int64)
+        for index, of_epoch in (self.place(index, epoch) for index in indices):
+            member = mixture.member(index) if isinstance(mixture, MixtureSource) else 0
+            source, number = mixture.turn(index, of_epoch)
+            counts[member] += torch.tensor([1, number in source.bad])
+        return counts
 
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
         turns = (self.batches.source.turn(*self.place(index, epoch)) for index in indices)
@@ -277,12 +302,16 @@ class TokenizerTask(Task):
         return None
 
     def extra_state(self) -> dict[str, Any]:
-        """How images are prepared: it came with the initial weights, which a resumed run does not read again."""
+        """How images are prepared: it came with the initial weights, which a resumed run does not read again. And whose
+        turn it is in a mixture."""
         assert self.model is not None
-        return {"preprocess": self.model.config.preprocess}
+        return {"preprocess": self.model.config.preprocess, "mixture": _shares(self.batches.source)}
 
     def load_extra_state(self, state: dict[str, Any]) -> None:
+        """CheckpointError when the members of a mixture share an epoch otherwise: the order would be another one."""
         assert self.model is not None
+        present = _shares(self.batches.source)
+        check_same_mixture(self.config.output_dir, state.get("mixture", present), present)  # once it was not saved
         self.model.config.preprocess = state["preprocess"]
 
     def export(self, modules: dict[str, nn.Module], folder: Path) -> None:
@@ -290,3 +319,11 @@ class TokenizerTask(Task):
         model = modules["tokenizer"]
         model.set_text_model(self.text_file)
         model.save_pretrained(folder)
+
+
+def _shares(source: Source) -> list[Any] | None:
+    """What decides, with the seed, whose turn it is in a mixture and in those within it; None of any other source."""
+    if not isinstance(source, MixtureSource):
+        return None
+    members = zip(source.names, source.shares, map(_shares, source.parts), strict=True)
+    return [[name, *share, *([] if inner is None else [inner])] for name, share, inner in members]

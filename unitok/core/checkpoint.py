@@ -31,6 +31,7 @@ from unitok.core.reshard import load_universal, universal_copy
 MARKER = "COMPLETE.json"
 PARTIAL = ".partial"
 CORRUPT = ".corrupt"
+STATE = "state.json"
 AVERAGE = ".ema.safetensors"
 TAG = "state"
 logger = logging.getLogger("unitok")
@@ -66,7 +67,7 @@ def save_checkpoint(
             raise CheckpointError(every[0])
         for name, average in averages.items():
             _save_tensors({key: value.contiguous() for key, value in average.items()}, partial / f"{name}{AVERAGE}")
-        _write_json(partial / "state.json", {**state, "ema_updates": {name: e.updates for name, e in emas.items()}})
+        _write_json(partial / STATE, {**state, "ema_updates": {name: e.updates for name, e in emas.items()}})
         seal(partial, step)
         replace_folder(partial, final)
 
@@ -145,10 +146,9 @@ def verify(path: Path) -> None:
     remedy = f"delete {path} to resume from the one before it, or restore the file"
     if not (path / MARKER).is_file():
         raise CheckpointError(f"{path} is not a complete checkpoint: it has no {MARKER}; give a folder that has one")
-    try:
-        files = json.loads((path / MARKER).read_text(encoding="utf-8"))["files"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{MARKER} of checkpoint {path} is corrupt; {remedy}") from error
+    files = _listed(path / MARKER)
+    if files is None:
+        raise CheckpointError(f"{MARKER} of checkpoint {path} is corrupt; {remedy}")
     for name, expected in files.items():
         file = path / name
         if not file.is_file():
@@ -162,9 +162,22 @@ def verify(path: Path) -> None:
             raise CheckpointError(f"checkpoint {path} is corrupt: the content of {name} has changed; {remedy}")
 
 
+def _listed(marker: Path) -> dict[str, dict[str, Any]] | None:
+    """The files that a marker lists; None where it is not as `seal` writes it."""
+    try:
+        content = json.loads(marker.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):  # no JSON, no UTF-8
+        return None
+    files = content.get("files") if isinstance(content, dict) else None
+    if not isinstance(files, dict) or STATE not in files:
+        return None
+    whole = (isinstance(entry, dict) and {"size", "blake2b"} <= entry.keys() for entry in files.values())
+    return files if all(whole) else None
+
+
 def read_state(path: Path) -> dict[str, Any]:
     """The checkpoint's state.json."""
-    return json.loads((path / "state.json").read_text(encoding="utf-8"))
+    return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
 def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -> dict[str, Any]:
@@ -219,15 +232,16 @@ def _read_all(folder: Path, load: Callable[[str, str], Any]) -> None:
 
 def prune(folder: Path, keep_last: int, keep_every: int = 0) -> None:
     """Delete all but the newest `keep_last` complete checkpoints (at least one stays) and those of steps that
-    `keep_every` divides, and older cut-short ones."""
-    complete = sorted(
-        (step_of(path), path)
+    `keep_every` divides, and what a killed process left of older ones: cut short in writing, or in this deletion."""
+    found = [
+        (int(match[1]), bool(match[2]), path)
         for path in Path(folder).glob("step_*")
-        if re.fullmatch(r"step_\d+", path.name) and (path / MARKER).is_file()
-    )
+        if (match := re.fullmatch(rf"step_(\d+)({re.escape(PARTIAL)})?", path.name)) and path.is_dir()
+    ]
+    complete = sorted((step, path) for step, partial, path in found if not partial and (path / MARKER).is_file())
     newest = complete[-1][0] if complete else -1
-    for path in Path(folder).glob(f"step_*{PARTIAL}"):  # left by a killed process
-        if int(path.name.removeprefix("step_").removesuffix(PARTIAL)) <= newest:
+    for step, partial, path in found:
+        if step <= newest and (partial or not (path / MARKER).is_file()):
             shutil.rmtree(path)
     for step, path in complete[: -max(1, keep_last)]:
         if keep_every and step % keep_every == 0:
@@ -309,8 +323,11 @@ def _sync(path: Path) -> None:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Give a folder that is complete its name; what had that name before is deleted."""
+    """Give a folder that is complete its name; what had that name before is deleted, and never stands there in part."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        shutil.rmtree(target)
+        os.replace(target, old)
     os.replace(source, target)
     _sync(target.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -32,6 +32,12 @@ class StoppedError(UserError):
     exit_code = EXIT_RESUME
 
 
+class WorkerLostError(UserError):
+    """A process that loads data has been killed; the same command goes on."""
+
+    exit_code = EXIT_RESUME
+
+
 class RankLostError(UserError):
     """Another rank has died, or ended with an error of its own, whose exit code this one then has too."""
 

@@ -1,6 +1,7 @@
 """The training loop: one for all tasks. It owns accumulation, the finite check, logging, saving and signals."""
 
 import contextlib
+import math
 import random
 import shutil
 import time
@@ -30,7 +31,7 @@ from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
 from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
-from unitok.core.sampling import batches, order_of
+from unitok.core.sampling import SampleOrder, batches, loader_deaths, order_of
 from unitok.core.signals import StopSignals
 from unitok.core.task import Task
 from unitok.core.watchdog import Watchdog
@@ -49,7 +50,8 @@ def train(
     resolved_config: what is written to config.yaml and into checkpoints (default: `config`).
     evaluators: called every `eval_every` steps and at the end, on every rank, with the (EMA) modules in eval mode.
 
-    Returns the last logged metrics. Raises ConfigError, CheckpointError, DataError, NonFiniteError, RankLostError. On
+    Returns the last logged metrics. Raises ConfigError, CheckpointError, DataError, NonFiniteError, RankLostError,
+    WorkerLostError. On
     SIGTERM or SIGINT it saves a checkpoint and raises SystemExit(EXIT_RESUME).
     """
     if config.eval_every and not evaluators:
@@ -64,7 +66,7 @@ def train(
     watchdog = Watchdog(config.rank_timeout)
     with StopSignals() as signals, contextlib.ExitStack() as stack:
         try:
-            with watchdog:
+            with watchdog, loader_deaths():
                 checkpoint.on_main(lambda: stack.enter_context(locked(Path(config.output_dir))))
                 run = set_up(task, config, resolved_config or config, device)
                 resume(run)
@@ -89,13 +91,21 @@ def _open_log(run: Run) -> None:
 
 def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> bool:
     """Run the remaining steps. Returns True if a signal asked to stop before the end."""
+    config = run.config
+    per_step = run.global_micro_batch * config.engine.accumulation_steps
+    order = order_of(run.task, config.seed, config.shuffle_window)
+    stop = config.steps * per_step
+    stream = batches(run.task, order, run.samples, stop, config.engine.micro_batch_size, config.num_workers)
+    with contextlib.closing(stream):  # workers end here, also where an error keeps the stream alive
+        return _take_steps(run, order, stream, evaluators, signals)
+
+
+def _take_steps(
+    run: Run, order: SampleOrder, stream: Iterator[Any], evaluators: dict[str, Evaluator], signals: StopSignals
+) -> bool:
     config, task = run.config, run.task
     accumulation = config.engine.accumulation_steps
     per_step = run.global_micro_batch * accumulation
-    order = order_of(task, config.seed, config.shuffle_window)
-    stream = batches(
-        task, order, run.samples, config.steps * per_step, config.engine.micro_batch_size, config.num_workers
-    )
     while run.step < config.steps:
         buffers = Buffers(run)
         micro_batches = _next_batches(run, stream, accumulation)
@@ -107,7 +117,8 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
             if index < accumulation - 1:
                 for engine in run.active().values():
                     engine.step()  # not at the boundary: DeepSpeed only counts the micro-batch
-        metrics, infinite, stop = _agree(run, sums, signals)
+        metrics, infinite, stop = _agree(run, micro_batches, sums, signals)
+        run.bad.check(math.ceil((run.samples + per_step) / task.num_samples))
         if infinite is None:
             rates = _update(run)
         else:
@@ -115,6 +126,7 @@ def _steps(run: Run, evaluators: dict[str, Evaluator], signals: StopSignals) -> 
             metrics, rates = {}, {}
         if config.non_finite == "skip":
             rates["skipped"] = run.skipped.total
+        rates |= run.bad.metrics()
         run.step += 1
         run.samples += per_step
         _finish_step(run, metrics, rates, evaluators, stop)
@@ -139,17 +151,22 @@ def _seed_micro_step(seed: int, step: int, index: int) -> None:
 
 
 def _agree(
-    run: Run, micro_metrics: list[dict[str, Tensor]], signals: StopSignals
+    run: Run, micro_batches: list[Any], micro_metrics: list[dict[str, Tensor]], signals: StopSignals
 ) -> tuple[dict[str, float], list[str] | None, bool]:
     """One all-reduce: mean metrics over ranks and micro-batches, None if all is finite (else the metrics that are not;
-    an empty list means gradients), whether any rank must stop."""
+    an empty list means gradients), whether any rank must stop. The run's counts of bad samples grow."""
     names = list(micro_metrics[0])
     rows = [torch.stack([_scalar(m[name], run.device) for name in names]) for m in micro_metrics]
     flags = [run.guards[name].flag() for name in run.active()]
     bad_gradient = torch.stack(flags).sum() if flags else torch.zeros((), dtype=torch.float64, device=run.device)
     wish = torch.tensor(float(signals.requested), dtype=torch.float64, device=run.device)
-    packed = torch.cat([torch.stack(rows).sum(dim=0), torch.stack([bad_gradient, wish])])
-    *totals, bad, stop = all_reduce_sum_(packed).tolist()
+    own = [torch.stack(rows).sum(dim=0), torch.stack([bad_gradient, wish])]
+    if run.bad.readings:
+        places = torch.stack([run.task.places(batch) for batch in micro_batches]).sum(dim=0)
+        own.append(places.flatten().to(run.device, torch.float64))
+    reduced = all_reduce_sum_(torch.cat(own)).tolist()
+    totals, (bad, stop), places = reduced[: len(names)], reduced[len(names) : len(names) + 2], reduced[len(names) + 2 :]
+    run.bad.add(places)
     count = world_size() * len(rows)
     metrics = {name: total / count for name, total in zip(names, totals, strict=True)}
     infinite = [name for name, value in metrics.items() if not abs(value) < float("inf")]
@@ -241,6 +258,7 @@ def _save(run: Run) -> None:
         "samples_seen": run.samples,
         "metrics": run.metrics,
         "skipped": asdict(run.skipped),
+        "bad": run.bad.state(),
         "extra_state": run.task.extra_state(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -262,7 +280,7 @@ def _export(run: Run) -> None:
             shutil.rmtree(partial, ignore_errors=True)
             raise checkpoint.writing_error(f"export {final}", error, final.parent) from error
         if run.log is not None:
-            run.log.summary(run.step, run.samples)
+            run.log.summary(run.step, run.samples, run.bad.metrics())
 
     with _inference_modules(run) as modules, contextlib.ExitStack() as stack:
         for module in modules.values():

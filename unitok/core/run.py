@@ -13,6 +13,7 @@ from torch import nn
 
 import unitok
 from unitok.core import checkpoint
+from unitok.core.bad_share import BadCounts
 from unitok.core.config import Config, save_config
 from unitok.core.distributed import is_main, world_size
 from unitok.core.ema import Ema
@@ -102,6 +103,7 @@ class Run:
     metrics: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Path | None = None
     skipped: Skipped = field(default_factory=Skipped)
+    bad: BadCounts = field(default_factory=lambda: BadCounts([]))
 
     @property
     def checkpoints(self) -> Path:
@@ -135,7 +137,8 @@ def set_up(task: Task, config: TrainConfig, resolved: Config | dict[str, Any], d
         if network.ema_decay is not None:
             emas[name] = Ema(engines[name].module, network.ema_decay)
         engines[name].train()
-    return Run(task, config, resolved, networks, engines, guards, emas, device)
+    counts = BadCounts(task.readings())
+    return Run(task, config, resolved, networks, engines, guards, emas, device, bad=counts)
 
 
 def _refuse_cast_codebooks(name: str, network: Network, engine: EngineConfig) -> None:
@@ -161,6 +164,7 @@ def resume(run: Run) -> None:
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.skipped = Skipped(**state.get("skipped", {}))
+        run.bad.load(state.get("bad", []))
         run.task.load_extra_state(state["extra_state"])
     checkpoint.on_main(lambda: save_config(run.resolved, Path(config.output_dir) / "config.yaml"))
     if is_main() and run.last_checkpoint is not None:

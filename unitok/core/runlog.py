@@ -4,7 +4,9 @@ import json
 import os
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from unitok.core.errors import ConfigError
@@ -85,14 +87,16 @@ class RunLog:
         values = "  ".join(f"{name} {value}" for name, value in shown.items())
         print(f"step {step}/{self.total_steps}  {values}  {rate:.1f} samples/s  {_clock_text(left)} left", flush=True)
 
-    def summary(self, step: int, samples: int) -> None:
-        """The last line: how far, how fast, and how much of the time went into waiting for data."""
+    def summary(self, step: int, samples: int, counts: Mapping[str, int] = MappingProxyType({})) -> None:
+        """The last line: how far, how fast, how much of the time went into waiting for data, and how many of the
+        samples of the whole run were bad (`counts`: "read" and "bad")."""
         seconds = time.monotonic() - self._begin
         if step > self._start_step:
             rate = (samples - self._begin_samples) / max(seconds, 1e-9)
+            bad = f", {counts['bad']} of {counts['read']} samples bad" if counts else ""
             self.message(
                 f"{step - self._start_step} steps in {_clock_text(seconds)}, {rate:.1f} samples/s, "
-                f"{self._waited / max(seconds, 1e-9):.1%} of the time waiting for data"
+                f"{self._waited / max(seconds, 1e-9):.1%} of the time waiting for data{bad}"
             )
 
     def message(self, text: str) -> None:

@@ -66,6 +66,27 @@ def check_same_run(
         logger.warning("resuming %s with changed settings: %s", path, ", ".join(changed))
 
 
+def check_same_mixture(where: str, saved: list[Any] | None, present: list[Any] | None) -> None:
+    """CheckpointError if a mixture shares an epoch otherwise than when the checkpoint was written: samples would come
+    twice, or never. Members with other names are a warning: data may be moved, not exchanged.
+
+    Args:
+        where: begins the message. saved, present: `Mixed.shares` and names: a row [name, samples of an epoch, size] of
+            each member, with the rows of a mixture within it; None without a mixture.
+    """
+    if _without_names(saved) != _without_names(present):
+        raise CheckpointError(
+            f"{where}: the checkpoint was trained on the mixture [name, samples of an epoch, size] {saved}, the data "
+            f"now give {present}; resume with the same sources and weights"
+        )
+    if saved != present:
+        logger.warning("%s: the members of the mixture were %s, now they are %s", where, saved, present)
+
+
+def _without_names(rows: Any) -> Any:
+    return [_without_names(one) for one in rows if not isinstance(one, str)] if isinstance(rows, list) else rows
+
+
 def _flatten(value: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(value, dict):
         return {prefix: list(value) if isinstance(value, tuple) else value}

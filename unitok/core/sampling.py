@@ -9,7 +9,9 @@ no rank holds a list of samples (see `permutation`).
 import ctypes
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import threading
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -18,7 +20,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError, WorkerLostError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
 
@@ -173,12 +175,37 @@ def _begin_worker(_worker: int) -> None:
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
 
 
+@contextmanager
+def loader_deaths() -> Iterator[None]:
+    """Context around whatever goes on while torch's loaders have workers: one that dies is told in one line.
+
+    torch raises its RuntimeError where the main thread happens to be (from the signal that a child has ended), not only
+    where a batch is asked for.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        if not text.startswith("DataLoader worker"):
+            raise
+        if "Bus error" in text:  # would only come again
+            raise UserError(
+                "a worker that loads data had no room in shared memory (/dev/shm); give the machine or container more "
+                "(--shm-size), or set num_workers=0"
+            ) from error
+        raise WorkerLostError(
+            f"a worker that loads data is gone ({text.rstrip('. ')}); the same command goes on. If it comes again, "
+            "memory runs out: lower num_workers"
+        ) from error
+
+
 def batches(
     task: Task, order: SampleOrder, start: int, stop: int, micro_batch_size: int, num_workers: int
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """This rank's micro-batches from global position `start` to `stop`, loaded in order.
 
-    With workers they are loaded ahead in processes; without, in this one when they are asked for.
+    With workers they are loaded ahead in processes, which end when this generator is closed; without, in this one when
+    they are asked for.
     """
     requests = _Requests(order, start, stop, micro_batch_size)
     if num_workers == 0:
@@ -194,7 +221,26 @@ def batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    for batch in loader:
-        if isinstance(batch, UserError):
-            raise batch
-        yield batch
+    stream = iter(loader)
+    try:
+        for batch in stream:
+            if isinstance(batch, UserError):
+                raise batch
+            yield batch
+    finally:
+        _end_workers(stream)
+
+
+def _end_workers(stream: Any) -> None:
+    """Kill what still runs: torch and multiprocessing would send SIGTERM, which workers ignore, and one that waits for
+    a lock that a killed worker held never ends by itself. The process would hang at its exit."""
+    in_main = threading.current_thread() is threading.main_thread()
+    if in_main:  # torch's handler would take these deaths for faults
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    try:
+        for worker in stream._workers:
+            worker.kill()
+        stream._shutdown_workers()
+    finally:
+        if in_main:
+            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)

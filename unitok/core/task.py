@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from unitok.core.bad_share import Reading
 from unitok.core.optim import OptimizerConfig
 
 # By network and parameter: which elements were replaced, and the new values (both whole, also under ZeRO 3).
@@ -74,6 +75,15 @@ class Task(ABC):
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
         """The names of samples in their source, for messages about a batch."""
         return [str(index) for index in indices]
+
+    def readings(self) -> list[Reading]:
+        """The sources that samples come from, whose bad ones the loop counts over all ranks; none: nothing is."""
+        return []
+
+    def places(self, batch: Any) -> Tensor:
+        """Of a batch that `load_batch` gave: int64 `[len(readings()), 2]`, how many of its samples are of each source,
+        and for how many of these, bad ones, others stand in. A pure function of the same arguments."""
+        raise NotImplementedError
 
     def prepare_step(self, batches: list[Any], step: int) -> None:  # noqa: B027 - optional
         """See all micro-batches of this rank before the step (global counts: one all-reduce)."""
