@@ -78,7 +78,10 @@ class TokenizerTask(Task):
         if not isinstance(source, MixtureSource):
             return [Reading(source.name, len(source), len(source), limit, source.num_lost)]
         members = zip(source.names, source.parts, source.counts, strict=True)
-        return [Reading(name, len(part), count, limit, part.num_lost) for name, part, count in members]
+        return [
+            Reading(name, len(part), count, limit, sum(leaf.num_lost for leaf in part.leaves()))
+            for name, part, count in members
+        ]
 
     def places(self, batch: dict[str, Any]) -> Tensor:
         return batch["places"]
