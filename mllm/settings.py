@@ -56,6 +56,10 @@ class MllmDataConfig(Config):
     `caption_detail`: long ones say more of what is to be drawn. Samples that cannot be read, have no words for the
     mixture or more than `max_length` ids are left out and logged; a share of them above `max_bad_fraction` ends it.
 
+    `code_noise`: of a picture that is to be drawn, up to this share of positions (how many is drawn for each sample) is
+    read as random codes, and still predicted as it was. The positions before then tell less than the text, which would
+    else be learnt last: it decides one position of an object, and all others follow from that one.
+
     `classes`: a file of class folders, one a line; every image's words are then its class's token and nothing else
     (`backbone.class_tokens` makes these single pieces of the text).
 
@@ -69,6 +73,7 @@ class MllmDataConfig(Config):
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = Field(0.1, ge=0, le=1)
     caption_detail: float = Field(0.0, ge=0)
+    code_noise: float = Field(0.0, ge=0, le=1)
     questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
     max_length: int = Field(2048, ge=4)

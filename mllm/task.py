@@ -38,11 +38,13 @@ _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained o
 
 
 class Loaded(NamedTuple):
-    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them."""
+    """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images, what is learnt of them, and the
+    codes that are read in their place."""
 
     kind: Kind
     codes: Tensor
     sequence: Sequence
+    input_codes: Tensor
 
 
 class _LossForward(nn.Module):
@@ -179,6 +181,7 @@ class MllmTask(Task):
             **layout,
             "labels": labels,
             "codes": torch.cat([one.codes for one in loaded]),
+            **({"input_codes": torch.cat([one.input_codes for one in loaded])} if self.config.data.code_noise else {}),
             "learn_image": torch.tensor(learn_image, dtype=torch.bool),
             "kinds": kinds,
         }
@@ -204,7 +207,7 @@ class MllmTask(Task):
     def _document(self, number: int, part: int) -> Loaded:
         length = self.config.data.max_length
         sequence = self.texts.first_good(number, lambda n: self.builder.text(self.texts[n], length, part))
-        return Loaded("text", self._no_images, sequence)
+        return Loaded("text", self._no_images, sequence, self._no_images)
 
     def _read(self, number: int, epoch: int, source: CodeSource | None = None, place: int | None = None) -> Loaded:
         """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
@@ -214,7 +217,17 @@ class MllmTask(Task):
         if len(sequence.ids) > self.config.data.max_length:
             raise DataError(f"{sample.key}: {len(sequence.ids)} ids, data.max_length is {self.config.data.max_length}")
         image = sample.latents.T if self.continuous else sample.codes
-        return Loaded(kind, image.expand(len(sequence.learn_image), *image.shape), sequence)
+        images = image.expand(len(sequence.learn_image), *image.shape)
+        if kind != "text_to_image" or not self.config.data.code_noise:
+            return Loaded(kind, images, sequence, images)
+        rng = numpy_rng("code noise", self.config.seed, epoch, number if place is None else place)
+        return Loaded(kind, images, sequence, self._with_noise(image, rng)[None])
+
+    def _with_noise(self, codes_KL: Tensor, rng: Any) -> Tensor:
+        """Random codes in place of those of some positions."""
+        is_noise_L = rng.random(codes_KL.shape[1]) < rng.random() * self.config.data.code_noise
+        noise_KL = rng.integers(self.visual.config.codebook_size, size=codes_KL.shape)
+        return torch.where(torch.from_numpy(is_noise_L), torch.from_numpy(noise_KL), codes_KL)
 
     def _sequence(self, sample: CodeSample, index: int, epoch: int) -> tuple[Kind, Sequence]:
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)
