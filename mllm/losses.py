@@ -52,6 +52,7 @@ class LossMixin:
         learn_image: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        input_codes: Tensor | None = None,
     ) -> LossSums:
         """Summed cross-entropies of one batch, right-padded or packed.
 
@@ -61,8 +62,9 @@ class LossMixin:
             attention_mask: `[B, T]` of right-padded rows, of one sequence each.
             position_ids: `[B, T]` of packed rows, in place of `attention_mask`: a sequence begins at every 0, is seen
                 by itself alone, and its first label is IGNORE.
+            input_codes: what is read in place of `codes`, which are predicted all the same.
         """
-        inputs_BTD = self.embed(input_ids, codes)
+        inputs_BTD = self.embed(input_ids, codes if input_codes is None else input_codes)
         if position_ids is None:
             hidden_BTD = self._hidden_states(inputs_BTD, attention_mask)
         else:

@@ -60,6 +60,10 @@ class MllmDataConfig(Config):
     captions at their end, conversations behind the last answer that fits, or in mid-answer where that is the first one.
     The log counts them (`samples_cut`). One that cannot hold its image and something to be learnt is a bad sample.
 
+    `code_noise`: of a picture that is to be drawn, up to this share of positions (how many is drawn for each sample) is
+    read as random codes, and still predicted as it was. The positions before then tell less than the text, which would
+    else be learnt last: it decides one position of an object, and all others follow from that one.
+
     `classes`: a file of class folders, one a line; every image's words are then its class's token and nothing else
     (`backbone.class_tokens` makes these single pieces of the text).
 
@@ -73,6 +77,7 @@ class MllmDataConfig(Config):
     mixture: MixtureConfig = MixtureConfig()
     unconditional: float = Field(0.1, ge=0, le=1)
     caption_detail: float = Field(0.0, ge=0)
+    code_noise: float = Field(0.0, ge=0, le=1)
     questions_per_image: int = Field(4, ge=1)
     paraphrase: bool = False
     max_length: int = Field(2048, ge=4)

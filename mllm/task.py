@@ -42,12 +42,13 @@ _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained o
 
 class Loaded(NamedTuple):
     """What one place of a batch holds: codes `[I, K, L]` (or latents) of its images and what is learnt of them; whether
-    its own sample is bad, and another one stands in."""
+    its own sample is bad, and another one stands in; codes that are read in place of those learnt, if any."""
 
     kind: Kind
     codes: Tensor
     sequence: Sequence
     bad: bool = False
+    input_codes: Tensor | None = None
 
 
 class _LossForward(nn.Module):
@@ -201,10 +202,17 @@ class MllmTask(Task):
             **layout,
             "labels": labels,
             "codes": torch.cat([one.codes for one in loaded]),
+            **self._input_codes(loaded),
             "learn_image": torch.tensor(learn_image, dtype=torch.bool),
             "kinds": kinds,
             "places": places,
         }
+
+    def _input_codes(self, loaded: list[Loaded]) -> dict[str, Tensor]:
+        if not self.config.data.code_noise:
+            return {}
+        read = [one.codes if one.input_codes is None else one.input_codes for one in loaded]
+        return {"input_codes": torch.cat(read)}
 
     def _count(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
         """How many samples are of each kind, cut, conversations without an image; and how many come from each member of
@@ -252,7 +260,17 @@ class MllmTask(Task):
         if not sequence.learn_image:
             return Loaded(kind, self._no_images, sequence)
         image = sample.latents.T if self.continuous else sample.codes
-        return Loaded(kind, image.expand(len(sequence.learn_image), *image.shape), sequence)
+        images = image.expand(len(sequence.learn_image), *image.shape)
+        if kind != "text_to_image" or not self.config.data.code_noise:
+            return Loaded(kind, images, sequence)
+        rng = numpy_rng("code noise", self.config.seed, epoch, number if place is None else place)
+        return Loaded(kind, images, sequence, input_codes=self._with_noise(image, rng)[None])
+
+    def _with_noise(self, codes_KL: Tensor, rng: Any) -> Tensor:
+        """Random codes in place of those of some positions."""
+        is_noise_L = rng.random(codes_KL.shape[1]) < rng.random() * self.config.data.code_noise
+        noise_KL = rng.integers(self.visual.config.codebook_size, size=codes_KL.shape)
+        return torch.where(torch.from_numpy(is_noise_L), torch.from_numpy(noise_KL), codes_KL)
 
     def _sequence(self, sample: CodeSample, index: int, epoch: int) -> tuple[Kind, Sequence]:
         data, rng = self.config.data, numpy_rng("mixture", self.config.seed, epoch, index)

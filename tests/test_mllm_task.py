@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from stages import make_task, write_configs
+from tiny import make_mllm
 
 from unitok.core.errors import ConfigError, DataError
+from unitok.core.rng import torch_rng
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.mixture import warn_of_missing_words
@@ -86,6 +88,44 @@ def test_detailed_captions_are_drawn_more_often(files: dict[str, Path], tmp_path
         lengths = [len(task._sequence(sample, 0, epoch)[1].ids) for epoch in range(600)]
         assert len(set(lengths)) == 2
         assert abs(lengths.count(max(lengths)) / 600 - share) < 0.07
+
+
+def test_noise_is_read_and_never_learnt(files: dict[str, Path], tmp_path: Path) -> None:
+    """Whole positions of pictures to draw, at most the share that is set, other ones each epoch, again the same."""
+    task = built(files, tmp_path / "one", "data.code_noise=0.5", "data.max_bad_fraction=0.1")
+    plain = built(files, tmp_path / "two", "data.max_bad_fraction=0.1")
+    shares = []
+    for epoch in range(3):
+        batch, without = (one.load_batch(list(range(6, 20)), epoch) for one in (task, plain))
+        assert "input_codes" not in without
+        assert all(torch.equal(batch[name], without[name]) for name in without)
+        again = task.load_batch(list(range(6, 20)), epoch)["input_codes"]
+        assert torch.equal(batch["input_codes"], again)
+        changed_IL = (batch["input_codes"] != batch["codes"]).any(dim=1)
+        assert not changed_IL[~batch["learn_image"]].any() and batch["input_codes"].max() < 64
+        shares.append(changed_IL[batch["learn_image"]].float().mean(dim=1))
+    share = torch.cat(shares)
+    assert 0.1 < share.mean() < 0.4 and share.std() > 0.05 and len({len(one.unique()) for one in shares}) > 0
+    assert any(not torch.equal(shares[0], other[: len(shares[0])]) for other in shares[1:] if len(other))
+
+
+def test_the_loss_reads_one_code_and_predicts_the_other(files: dict[str, Path], tmp_path: Path) -> None:
+    """Read codes count up to the last position but one, learnt ones everywhere."""
+    model = make_mllm()
+    config = model.config
+    ids = torch.tensor([[7, config.begin_image_id, *[config.image_token_id] * config.num_image_positions]])
+    shape = (1, config.num_codebooks, config.num_image_positions)
+    codes, other = (torch.randint(config.codebook_size, shape, generator=torch_rng("codes", n)) for n in (0, 1))
+    given = {"input_ids": ids, "labels": torch.full_like(ids, -100), "attention_mask": torch.ones_like(ids)}
+    given["learn_image"] = torch.ones(1, dtype=torch.bool)
+    loss = lambda read, learnt: float(model.losses(codes=learnt, input_codes=read, **given).image.detach())  # noqa: E731
+    assert loss(codes, codes) == loss(None, codes) != loss(other, codes) != loss(other, other)
+    last = codes.clone()
+    last[..., -1] = other[..., -1]
+    assert loss(last, codes) == pytest.approx(loss(codes, codes), rel=1e-6)
+    first = codes.clone()
+    first[..., 0] = other[..., 0]
+    assert loss(first, codes) != pytest.approx(loss(codes, codes), rel=1e-6)
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
