@@ -2,6 +2,9 @@
 
 import sys
 
-from unitok.cli import main
+try:
+    from unitok.cli import main
+except KeyboardInterrupt:  # Ctrl-C while we begin
+    sys.exit(130)
 
 sys.exit(main())
