@@ -105,7 +105,7 @@ class CodeGenerationMixin:
             raise UserError(f"embedder_cache={embedder_cache!r}: expected one of {', '.join(get_args(EmbedderCache))}")
         if not 0 <= guidance_scale <= MAX_GUIDANCE:
             raise UserError(
-                f"guidance_scale={guidance_scale}: expected a number of 1 (up to which it is off) to {MAX_GUIDANCE:g}"
+                f"guidance_scale={guidance_scale}: expected at least 1 (up to 1 is off) and at most {MAX_GUIDANCE:g}"
             )
         if guidance_scale > 1 and rows % 2:
             raise DataError(f"guidance needs conditional and unconditional rows, as many of each: got {rows} rows")

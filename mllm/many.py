@@ -133,12 +133,15 @@ def is_made(path: Path, record: Record) -> bool:
     if not path.exists():
         return False
     try:
+        # All of it: a file may have been cut off or damaged since. The first looks at checksums, the second at pixels.
         with Image.open(path) as image:
-            image.load()  # all of it: a file may have been cut off since
+            image.verify()
+        with Image.open(path) as image:
+            image.load()
             text = image.info.get(RECORD)
     except _UNREADABLE as error:
         raise UserError(
-            f"{path}: is there, but not readable as an image ({error}); delete it or give another folder"
+            f"{path}: is there, but is no image, or a damaged one ({error}); delete it or give another folder"
         ) from error
     found, wanted = _record_of(text), json.loads(json.dumps(record))
     if found is None:

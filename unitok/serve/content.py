@@ -26,7 +26,7 @@ _HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
 def unpacked(
     urls: Mapping[str, str], settings: ServeSettings, go_on: Callable[[], None], seen: Callable[[Image.Image], T]
 ) -> list[T]:
-    """`seen(picture)` of each data URL; ApiError 400 for anything else, and for too many pixels before any are unpacked.
+    """`seen(picture)` of each data URL; ApiError 400 for anything else, and for too many pixels before one is unpacked.
 
     `urls` by their place in the request, for messages. `go_on` is called before each picture, and may raise.
     """
@@ -39,7 +39,7 @@ def unpacked(
         if total > settings.max_total_pixels:
             raise bad(
                 "image_too_large",
-                f"{param}: with it the pictures have {total} pixels; expected at most {settings.max_total_pixels} in one "
+                f"{param}: with it the pictures have {total} pixels; expected at most {settings.max_total_pixels} in a "
                 "request; scale them down or leave some out",
                 param,
             )
@@ -115,8 +115,8 @@ def check_conversation(messages: list[AnyMessage], settings: ServeSettings) -> N
     if urls > settings.max_images:
         raise bad(
             "too_many_images",
-            f"{urls} images in the conversation; expected at most {settings.max_images}; leave out earlier ones or begin "
-            "a new conversation",
+            f"{urls} images in the conversation; expected at most {settings.max_images}; leave out earlier ones, or "
+            "begin a new conversation",
             "messages",
         )
 

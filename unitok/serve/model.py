@@ -70,11 +70,12 @@ class ServedModel:
         """("delta", (choice, text)) as it comes, then ("done", (prompt ids, answer ids, finish reasons))."""
         pipeline, asked = self.pipeline, []
         tokenizer = pipeline.processor.tokenizer
-        # One pass of the visual tokenizer for all pictures; the prompts then find their codes kept.
+        # Few passes of the visual tokenizer for all pictures; the prompts then find their codes kept.
         images = [part["image"] for job in jobs for m in job.messages if not isinstance(m["content"], str)
                   for part in m["content"] if part["type"] == "image"]  # fmt: skip
         if len(images) <= pipeline.image_cache_size:
-            pipeline.image_codes(images)
+            for start in range(0, len(images), self.max_batch):
+                pipeline.image_codes(images[start : start + self.max_batch])
         for job in jobs:
             try:
                 sampling = TextSampling(**job.sampling)
