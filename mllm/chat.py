@@ -20,7 +20,7 @@ from unitok.core.rng import torch_rng
 from unitok.mllm.backbone_steps import POSITIONS_AT_ONCE, LlamaSteps, why_generic
 from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.model import UniTokMLLM
-from unitok.mllm.sampler import check_filter, check_temperature, draw, filter_logits
+from unitok.mllm.sampler import check_filter, check_logits, check_temperature, draw, filter_logits
 from unitok.mllm.sequence import pad_left
 
 ROOM = 128  # positions that a kept conversation's buffers grow by
@@ -52,7 +52,11 @@ class TextSampling:
         check_filter([self.top_k], [self.top_p])
 
     def choose(self, logits_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
-        """Ids `[B]`; every row has a generator of its own, so that it does not depend on its neighbours."""
+        """Ids `[B]`; every row has a generator of its own, so that it does not depend on its neighbours.
+
+        NonFiniteError for logits of a broken model.
+        """
+        check_logits(logits_BV)
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
         probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)

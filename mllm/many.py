@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
@@ -24,6 +24,8 @@ from unitok.mllm.pipeline import UniTokPipeline, seeds_of
 
 RECORD = "unitok"  # text entry of a PNG that says how it was made
 _DIGITS = 5
+# What PIL raises for files that are no image, cut off, or damaged in their middle.
+_UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 Record = dict[str, Any]
 
@@ -127,22 +129,36 @@ def fingerprint(pipeline: UniTokPipeline) -> str:
 
 
 def is_made(path: Path, record: Record) -> bool:
-    """Whether the image is there. UserError if it is not the one that `record` describes."""
+    """Whether the image is there, whole. UserError if it is not the one that `record` describes."""
     if not path.exists():
         return False
     try:
+        # All of it: a file may have been cut off or damaged since. The first looks at checksums, the second at pixels.
         with Image.open(path) as image:
+            image.verify()
+        with Image.open(path) as image:
+            image.load()
             text = image.info.get(RECORD)
-    except UnidentifiedImageError as error:
-        raise UserError(f"{path}: is there, but no image; delete it or give another folder") from error
-    if text is None:
+    except _UNREADABLE as error:
+        raise UserError(
+            f"{path}: is there, but is no image, or a damaged one ({error}); delete it or give another folder"
+        ) from error
+    found, wanted = _record_of(text), json.loads(json.dumps(record))
+    if found is None:
         raise UserError(f"{path}: is there, but was not made by this command; give another folder")
-    found, wanted = json.loads(text), json.loads(json.dumps(record))
     for name in (*wanted, *found):
         if found.get(name) != wanted.get(name):
             was, now = _difference(found.get(name), wanted.get(name))
             raise UserError(f"{path}: was made with {name} {was}, now it is {now}; give another folder or delete it")
     return True
+
+
+def _record_of(text: str | None) -> Record | None:
+    try:
+        found = json.loads(text or "null")
+    except json.JSONDecodeError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _difference(found: Any, wanted: Any) -> tuple[Any, Any]:
@@ -160,7 +176,8 @@ def write_image(image: Image.Image, path: Path, record: Record, description: str
     info.add_text("Software", _software())  # not part of the record: a new version goes on with a folder
     if description is not None:
         info.add_text("Description", description)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    name = hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()  # short, however long the file's own is
+    temporary = path.with_name(f".{name}.{os.getpid()}.tmp")
     try:
         image.save(temporary, format="PNG", pnginfo=info)
         temporary.replace(path)

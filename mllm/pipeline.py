@@ -13,6 +13,7 @@ from PIL import Image
 from unitok.core.distributed import inference_device
 from unitok.core.errors import UserError
 from unitok.core.pretrained import check_model_folder, load_model_folder
+from unitok.core.texts import check_unicode
 from unitok.data.conversations import IMAGE_MARK
 from unitok.data.transforms import to_pil
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
@@ -157,6 +158,8 @@ class UniTokPipeline:
         graph: bool | None = None,
     ) -> torch.Tensor:
         """Codes `[B, K, L]` of one batch of prompts, with settings of `generate_codes`."""
+        for prompt in prompts:
+            check_unicode(prompt, "prompt")
         builder = self.processor.builder
         rows = [builder.text_to_image_prompt(prompt) for prompt in prompts]
         self._check_prompts(rows, prompts, self.model.config.num_image_positions)
@@ -169,18 +172,21 @@ class UniTokPipeline:
         )
 
     def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:
-        """UserError when a prompt and its `new` ids do not fit the backbone; a warning when one has unknown words."""
+        """UserError when a prompt and its `new` ids do not fit the backbone; a warning when its text (of a
+        conversation: the last turn) has unknown words."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         for row, text in zip(rows, texts, strict=True):
             if limit is not None and len(row) + new > limit:
                 raise UserError(
                     f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
                 )
-            if self.processor.tokenizer.unk_token_id in row:
+            tokenizer = self.processor.tokenizer
+            if tokenizer.unk_token_id in row:
                 words = text if isinstance(text, str) else " ".join(part.get("text", "") for part in text)
-                _LOGGER.warning(
-                    "%.200r has characters that the text tokenizer does not know; they are read as unknown", words
-                )
+                if tokenizer.unk_token_id in tokenizer(words, add_special_tokens=False)["input_ids"]:
+                    _LOGGER.warning(
+                        "%.200r has characters that the text tokenizer does not know; they are read as unknown", words
+                    )
 
     def chat(self, messages: list[dict[str, Any]], max_new_tokens: int = 128, seed: int = 0, **sampling: Any) -> str:
         """The assistant's answer to a conversation that ends with a user message; see `chat_batch`."""
@@ -252,6 +258,8 @@ class UniTokPipeline:
             turns, own = split_messages(messages)
             if not turns or not turns[-1].content.strip():
                 raise UserError("empty question: say what you want to know")
+            for turn in turns:
+                check_unicode(turn.content, turn.role)
             marks = sum(turn.content.count(IMAGE_MARK) for turn in turns)
             if marks != len(own):
                 raise UserError(f"{marks} x {IMAGE_MARK} in a conversation with {len(own)} images: expected as many")

@@ -9,13 +9,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from unitok.core.errors import UserError
+from unitok.core.errors import NonFiniteError, UserError
 from unitok.core.rng import torch_rng
 
 Setting = float | Sequence[float] | Tensor
 _BLOCK = 1024  # random numbers that an image's stream gives at a time
 # The largest share of the total that a draw may ask for: rounding must not carry it past the last entry.
 _LARGEST = 1 - 2.0**-20
+# Beyond these a temperature changes nothing that can be seen (the likeliest choice, an even one), but logits overflow.
+_COLDEST, _HOTTEST = 1e-6, 1e6
+MAX_GUIDANCE = 1000.0  # far beyond what draws anything; logits still fit fp32 at the coldest temperature
+_MAX_TOP_K = 2**31 - 1  # more entries than any vocabulary has
 
 
 def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int | Tensor, top_p: float | Tensor) -> Tensor:
@@ -23,10 +27,10 @@ def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
 
     Settings are numbers or tensors `[..., 1]`; a dropped entry becomes minus infinity.
     """
-    logits = logits / temperature
+    logits = _tempered(logits, temperature)
     ordered, order = logits.sort(dim=-1, descending=True)
     size = logits.shape[-1]
-    top_k = torch.as_tensor(top_k, device=logits.device)
+    top_k = torch.as_tensor(top_k if isinstance(top_k, Tensor) else min(top_k, _MAX_TOP_K), device=logits.device)
     last = torch.where(top_k > 0, top_k, size).clamp(max=size) - 1
     kth = ordered.gather(-1, last.expand(*ordered.shape[:-1], 1))
     ordered = ordered.masked_fill(ordered < kth, -torch.inf)
@@ -34,6 +38,20 @@ def filter_logits(logits: Tensor, temperature: float | Tensor, top_k: int | Tens
     # The mass *before* an entry decides, so the first is always kept.
     kept = ordered.masked_fill(probs.cumsum(dim=-1) - probs > top_p, -torch.inf)
     return torch.empty_like(kept).scatter_(-1, order, kept)
+
+
+def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
+    if isinstance(temperature, Tensor):
+        return logits / temperature.clamp(_COLDEST, _HOTTEST)
+    return logits / min(max(temperature, _COLDEST), _HOTTEST)
+
+
+def check_logits(logits: Tensor) -> None:
+    """NonFiniteError where some `[..., V]` have no largest finite entry: nothing can be chosen among them."""
+    if not bool(logits.amax(dim=-1).isfinite().all()):
+        raise NonFiniteError(
+            "the model's scores are not finite: its weights are damaged, or training went wrong; check the export"
+        )
 
 
 def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
@@ -88,7 +106,7 @@ class CodeSampler:
         self.do_sample, self.filtered = do_sample, any(k > 0 for k in ks) or any(p < 1 for p in ps)
         self.generators = [torch_rng("image", seed) for seed in seeds]
         self.temperatures = torch.tensor([first, others], device=device).unsqueeze(-1)
-        self.top_k = torch.tensor([int(k) for k in ks], device=device).unsqueeze(-1)
+        self.top_k = torch.tensor([min(int(k), _MAX_TOP_K) for k in ks], device=device).unsqueeze(-1)
         self.top_p = torch.tensor(ps, device=device).unsqueeze(-1)
         self._ready = torch.empty(count, 0, device=device)
 
@@ -112,14 +130,19 @@ class CodeSampler:
         return self
 
     def choose(self, logits_BV: Tensor, index: int, uniform_B: Tensor) -> Tensor:
-        """Codes `[B]` number `index` (0 to K - 1) of a position, from one random number for each image."""
+        """Codes `[B]` number `index` (0 to K - 1) of a position, from one random number for each image.
+
+        On a CPU NonFiniteError for logits of a broken model; elsewhere every look would wait for the device.
+        """
+        if logits_BV.device.type == "cpu":
+            check_logits(logits_BV)
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
         logits_BV, temperature_B1 = logits_BV.float(), self.temperatures[min(index, 1)]
         if self.filtered:
             logits_BV = filter_logits(logits_BV, temperature_B1, self.top_k, self.top_p)
         else:
-            logits_BV = logits_BV / temperature_B1
+            logits_BV = _tempered(logits_BV, temperature_B1)
         return draw(logits_BV.softmax(dim=-1), uniform_B)
 
     def __call__(self, logits_BV: Tensor, index: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from unitok.mllm.backbone_steps import backbone_steps
 from unitok.mllm.embedder_steps import EmbedderSteps
-from unitok.mllm.sampler import CodeSampler
+from unitok.mllm.sampler import CodeSampler, check_logits
 
 if TYPE_CHECKING:
     from unitok.mllm.model import UniTokMLLM
@@ -41,7 +41,7 @@ class PositionStepper:
         self.prompt_length, self.sampler = 0, None
 
     def start(self, prompts_RTD: Tensor, mask_RT: Tensor, sampler: CodeSampler, guidance_scale: float) -> Tensor:
-        """Read the prompts; the codes `[B, K]` of the first position."""
+        """Read the prompts; the codes `[B, K]` of the first position. NonFiniteError where the backbone is broken."""
         self.sampler = sampler if self.sampler is None else self.sampler.take(sampler)
         self.guidance.fill_(guidance_scale)
         if sampler.do_sample:
@@ -49,7 +49,9 @@ class PositionStepper:
             self.uniforms_LKB.copy_(uniforms_BN.t().reshape(self.uniforms_LKB.shape))
         self.prompt_length = mask_RT.shape[1]
         self.go_to(0)
-        return self._choose(self.backbone.start(prompts_RTD, mask_RT), self.uniforms_LKB[0])
+        hidden_RD = self.backbone.start(prompts_RTD, mask_RT)
+        check_logits(hidden_RD)  # here on every device: later positions are not looked at one by one
+        return self._choose(hidden_RD, self.uniforms_LKB[0])
 
     def go_to(self, position: int) -> None:
         """Make `position` the one whose codes the next step reads."""

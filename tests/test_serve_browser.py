@@ -202,3 +202,28 @@ def test_a_key_is_asked_for(browser, open_page, tmp_path):
         expect(page.locator("#model")).to_have_text("tiny")
         expect(page.locator("#key-form")).to_be_hidden()
         page.goto("about:blank")
+
+
+DROP = """async () => {
+    const canvas = Object.assign(document.createElement("canvas"), { width: 40, height: 40 });
+    const blob = await new Promise((made) => canvas.toBlob(made));
+    const dataTransfer = new DataTransfer();
+    dataTransfer.items.add(new File([blob], "one.png", { type: "image/png" }));
+    const event = new DragEvent("drop", { dataTransfer, bubbles: true, cancelable: true });
+    document.querySelector("header, body").dispatchEvent(event);
+    return event.defaultPrevented;
+}"""
+
+
+def test_a_picture_may_be_dropped_anywhere(server, open_page):
+    from playwright.sync_api import expect
+
+    page, _ = open_page(server[0])
+    expect(page.locator("#model")).to_have_text("tiny")
+    assert page.evaluate(DROP), "else the browser leaves the page for the picture"
+    expect(page.locator("#chat-preview")).to_be_visible()
+    page.click("#tab-pictures")
+    assert page.evaluate(DROP)
+    page.click("#tab-tokens")
+    assert page.evaluate(DROP)
+    expect(page.locator("#map button")).to_have_count(4, timeout=20_000)

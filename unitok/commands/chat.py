@@ -2,6 +2,7 @@
 
 import argparse
 import importlib.util
+import io
 import json
 import os
 import sys
@@ -16,6 +17,7 @@ from PIL import Image
 from unitok.commands.pasted import split_pictures, unquoted
 from unitok.commands.use import file_stem, load_pipeline, progress, small_model
 from unitok.core.errors import UserError
+from unitok.core.texts import check_unicode
 
 if TYPE_CHECKING:
     from unitok.mllm.session import ChatSession
@@ -49,6 +51,7 @@ def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
 
 def chat(arguments: argparse.Namespace) -> int:
     """Answer one question, or hold a conversation on the terminal."""
+    check_unicode(arguments.question or "", "question")
     if arguments.question is not None and not arguments.question.strip():
         raise UserError("empty question: say what you want to know")
     images = [_load(Path(name)) for name in arguments.image]
@@ -123,16 +126,17 @@ class Conversation:
         # On a GPU compiling takes a minute, longer than a few pictures.
         (image,) = pipeline.generate_images([prompt], seed=self.seed, on_position=progress(), graph=False)
         names = (f"{file_stem(prompt)}{'' if n == 1 else f'_{n}'}.png" for n in count(1))
-        path = next(self.out / name for name in names if not (self.out / name).exists())
+        path = self.out
         try:
             self.out.mkdir(parents=True, exist_ok=True)
+            path = next(self.out / name for name in names if not (self.out / name).exists())
             write_image(image, path, image_records(pipeline, [prompt], [self.seed])[0], prompt)
         except OSError as error:
             raise UserError(f"/generate: {path} cannot be written ({error.strerror}); give --out a folder") from error
         self.seed += 1
         image.info[FILE] = str(path)
         self.waiting.append(image)
-        print(path, flush=True)
+        print(_shown(path), flush=True)
 
     def _save(self, rest: str) -> None:
         if not rest:
@@ -140,15 +144,17 @@ class Conversation:
         if not self.session.messages:
             raise UserError("/save: nothing has been said yet")
         path = Path(unquoted(rest))
-        if path.exists() and path.resolve() not in self.saved:
-            raise UserError(f"/save: {path} is there already; name another file")
-        line = json.dumps(as_record(self.session.messages, path), ensure_ascii=False)
         try:
-            path.write_text(line + "\n", encoding="utf-8")
+            if path.exists() and path.resolve() not in self.saved:
+                raise UserError(f"/save: {path} is there already; name another file")
+            line = json.dumps(as_record(self.session.messages, path), ensure_ascii=False)
+            path.write_bytes(f"{line}\n".encode())
         except OSError as error:
             raise UserError(f"/save: {path} cannot be written ({error.strerror})") from error
+        except UnicodeEncodeError as error:
+            raise UserError("/save: a name of a file is not UTF-8, which JSON must be; rename the file") from error
         self.saved.add(path.resolve())
-        print(path, flush=True)
+        print(_shown(path), flush=True)
 
     def _reset(self, _: str) -> None:
         self.session.reset()
@@ -161,12 +167,14 @@ def converse(conversation: Conversation) -> int:
     Ctrl-C during an answer stops it, and it stays as far as it got.
     """
     terminal = sys.stdin.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):  # what is not UTF-8 then costs its line, not the conversation
+        sys.stdin.reconfigure(errors="surrogateescape")
     if terminal:
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401  (input() then has line editing, history, and pasting of several lines)
         print("Ask, or /help; Ctrl-D leaves.", file=sys.stderr)
     while True:
-        names = ", ".join(Path(image.info[FILE]).name for image in conversation.waiting if FILE in image.info)
+        names = ", ".join(_shown(Path(image.info[FILE]).name) for image in conversation.waiting if FILE in image.info)
         try:
             line = input(f"you [{names}]: " if names else "you: ") if terminal else input()
         except (EOFError, KeyboardInterrupt):
@@ -175,6 +183,10 @@ def converse(conversation: Conversation) -> int:
         try:
             conversation.take(line.strip())
         except UserError as error:  # one bad line does not end the conversation
+            print(f"unitok: error: {error}", file=sys.stderr, flush=True)
+        except BrokenPipeError:  # nobody reads what we say
+            raise
+        except OSError as error:
             print(f"unitok: error: {error}", file=sys.stderr, flush=True)
         except KeyboardInterrupt:
             if not terminal:
@@ -207,6 +219,11 @@ def as_record(messages: list[dict[str, Any]], file: Path) -> dict[str, Any]:
         turns.append({"role": message["role"], "content": text})
     images = {"image": paths[0]} if len(paths) == 1 else {"images": paths} if paths else {}
     return {"id": file.stem, **images, "conversations": turns}
+
+
+def _shown(name: Path | str) -> str:
+    """A name of a file as it can be printed: it need not be UTF-8."""
+    return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def _load(path: Path) -> Image.Image:

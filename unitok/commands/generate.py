@@ -12,6 +12,7 @@ from PIL import Image
 
 from unitok.commands.use import file_stem, image_file, load_pipeline, output_files, progress, sheet, small_model
 from unitok.core.errors import UserError
+from unitok.core.texts import check_unicode
 
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,6 +67,8 @@ def generate(arguments: argparse.Namespace) -> int:
         raise UserError("no prompt: give one, as in `unitok generate 'a photo of a red circle'`, or --from-file FILE")
     if any(not prompt.strip() for prompt in prompts):
         raise UserError("empty prompt: say what the image should show")
+    for prompt in arguments.prompts:
+        check_unicode(prompt, "prompt")
     seeds, endings = _seeds_of(arguments)
     texts = [prompt for prompt in prompts for _ in seeds]
     names = [f"{file_stem(prompt)}{ending}.png" for prompt in prompts for ending in endings]

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from statistics import fmean
 
-from unitok.commands.use import image_file, output_files, sheet, small_tokenizer
+from unitok.commands.use import image_file, keep_inputs, output_files, sheet, small_tokenizer, text_file
 from unitok.core.errors import UserError
 
 
@@ -39,6 +39,10 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     kind = "reconstruction" if arguments.alone else "pair"
     names = [f"{Path(name).stem}_{kind}.png" for name in arguments.images]
     files = [image_file("--sheet", arguments.sheet)] if arguments.sheet else output_files(arguments.out, names)
+    json_file = text_file("--json", arguments.json) if arguments.json else None
+    keep_inputs([*files, *([json_file] if json_file else [])], arguments.images)
+    if json_file and json_file.resolve() in {file.resolve() for file in files}:
+        raise UserError(f"--json {json_file}: is also the file of an image; give another name")
     tokenizer = load_model_folder(UniTok, arguments.tokenizer, dtype=torch.float32).eval()
     pairs, figures = [], []
     for number, (name, image) in enumerate(zip(arguments.images, images, strict=True)):
@@ -60,9 +64,9 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     if arguments.sheet:
         sheet(pairs, 2 * _pairs_in_a_row(len(figures))).save(files[0])
         print(files[0])
-    if arguments.json:
+    if json_file:
         results = {"tokenizer": str(arguments.tokenizer), "images": figures, "mean_psnr_db": mean}
-        Path(arguments.json).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     return 0
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
 
 SMALL_MODEL = "assets/shapes-mini"
+_LONGEST_STEM = 180  # bytes
 
 
 def small_model() -> str:
@@ -72,7 +73,25 @@ def output_files(out: str | None, names: Sequence[str]) -> list[Path]:
             name = f"{path.stem}_{number}{path.suffix}"
         taken.add(name)
         files.append(folder / name)
+        files[-1].exists()  # OSError for a name that is too long, before the work is done
     return files
+
+
+def text_file(option: str, name: str) -> Path:
+    """A file for text, its folder made; UserError where it cannot be one."""
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option} {name}: is a folder; expected a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def keep_inputs(targets: Sequence[Path], inputs: Sequence[str]) -> None:
+    """UserError where a file to be written is one that is read."""
+    for target in targets:
+        for name in inputs:
+            if target.exists() and target.samefile(name):
+                raise UserError(f"{target}: would replace the input {name}; give another file or folder with --out")
 
 
 def is_image_name(name: str) -> bool:
@@ -84,13 +103,17 @@ def image_file(option: str, name: str) -> Path:
     """A file for one image, its folder made; UserError unless it is of a kind that we write."""
     if Path(name).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
         raise UserError(f"{option} {name}: expected a folder or a file ending in .{', .'.join(IMAGE_EXTENSIONS)}")
-    Path(name).parent.mkdir(parents=True, exist_ok=True)
-    return Path(name)
+    path = Path(name)
+    if path.is_dir():
+        raise UserError(f"{option} {name}: is a folder; expected a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def file_stem(prompt: str) -> str:
-    """The words of a prompt as a file's name."""
-    return "_".join("".join(c if c.isalnum() else " " for c in prompt).split())[:80] or "image"
+    """The words of a prompt as a file's name, which with an ending fits the 255 bytes that file systems allow."""
+    words = "_".join("".join(c if c.isalnum() else " " for c in prompt).split())[:80]
+    return words.encode()[:_LONGEST_STEM].decode(errors="ignore") or "image"
 
 
 def sheet(images: Sequence[Image.Image], columns: int, gap: int = 2) -> Image.Image:

@@ -33,7 +33,7 @@ def create_app(pipeline: "UniTokPipeline", settings: ServeSettings | None = None
     """The service of one model. `app.state.service` has its parts."""
     settings = settings or ServeSettings()
     metrics = Metrics()
-    model = ServedModel(pipeline)
+    model = ServedModel(pipeline, settings.max_batch)
     scheduler = Scheduler(model, settings, metrics)
     service = Service(model, scheduler, metrics, settings, created=int(time.time()))
 
@@ -41,6 +41,7 @@ def create_app(pipeline: "UniTokPipeline", settings: ServeSettings | None = None
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         scheduler.start()
         yield
+        service.close()
         await scheduler.stop()
 
     # The pages of /docs load scripts from elsewhere: the description alone is served.
@@ -51,9 +52,21 @@ def create_app(pipeline: "UniTokPipeline", settings: ServeSettings | None = None
     add_pictures(app, service)
     _add_facts(app, service)
     _add_pages(app)
+    _name_the_model(app, settings.name)
     paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     app.add_middleware(Guard, settings=settings, scheduler=scheduler, metrics=metrics, paths=paths)
     return app
+
+
+def _name_the_model(app: FastAPI, name: str) -> None:
+    """In the description `model` can only be the one that is served."""
+    description = app.openapi()  # kept by the app, which serves it
+    for schema in ("ChatRequest", "ImageRequest"):
+        model = description["components"]["schemas"][schema]["properties"]["model"]
+        text = next(one for one in model.get("anyOf", [model]) if one["type"] == "string")
+        text["enum"] = [name]
+    for parameter in description["paths"]["/v1/models/{model}"]["get"]["parameters"]:
+        parameter["schema"]["enum"] = [name]
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:
@@ -79,14 +92,14 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         return Health(
             status="stopping" if scheduler.draining else "ok",
             model=service.settings.name,
-            waiting=len(scheduler.waiting),
+            waiting=scheduler.queued,
             running=len(scheduler.running),
         )
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Response:
         """Figures for Prometheus."""
-        service.metrics.waiting.set(len(service.scheduler.waiting))
+        service.metrics.waiting.set(service.scheduler.queued)
         service.metrics.running.set(len(service.scheduler.running))
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 

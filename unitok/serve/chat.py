@@ -1,20 +1,20 @@
 """/v1/chat/completions: whole answers, and streamed ones as server-sent events."""
 
-import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from PIL import Image
 
-from unitok.serve.content import conversation_of
+from unitok.serve.content import check_conversation, image_urls, pipeline_messages, unpacked
 from unitok.serve.errors import ApiError, bad
 from unitok.serve.jobs import ChatJob, Event
-from unitok.serve.schemas import Answer, ChatAnswer, ChatRequest, Choice, Usage
+from unitok.serve.schemas import Answer, AnyMessage, ChatAnswer, ChatRequest, Choice, Usage
 from unitok.serve.service import ERRORS, Service, while_connected
 
 DEFAULT_NEW_TOKENS = 128
@@ -27,13 +27,11 @@ def add_chat(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions", response_model=ChatAnswer, responses=ERRORS | {200: {"content": streamed}})
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         """Answer a conversation. With `stream` the answer comes as chunks, the last of them `[DONE]`."""
-        job = await _job_of(body, service)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": service.settings.name}
         if not body.stream:
-            return JSONResponse((await while_connected(request, _whole(service, job, about))).model_dump())
-        service.scheduler.submit(job)
-        events = service.scheduler.events(job)
-        first = await while_connected(request, anext(events))  # so that an early error has its own status
+            return JSONResponse((await while_connected(request, _whole(service, body, about))).model_dump())
+        # The first event is waited for, so that an early error has its own status.
+        job, first, events = await while_connected(request, _begun(service, body))
         usage = bool(body.stream_options and body.stream_options.include_usage)
         return StreamingResponse(
             _chunks(service, job, first, events, about, usage),
@@ -48,15 +46,16 @@ async def _job_of(body: ChatRequest, service: Service) -> ChatJob:
     n = body.n or 1
     service.check_number(n)
     limit = service.settings.max_new_tokens
+    for name, value in (("max_tokens", body.max_tokens), ("max_completion_tokens", body.max_completion_tokens)):
+        if value is not None and value > limit:
+            raise bad("max_tokens_too_large", f"{name}={value}: expected at most {limit}", name)
     asked = body.max_completion_tokens or body.max_tokens
-    if asked is not None and asked > limit:
-        raise bad("max_tokens_too_large", f"max_tokens={asked}: expected at most {limit}", "max_tokens")
     if body.stream_options is not None and not body.stream:
         raise bad("invalid_value", "stream_options needs stream: true", "stream_options")
     stop = (body.stop,) if isinstance(body.stop, str) else tuple(body.stop or ())
     if any(not 0 < len(one) <= 100 for one in stop):
         raise bad("invalid_value", "stop: expected strings of 1 to 100 characters", "stop")
-    messages = await asyncio.to_thread(conversation_of, body.messages, service.settings, service.model.seen)
+    messages = await _messages_of(body.messages, service)
     given = {"temperature": body.temperature, "top_k": body.top_k, "top_p": body.top_p}
     sampling: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if body.temperature == 0 or not sampling:  # without settings: the likeliest answer
@@ -73,8 +72,28 @@ async def _job_of(body: ChatRequest, service: Service) -> ChatJob:
     )
 
 
-async def _whole(service: Service, job: ChatJob, about: dict[str, Any]) -> ChatAnswer:
-    service.scheduler.submit(job)
+async def _messages_of(messages: list[AnyMessage], service: Service) -> list[dict[str, Any]]:
+    """Messages as the pipeline takes them; what has no pictures needs no thread."""
+    check_conversation(messages, service.settings)
+    urls = image_urls(messages)
+    if not urls:
+        return pipeline_messages(messages, {})
+
+    def images(go_on: Callable[[], None]) -> list[Image.Image]:
+        return unpacked(urls, service.settings, go_on, service.model.seen)
+
+    return pipeline_messages(messages, dict(zip(urls, await service.unpack(images), strict=True)))
+
+
+async def _begun(service: Service, body: ChatRequest) -> tuple[ChatJob, Event, AsyncIterator[Event]]:
+    """The queued job, its first event and those that follow."""
+    job = await service.scheduler.prepare(lambda: _job_of(body, service))
+    events = service.scheduler.events(job)
+    return job, await anext(events), events
+
+
+async def _whole(service: Service, body: ChatRequest, about: dict[str, Any]) -> ChatAnswer:
+    job = await service.scheduler.prepare(lambda: _job_of(body, service))
     texts = [""] * job.n
     async with aclosing(service.scheduler.events(job)) as events:
         async for kind, value in events:

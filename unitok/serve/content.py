@@ -4,8 +4,8 @@ import base64
 import binascii
 import io
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -13,17 +13,48 @@ from unitok.core.errors import UserError
 from unitok.data.conversations import MARKS
 from unitok.data.transforms import decode_image
 from unitok.serve.errors import bad
-from unitok.serve.schemas import ImagePart, Message
+from unitok.serve.schemas import AnyMessage, ImagePart
 from unitok.serve.settings import ServeSettings
 
+T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+);base64,", re.ASCII)
 # What PIL raises for a file whose header it cannot read, beside OSError.
 _HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
 
 
-def image_of(url: str, param: str, settings: ServeSettings) -> Image.Image:
-    """The picture of a data URL as RGB; ApiError 400 for anything else, before its pixels are unpacked."""
+def unpacked(
+    urls: Mapping[str, str], settings: ServeSettings, go_on: Callable[[], None], seen: Callable[[Image.Image], T]
+) -> list[T]:
+    """`seen(picture)` of each data URL; ApiError 400 for anything else, and for too many pixels before one is unpacked.
+
+    `urls` by their place in the request, for messages. `go_on` is called before each picture, and may raise.
+    """
+    files, total = [], 0
+    for param, url in urls.items():
+        go_on()
+        data, pixels = _file_of(url, param, settings)
+        files.append((param, data))
+        total += pixels
+        if total > settings.max_total_pixels:
+            raise bad(
+                "image_too_large",
+                f"{param}: with it the pictures have {total} pixels; expected at most {settings.max_total_pixels} in a "
+                "request; scale them down or leave some out",
+                param,
+            )
+    images = []
+    for param, data in files:
+        go_on()
+        try:
+            images.append(seen(decode_image(data, param)))
+        except UserError as error:
+            raise bad("invalid_image", str(error), param) from None
+    return images
+
+
+def _file_of(url: str, param: str, settings: ServeSettings) -> tuple[bytes, int]:
+    """The file of a data URL and its number of pixels; ApiError 400 for anything else."""
     head = _DATA_URL.match(url)
     if head is None:
         shown = url[:40].encode("ascii", "backslashreplace").decode()
@@ -46,10 +77,7 @@ def image_of(url: str, param: str, settings: ServeSettings) -> Image.Image:
         shown = "far too many" if size is None else f"{size[0]} x {size[1]}"
         expected = f"expected at most {settings.max_pixels} in all; scale it down"
         raise bad("image_too_large", f"{param}: {shown} pixels; {expected}", param)
-    try:
-        return decode_image(data, param)
-    except UserError as error:
-        raise bad("invalid_image", str(error), param) from None
+    return data, size[0] * size[1]
 
 
 def _size_of(data: bytes, param: str) -> tuple[int, int] | None:
@@ -63,17 +91,14 @@ def _size_of(data: bytes, param: str) -> tuple[int, int] | None:
         raise bad("invalid_image", f"{param}: not a readable png, jpeg or webp", param) from None
 
 
-def conversation_of(
-    messages: list[Message], settings: ServeSettings, seen: Callable[[Image.Image], Image.Image]
-) -> list[dict[str, Any]]:
-    """Messages as the pipeline takes them, with PIL images after `seen`; ApiError 400 for what cannot be asked."""
+def check_conversation(messages: list[AnyMessage], settings: ServeSettings) -> None:
+    """ApiError 400 for what cannot be asked; pictures are counted only."""
     _check_roles([message.role for message in messages])
     texts, urls = 0, 0
     for number, message in enumerate(messages):
-        parts = [] if isinstance(message.content, str) else message.content
-        words = (
-            message.content if isinstance(message.content, str) else "".join(p.text for p in parts if p.type == "text")
-        )
+        content = message.content or ""
+        parts = [] if isinstance(content, str) else content
+        words = content if isinstance(content, str) else "".join(p.text for p in parts if p.type == "text")
         images = [part for part in parts if isinstance(part, ImagePart)]
         check_text(words, f"messages.{number}.content")
         if images and message.role != "user":
@@ -88,8 +113,12 @@ def conversation_of(
             "messages",
         )
     if urls > settings.max_images:
-        raise bad("too_many_images", f"{urls} images; expected at most {settings.max_images}", "messages")
-    return [_pipeline_message(number, message, settings, seen) for number, message in enumerate(messages)]
+        raise bad(
+            "too_many_images",
+            f"{urls} images in the conversation; expected at most {settings.max_images}; leave out earlier ones, or "
+            "begin a new conversation",
+            "messages",
+        )
 
 
 def check_text(text: str, param: str) -> None:
@@ -113,20 +142,30 @@ def _check_roles(roles: list[str]) -> None:
         )
 
 
-def _pipeline_message(
-    number: int, message: Message, settings: ServeSettings, seen: Callable[[Image.Image], Image.Image]
-) -> dict[str, Any]:
-    role = "system" if message.role == "developer" else message.role
-    if isinstance(message.content, str):
-        return {"role": role, "content": message.content}
-    parts: list[dict[str, Any]] = []
-    for place, part in enumerate(message.content):
-        if isinstance(part, ImagePart):
-            param = f"messages.{number}.content.{place}.image_url"
-            parts.append({"type": "image", "image": seen(image_of(part.image_url.url, param, settings))})
-        else:
-            parts.append({"type": "text", "text": part.text})
-    return {"role": role, "content": parts}
+def image_urls(messages: list[AnyMessage]) -> dict[str, str]:
+    """The URLs of the pictures, by their place in the request."""
+    return {
+        f"messages.{number}.content.{place}.image_url": part.image_url.url
+        for number, message in enumerate(messages)
+        for place, part in enumerate(message.content or ())
+        if isinstance(part, ImagePart)
+    }
+
+
+def pipeline_messages(messages: list[AnyMessage], images: Mapping[str, Image.Image]) -> list[dict[str, Any]]:
+    """Messages as the pipeline takes them, with `images` by the places of `image_urls`."""
+    made = []
+    for number, message in enumerate(messages):
+        content: Any = message.content or ""
+        if not isinstance(content, str):
+            content = [
+                {"type": "text", "text": part.text}
+                if not isinstance(part, ImagePart)
+                else {"type": "image", "image": images[f"messages.{number}.content.{place}.image_url"]}
+                for place, part in enumerate(content)
+            ]
+        made.append({"role": "system" if message.role == "developer" else message.role, "content": content})
+    return made
 
 
 def png(image: Image.Image, record: str | None = None) -> str:

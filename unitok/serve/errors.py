@@ -11,6 +11,8 @@ from starlette.exceptions import HTTPException
 
 _LOGGER = logging.getLogger(__name__)
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# The roles of messages and types of their parts, by which their forms are told apart.
+FORMS = ("system", "developer", "user", "assistant", "text", "image_url")
 _LONGEST = 300  # characters of a value or key of the client in a message
 
 
@@ -75,7 +77,11 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     """The complaint of pydantic's that got furthest: where a value may have several forms, that of the form it most
     likely meant. 400 for what is no JSON, else 422."""
     first = max(errors, key=lambda error: len(error["loc"]))
-    place = [str(part)[:_LONGEST] for part in first["loc"] if part != "body" and not _is_form(part)]
+    place = [
+        str(part)[:_LONGEST]
+        for before, part in zip((None, *first["loc"]), first["loc"], strict=False)
+        if part != "body" and not _is_form(part, before)
+    ]
     param = ".".join(place).encode("ascii", "backslashreplace").decode() or None
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     if first["type"] == "json_invalid":
@@ -85,6 +91,8 @@ def _validation_error(errors: Sequence[Any]) -> ApiError:
     return ApiError(422, code, f"{param or 'body'}: {message}{more}", param)
 
 
-def _is_form(part: str | int) -> bool:
-    """Whether a part of a place is pydantic's name of one of several forms."""
-    return isinstance(part, str) and (part in ("str", "constrained-str") or part.startswith("list["))
+def _is_form(part: str | int, before: str | int | None) -> bool:
+    """Whether a part of a place is pydantic's name of one of several forms: of a value, or of an entry of a list."""
+    if not isinstance(part, str):
+        return False
+    return part in ("str", "constrained-str") or part.startswith("list[") or (isinstance(before, int) and part in FORMS)

@@ -40,8 +40,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        start, path = time.monotonic(), scope["path"] if scope["path"] in self.paths else "other"
-        status = 500
+        start, status = time.monotonic(), 500
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
             nonlocal status
@@ -55,8 +54,16 @@ class Guard:
             await self._pass(scope, receive, send_with_headers)
         finally:
             self.active -= 1
+            path = self._counted_as(scope)
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
+
+    def _counted_as(self, scope: Scope) -> str:
+        """The path as the figures have it: never a text of the client's."""
+        if scope["path"] in self.paths:
+            return scope["path"]
+        route = getattr(scope.get("route"), "path", None)  # as /v1/models/{model}; none where it was refused before
+        return route if route in self.paths else "other"
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
         headers = Headers(scope=scope)

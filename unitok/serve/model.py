@@ -27,10 +27,11 @@ class _NobodyWaitsError(Exception):
 
 
 class ServedModel:
-    """A pipeline as the scheduler uses it."""
+    """A pipeline as the scheduler uses it. At most `max_batch` conversations or pictures go through it together, also
+    where one request asks for more."""
 
-    def __init__(self, pipeline: UniTokPipeline) -> None:
-        self.pipeline = pipeline
+    def __init__(self, pipeline: UniTokPipeline, max_batch: int = 16) -> None:
+        self.pipeline, self.max_batch = pipeline, max_batch
         self.tokenizer = pipeline.tokenizer  # loaded now, and not within somebody's request
 
     def facts(self) -> dict[str, Any]:
@@ -69,11 +70,12 @@ class ServedModel:
         """("delta", (choice, text)) as it comes, then ("done", (prompt ids, answer ids, finish reasons))."""
         pipeline, asked = self.pipeline, []
         tokenizer = pipeline.processor.tokenizer
-        # One pass of the visual tokenizer for all pictures; the prompts then find their codes kept.
+        # Few passes of the visual tokenizer for all pictures; the prompts then find their codes kept.
         images = [part["image"] for job in jobs for m in job.messages if not isinstance(m["content"], str)
                   for part in m["content"] if part["type"] == "image"]  # fmt: skip
         if len(images) <= pipeline.image_cache_size:
-            pipeline.image_codes(images)
+            for start in range(0, len(images), self.max_batch):
+                pipeline.image_codes(images[start : start + self.max_batch])
         for job in jobs:
             try:
                 sampling = TextSampling(**job.sampling)
@@ -95,8 +97,9 @@ class ServedModel:
             ]
             asked.append((job, prompt, rows))
         flat = [row for _, _, rows in asked for row in rows]
-        if flat:
-            answer_rows(pipeline.model, flat, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        for start in range(0, len(flat), self.max_batch):
+            rows = flat[start : start + self.max_batch]
+            answer_rows(pipeline.model, rows, tokenizer.eos_token_id, tokenizer.pad_token_id)
         for job, prompt, rows in asked:
             if not job.cancelled:
                 counts = len(prompt.ids), sum(len(row.stream.ids) for row in rows)
@@ -128,7 +131,7 @@ class ServedModel:
         try:
             drawn = iter(
                 self.pipeline.generate_images(
-                    prompts, seed=seeds, batch_size=len(prompts), on_position=look, graph=False, **good[0].sampler
+                    prompts, seed=seeds, batch_size=self.max_batch, on_position=look, graph=False, **good[0].sampler
                 )
             )
         except _NobodyWaitsError:

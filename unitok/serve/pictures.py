@@ -1,11 +1,12 @@
 """/v1/images/generations, and /v1/tokenizer/reconstruct: pictures from text, and from their own codes."""
 
-import asyncio
 import time
+from collections.abc import Callable
 
+import torch
 from fastapi import FastAPI, Request
 
-from unitok.serve.content import check_text, image_of
+from unitok.serve.content import check_text, unpacked
 from unitok.serve.errors import bad
 from unitok.serve.jobs import ImageJob, ReconstructJob
 from unitok.serve.schemas import ImageAnswer, ImageRequest, ImageUsage, Picture, ReconstructAnswer, ReconstructRequest
@@ -19,7 +20,11 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     async def generations(body: ImageRequest, request: Request) -> ImageAnswer:
         """Draw `n` pictures, always as base64. `size` is the model's own or "auto"."""
         job = _job_of(body, service)
-        read, files = await while_connected(request, service.result(job))
+
+        async def ready() -> ImageJob:
+            return job
+
+        read, files = await while_connected(request, service.result(ready))
         written = job.n * service.facts["image_positions"]
         service.metrics.images.inc(job.n)
         service.metrics.tokens.labels("read").inc(read)
@@ -36,9 +41,15 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     @app.post("/v1/tokenizer/reconstruct", responses=ERRORS)
     async def reconstruct(body: ReconstructRequest, request: Request) -> ReconstructAnswer:
         """What the visual tokenizer keeps of a picture: its codes and what they decode to."""
-        image = await asyncio.to_thread(image_of, body.image, "image", service.settings)
-        pixels = await asyncio.to_thread(service.model.pixels, image)
-        return ReconstructAnswer(**await while_connected(request, service.result(ReconstructJob(pixels=pixels))))
+
+        def pixels(go_on: Callable[[], None]) -> torch.Tensor:
+            (image,) = unpacked({"image": body.image}, service.settings, go_on, service.model.pixels)
+            return image
+
+        async def job() -> ReconstructJob:
+            return ReconstructJob(pixels=await service.unpack(pixels))
+
+        return ReconstructAnswer(**await while_connected(request, service.result(job)))
 
 
 def _job_of(body: ImageRequest, service: Service) -> ImageJob:

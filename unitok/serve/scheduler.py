@@ -6,9 +6,10 @@ The queue lives in the event loop, so that it needs no locks. Only `ServedModel.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from contextlib import contextmanager
+from typing import Protocol, TypeVar
 
 from unitok.serve.errors import ApiError, internal_error
 from unitok.serve.jobs import Event, Job
@@ -16,6 +17,7 @@ from unitok.serve.metrics import Metrics
 from unitok.serve.settings import ServeSettings
 
 _LOGGER = logging.getLogger(__name__)
+J = TypeVar("J", bound=Job)
 
 
 class Runs(Protocol):
@@ -30,8 +32,9 @@ class Scheduler:
     def __init__(self, model: Runs, settings: ServeSettings, metrics: Metrics) -> None:
         self.model, self.settings, self.metrics = model, settings, metrics
         self.waiting: deque[Job] = deque()
+        self.preparing = 0  # requests that have a place in the queue, but no job yet: their pictures are unpacked
         self.running: Sequence[Job] = ()
-        self.draining = False
+        self.draining = self.gave_up = False
         self._arrived = asyncio.Event()
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unitok-model")
         self._task: asyncio.Task[None] | None = None
@@ -42,9 +45,9 @@ class Scheduler:
 
     def give_up(self) -> None:
         """Tell all who still wait that there will be no answer."""
-        self.draining = True
+        self.draining = self.gave_up = True
         for job in [*self.waiting, *self.running]:
-            job.emit("error", ApiError(503, "stopping", "the server is stopping; ask again later"))
+            job.emit("error", _stopping())
             job.cancelled = True
 
     async def stop(self) -> None:
@@ -58,40 +61,72 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not self.waiting and not self.running
+        return not self.queued and not self.running
 
-    def submit(self, job: Job) -> None:
-        """Queue a job; ApiError 429 when too many wait, 503 when the server is stopping."""
+    @property
+    def queued(self) -> int:
+        """Requests that wait, those included whose pictures are being unpacked."""
+        return len(self.waiting) + self.preparing
+
+    async def prepare(self, make: Callable[[], Awaitable[J]]) -> J:
+        """Queue the job that `make` gives, whose place is held meanwhile.
+
+        ApiError 429 when too many wait, 503 when the server is stopping, 504 when it takes too long. The time of the
+        request runs from now on.
+        """
+        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
+        with self._place():
+            try:
+                async with asyncio.timeout_at(deadline):
+                    job = await make()
+            except TimeoutError:
+                self.metrics.cancelled.inc()
+                raise self._too_late() from None
+            except asyncio.CancelledError:
+                self.metrics.cancelled.inc()
+                raise
+        if self.gave_up:
+            raise _stopping()
+        job.deadline = deadline
+        self.waiting.append(job)
+        self._arrived.set()
+        return job
+
+    @contextmanager
+    def _place(self) -> Iterator[None]:
         if self.draining:
-            raise ApiError(503, "stopping", "the server is stopping; ask again later", headers={"Retry-After": "10"})
-        if len(self.waiting) >= self.settings.max_queue:
+            raise _stopping()
+        if self.queued >= self.settings.max_queue:
             self.metrics.refused.inc()
             raise ApiError(
                 429,
                 "queue_full",
-                f"{len(self.waiting)} requests wait already; ask again later",
-                headers={"Retry-After": str(self.metrics.retry_after(len(self.waiting)))},
+                f"{self.queued} requests wait already; ask again later",
+                headers={"Retry-After": str(self.metrics.retry_after(self.queued))},
             )
-        self.waiting.append(job)
-        self._arrived.set()
+        self.preparing += 1
+        try:
+            yield
+        finally:
+            self.preparing -= 1
+
+    def _too_late(self) -> ApiError:
+        self.metrics.timeouts.inc()
+        return ApiError(504, "timeout", f"no answer within {self.settings.request_seconds:g} seconds; ask for less")
 
     async def events(self, job: Job) -> AsyncIterator[Event]:
         """The job's events up to "done". An "error" is raised; so is ApiError 504 when it takes too long.
 
         A job whose reader goes away is cancelled: it leaves the queue, or stops at its next token or position.
         """
-        deadline = asyncio.get_running_loop().time() + self.settings.request_seconds
         finished = False
         try:
             while not finished:
                 try:
-                    async with asyncio.timeout_at(deadline):
+                    async with asyncio.timeout_at(job.deadline):
                         kind, value = await job.events.get()
                 except TimeoutError:
-                    self.metrics.timeouts.inc()
-                    raise ApiError(
-                        504, "timeout", f"no answer within {self.settings.request_seconds:g} seconds; ask for less"
-                    ) from None
+                    raise self._too_late() from None
                 finished = kind in ("done", "error")
                 if kind == "error":
                     raise value
@@ -135,15 +170,29 @@ class Scheduler:
         return batch
 
     async def _run(self, batch: list[Job]) -> None:
-        """One batch in the model's thread. An error nobody foresaw costs the batch, not the server."""
+        """One batch in the model's thread. An error nobody foresaw costs the request that it is about, not those beside
+        it: each is then run alone."""
         self.running = batch
-        call: Callable[[Sequence[Job]], None] = self.model.run
-        with self.metrics.batch(batch):
-            future = asyncio.get_running_loop().run_in_executor(self._executor, call, batch)
-            await asyncio.wait({future})
-        self.running = ()
-        error = future.exception()
+        error = await self._call(batch)
         if error is not None:
             _LOGGER.error("a batch of %d requests failed", len(batch), exc_info=error)
-            for job in batch:
+        for job in batch if error is not None else ():
+            if job.ended or job.cancelled:
+                continue
+            if len(batch) > 1:
+                job.begin_again()
+                error = await self._call([job])
+            if error is not None:
                 job.emit("error", internal_error())
+        self.running = ()
+
+    async def _call(self, jobs: list[Job]) -> BaseException | None:
+        call: Callable[[Sequence[Job]], None] = self.model.run
+        with self.metrics.batch(jobs):
+            future = asyncio.get_running_loop().run_in_executor(self._executor, call, jobs)
+            await asyncio.wait({future})
+        return future.exception()
+
+
+def _stopping() -> ApiError:
+    return ApiError(503, "stopping", "the server is stopping; ask again later", headers={"Retry-After": "10"})

@@ -41,10 +41,30 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
+Content = Text | Annotated[list[Part], Field(min_length=1, max_length=256)]
+Empty = Annotated[list[Any], Field(max_length=0)]
+
+
 class Message(_Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[Part], Field(min_length=1, max_length=256)]
+    role: Literal["system", "developer", "user"]
+    content: Content
     name: Text | None = None
+
+
+class AssistantMessage(_Body):
+    """An earlier answer, as clients send it back: what our answers do not have may be there, but empty."""
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    name: Text | None = None
+    refusal: Literal[""] | None = None
+    annotations: Empty | None = None
+    tool_calls: Empty | None = None
+    function_call: None = None
+    audio: None = None
+
+
+AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
 
 
 class StreamOptions(_Body):
@@ -59,7 +79,7 @@ class ChatRequest(_Body):
     """A conversation that ends with a user's message. `top_k` is an extra; penalties can only be 0."""
 
     model: Text
-    messages: Annotated[list[Message], Field(min_length=1, max_length=256)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=256)]
     max_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     temperature: TextTemperature | None = None

@@ -1,7 +1,9 @@
 """What the endpoints share."""
 
 import asyncio
-from collections.abc import Awaitable
+import threading
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -34,6 +36,10 @@ ERRORS: dict[int | str, dict[str, Any]] = {
 }
 
 
+class _GoneError(Exception):
+    """The client whose pictures are unpacked has gone."""
+
+
 @dataclass
 class Service:
     """One model, its queue, figures and limits."""
@@ -47,6 +53,25 @@ class Service:
 
     def __post_init__(self) -> None:
         self.facts = self.model.facts()
+        self._unpacking = ThreadPoolExecutor(self.settings.unpack_threads, thread_name_prefix="unitok-unpack")
+
+    def close(self) -> None:
+        """End the threads that unpack pictures, each after the picture it is at."""
+        self._unpacking.shutdown(wait=False, cancel_futures=True)
+
+    async def unpack(self, call: Callable[[Callable[[], None]], T]) -> T:
+        """`call(go_on)` in one of the few threads that unpack pictures. When nobody waits for it any more, it is not
+        begun, or `go_on`, which it calls before each picture, ends it."""
+        gone = threading.Event()
+
+        def go_on() -> None:
+            if gone.is_set():
+                raise _GoneError
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._unpacking, call, go_on)
+        finally:
+            gone.set()
 
     def check_model(self, name: str | None) -> None:
         """ApiError 404 for a model that is not served."""
@@ -61,9 +86,9 @@ class Service:
         if n > self.settings.max_n:
             raise bad("n_too_large", f"n={n}: expected at most {self.settings.max_n}", "n")
 
-    async def result(self, job: Job) -> Any:
-        """Queue a job and wait for its "done"."""
-        self.scheduler.submit(job)
+    async def result(self, make: Callable[[], Awaitable[Job]]) -> Any:
+        """Queue the job that `make` gives and wait for its "done"."""
+        job = await self.scheduler.prepare(make)
         async for kind, value in self.scheduler.events(job):
             if kind == "done":
                 return value

@@ -23,8 +23,10 @@ class ServeSettings:
         request_seconds: a request must be answered in this time, waiting included (504).
         body_seconds: a request's body must have come in this time (408).
         grace_seconds: how long a stopping server goes on with what it has accepted.
-        max_body_bytes, max_pixels, max_images, max_prompt_chars, max_new_tokens, max_n: limits of one request;
-            `max_images` counts those of a conversation, `max_n` the answers or images asked for.
+        unpack_threads: pictures that are unpacked at once, each beside its request's others.
+        max_body_bytes, max_pixels, max_total_pixels, max_images, max_prompt_chars, max_new_tokens, max_n: limits of one
+            request; `max_pixels` of one picture, `max_total_pixels` of all in it, `max_images` counts those of a
+            conversation, `max_n` the answers or images asked for.
     """
 
     name: str = "unitok"
@@ -36,8 +38,10 @@ class ServeSettings:
     request_seconds: float = 120.0
     body_seconds: float = 20.0
     grace_seconds: float = 30.0
+    unpack_threads: int = 2
     max_body_bytes: int = 16 * 2**20
     max_pixels: int = 16_000_000
+    max_total_pixels: int = 48_000_000
     max_images: int = 8
     max_prompt_chars: int = 16_000
     max_new_tokens: int = 1024

@@ -1,7 +1,7 @@
 // What the three views share: the server, its key, errors, tabs.
-import { startChat } from "./chat.js";
+import { startChat, take } from "./chat.js";
 import { startPictures } from "./pictures.js";
-import { startTokens } from "./tokens.js";
+import { read, startTokens } from "./tokens.js";
 
 export const $ = (id) => document.getElementById(id);
 const KEY = "unitok-key"; // kept for this tab only
@@ -100,6 +100,19 @@ function startTabs() {
   if (asked) open(asked);
 }
 
+// A picture goes to the view that is open, wherever on the page it is dropped: the browser would leave the page for it.
+function startDrops() {
+  const files = (event) => event.dataTransfer.types.includes("Files"); // text goes where it is dropped
+  document.addEventListener("dragover", (event) => files(event) && event.preventDefault());
+  document.addEventListener("drop", (event) => {
+    if (!files(event)) return;
+    event.preventDefault();
+    const [file] = event.dataTransfer.files;
+    if (!$("tokens").hidden) read(file);
+    else if (!$("chat").hidden) take(file);
+  });
+}
+
 async function learn() {
   await shown(async () => {
     const [model] = (await (await ask("/v1/models")).json()).data;
@@ -118,6 +131,7 @@ $("key-form").addEventListener("submit", (event) => {
   learn();
 });
 startTabs();
+startDrops();
 startChat();
 startPictures();
 startTokens();

@@ -22,11 +22,6 @@ export function startChat() {
     $("chat-form").requestSubmit();
   });
   $("chat-image").addEventListener("change", (event) => take(event.target.files[0]));
-  $("chat-form").addEventListener("dragover", (event) => event.preventDefault());
-  $("chat-form").addEventListener("drop", (event) => {
-    event.preventDefault();
-    take(event.dataTransfer.files[0]);
-  });
   $("question").addEventListener("paste", (event) => {
     const file = [...event.clipboardData.files][0];
     if (file) take(file);
@@ -46,7 +41,7 @@ export function startChat() {
   });
 }
 
-const take = (file) => file && shown(async () => show(await dataUrl(file)));
+export const take = (file) => file && shown(async () => show(await dataUrl(file)));
 
 function show(url) {
   picture = url;

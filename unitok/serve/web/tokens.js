@@ -4,19 +4,20 @@ import { $, ask, dataUrl, make, shown } from "./app.js";
 let made = null;
 
 export function startTokens() {
-  $("tokens-image").addEventListener("change", async (event) => {
-    const file = event.target.files[0];
-    if (!file) return;
-    $("tokens-state").textContent = "Reading the picture";
-    await shown(async () => {
-      made = await (await ask("/v1/tokenizer/reconstruct", { image: await dataUrl(file) })).json();
-      show();
-    });
-    $("tokens-state").textContent = "";
-    event.target.value = "";
-  });
+  $("tokens-image").addEventListener("change", (event) => read(event.target.files[0]));
   $("codebook").addEventListener("change", drawMap);
   $("map").addEventListener("keydown", move);
+}
+
+export async function read(file) {
+  if (!file) return;
+  $("tokens-state").textContent = "Reading the picture";
+  await shown(async () => {
+    made = await (await ask("/v1/tokenizer/reconstruct", { image: await dataUrl(file) })).json();
+    show();
+  });
+  $("tokens-state").textContent = "";
+  $("tokens-image").value = "";
 }
 
 function show() {
