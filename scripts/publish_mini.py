@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from unitok.core.errors import UserError
-from unitok.demo import evaluate_model
+from unitok.demo import SECOND, evaluate_model
 
 MOST_BYTES = 8_000_000
 SHOWN_AS = "runs/mini"  # whatever folder the run was in
@@ -48,7 +48,7 @@ def publish(run: Path, out: Path, seed: int) -> None:
         halve(file)
     recipe = out / "recipe"
     recipe.mkdir()
-    for stage in ("tokenizer", "mllm"):
+    for stage in ("tokenizer", "mllm", f"mllm{SECOND}"):
         shutil.copy(run / stage / "log.jsonl", recipe / f"{stage}.log.jsonl")
         config = (run / stage / "config.yaml").read_text().replace(str(run.resolve()), SHOWN_AS)
         (recipe / f"{stage}.yaml").write_text(config.replace(str(run), SHOWN_AS))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.commands.train import stage_config
-from unitok.core.config import Config
+from unitok.core.config import Config, has_config
 from unitok.core.errors import ConfigError
 from unitok.core.launch import launch, local_ranks
 from unitok.core.memory import MemoryWatch
@@ -22,6 +22,7 @@ HELD_OUT_IMAGES = 500
 VQA_QUESTIONS = 1000
 GENEVAL_PROMPTS = 240
 GENEVAL_SAMPLES = 2
+SECOND = "_2"  # ending of a second part's configuration and folder
 
 # Shows that every part runs; nothing is learnt in so few steps.
 QUICK = {
@@ -86,10 +87,11 @@ def _section(title: str) -> None:
     print(f"\n== {title}", flush=True)
 
 
-def _train(stage: str, recipe: str, out: Path, seed: int, quick: bool, places: dict[str, Path]) -> Config:
-    """One stage on two ranks where there are two cores, at the batch size of its configuration file."""
+def _train(stage: str, recipe: str, run: Path, seed: int, quick: bool, places: dict[str, Path]) -> Config:
+    """One stage into the folder `run`, on two ranks where there are two cores, at the batch size of its configuration
+    file."""
     file = f"{stage}/{recipe}.yaml"
-    overrides = [f"output_dir={out / stage}", f"seed={seed}", *(QUICK[stage] if quick else [])]
+    overrides = [f"output_dir={run}", f"seed={seed}", *(QUICK[stage] if quick else [])]
     overrides += [f"{name}={path}" for name, path in places.items()]
     config = stage_config(stage, file, overrides)
     ranks = local_ranks(most=2)
@@ -105,7 +107,7 @@ def _train(stage: str, recipe: str, out: Path, seed: int, quick: bool, places: d
 def _train_tokenizer(out: Path, seed: int, quick: bool, recipe: str) -> str:
     """Stage one; returns the data source that it trained on."""
     _section("stage one: the visual tokenizer")
-    return _train("tokenizer", recipe, out, seed, quick, {}).data.source
+    return _train("tokenizer", recipe, out / "tokenizer", seed, quick, {}).data.source
 
 
 def _extract(out: Path, source: str) -> None:
@@ -126,11 +128,17 @@ def _extract(out: Path, source: str) -> None:
 
 
 def _train_model(out: Path, seed: int, quick: bool, recipe: str) -> None:
-    """Stage two; its export is copied to `out/model`."""
+    """Stage two, with a second part where the recipe has one (configs/mllm/NAME_2.yaml, which goes on from the export of
+    the first); the last export is copied to `out/model`."""
     _section("stage two: the unified model")
-    _train("mllm", recipe, out, seed, quick, {"tokenizer": out / "tokenizer" / "export", "data.codes": out / "codes"})
+    last, codes = out / "mllm", {"data.codes": out / "codes"}
+    _train("mllm", recipe, last, seed, quick, {"tokenizer": out / "tokenizer" / "export"} | codes)
+    if has_config(f"mllm/{recipe}{SECOND}.yaml"):
+        _section("stage two: its second part")
+        first, last = last, out / f"mllm{SECOND}"
+        _train("mllm", recipe + SECOND, last, seed, quick, {"init_from": first / "export"} | codes)
     shutil.rmtree(out / "model", ignore_errors=True)
-    shutil.copytree(out / "mllm" / "export", out / "model")
+    shutil.copytree(last / "export", out / "model")
 
 
 def evaluate_model(model: Path, out: Path, seed: int, quick: bool = False) -> dict[str, Any]:

@@ -93,6 +93,15 @@ def config_path(name: Path | str) -> Path:
     raise ConfigError(f"configuration {str(name)!r} is neither a file nor a packaged one; packaged: {', '.join(known)}")
 
 
+def has_config(name: Path | str) -> bool:
+    """Whether `config_path` finds it."""
+    try:
+        config_path(name)
+    except ConfigError:
+        return False
+    return True
+
+
 def save_config(config: Config | Mapping[str, Any], path: Path | str) -> None:
     """Write the resolved configuration as YAML (atomically); `load_config` reads it back to an equal one."""
     values = config.model_dump(mode="json") if isinstance(config, Config) else dict(config)
