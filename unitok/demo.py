@@ -128,8 +128,8 @@ def _extract(out: Path, source: str) -> None:
 
 
 def _train_model(out: Path, seed: int, quick: bool, recipe: str) -> None:
-    """Stage two, with a second part where the recipe has one (configs/mllm/NAME_2.yaml, which goes on from the export of
-    the first); the last export is copied to `out/model`."""
+    """Stage two, and its second part where the recipe has one (configs/mllm/NAME_2.yaml), which goes on from the export
+    of the first; the last export is copied to `out/model`."""
     _section("stage two: the unified model")
     last, codes = out / "mllm", {"data.codes": out / "codes"}
     _train("mllm", recipe, last, seed, quick, {"tokenizer": out / "tokenizer" / "export"} | codes)
