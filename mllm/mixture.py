@@ -13,7 +13,15 @@ _LOOKED_AT = 1000  # samples
 
 def has_words(sample: CodeSample, kind: Kind) -> bool:
     """Can a sample be learnt from as `kind` (any but "text")?"""
-    return bool(sample.questions or sample.conversations) if kind == "chat" else bool(sample.captions)
+    return bool(sample.questions or sample.conversations) if kind == "chat" else bool(captions_for(sample, kind))
+
+
+def captions_for(sample: CodeSample, kind: Kind) -> list[str]:
+    """The captions of a sample as `kind`. LLaVA's alignment data are conversations of one question, a request to
+    describe the image, and LLaVA learns the answer alone: for "plain" it is a caption where there is no other."""
+    if kind == "plain" and not sample.captions:
+        return [turns[1].content for turns in sample.conversations if len(turns) == 2]
+    return sample.captions
 
 
 def warn_of_missing_words(source: CodeSource | CodeMixture, mixture: MixtureConfig) -> None:

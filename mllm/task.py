@@ -25,7 +25,7 @@ from unitok.mllm.build import build_model, build_text_tokenizer
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
-from unitok.mllm.mixture import has_words, warn_of_missing_words
+from unitok.mllm.mixture import captions_for, has_words, warn_of_missing_words
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
@@ -286,8 +286,9 @@ class MllmTask(Task):
         kind: Kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
         if kind == "chat":
             return kind, self.builder.chat(self._conversation(sample, rng))
-        weights = [len(text.split()) ** data.caption_detail for text in sample.captions]
-        caption = sample.captions[int(rng.choice(len(weights), p=[weight / sum(weights) for weight in weights]))]
+        captions = captions_for(sample, kind)
+        weights = [len(text.split()) ** data.caption_detail for text in captions]
+        caption = captions[int(rng.choice(len(weights), p=[weight / sum(weights) for weight in weights]))]
         if kind == "text_to_image":
             return kind, self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))
         return kind, self.builder.plain(caption) if kind == "plain" else self.builder.caption(caption)

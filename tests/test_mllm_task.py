@@ -15,7 +15,7 @@ from unitok.core.errors import ConfigError, DataError
 from unitok.core.rng import torch_rng
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.conversations import IMAGE_MARK, Turn
-from unitok.mllm.mixture import warn_of_missing_words
+from unitok.mllm.mixture import has_words, warn_of_missing_words
 from unitok.mllm.settings import MixtureConfig
 
 WORDLESS, WORDY = 3, 5
@@ -102,11 +102,13 @@ def test_noise_is_read_and_never_learnt(files: dict[str, Path], tmp_path: Path) 
         again = task.load_batch(list(range(6, 20)), epoch)["input_codes"]
         assert torch.equal(batch["input_codes"], again)
         changed_IL = (batch["input_codes"] != batch["codes"]).any(dim=1)
-        assert not changed_IL[~batch["learn_image"]].any() and batch["input_codes"].max() < 64
+        assert (
+            not changed_IL[~batch["learn_image"]].any()
+            and batch["input_codes"].max() < task.visual.config.codebook_size
+        )
         shares.append(changed_IL[batch["learn_image"]].float().mean(dim=1))
     share = torch.cat(shares)
-    assert 0.1 < share.mean() < 0.4 and share.std() > 0.05 and len({len(one.unique()) for one in shares}) > 0
-    assert any(not torch.equal(shares[0], other[: len(shares[0])]) for other in shares[1:] if len(other))
+    assert 0.1 < share.mean() < 0.4 and share.std() > 0.05
 
 
 def test_the_loss_reads_one_code_and_predicts_the_other(files: dict[str, Path], tmp_path: Path) -> None:
@@ -126,6 +128,27 @@ def test_the_loss_reads_one_code_and_predicts_the_other(files: dict[str, Path], 
     first = codes.clone()
     first[..., 0] = other[..., 0]
     assert loss(first, codes) != pytest.approx(loss(codes, codes), rel=1e-6)
+
+
+def test_answers_of_one_question_are_captions_to_align_with(files: dict[str, Path], tmp_path: Path) -> None:
+    """As LLaVA's alignment data are distributed; a caption of its own goes before, and other kinds do not take them."""
+    source = CodeSource(files["codes"])
+    samples = [source[index] for index in range(6, 10)]
+    for sample in samples[:3]:
+        asked = [Turn("user", f"what is this?\n{IMAGE_MARK}"), Turn("assistant", "a red circle")]
+        sample.captions, sample.questions, sample.conversations = [], [], [asked]
+    samples[1].captions = ["a blue square"]
+    samples[2].conversations[0] += [Turn("user", "and?"), Turn("assistant", "nothing")]
+    codes = write_codes(samples, tmp_path / "llava", source.header)
+    mixture = "data.mixture={text_to_image: 0, caption: 0, plain: 1, chat: 0, text: 0}"
+    task = built(files, tmp_path / "run", f"data.codes={codes}", "data.max_bad_fraction=0.5", mixture)
+    batch = task.load_batch([0, 1], 0)
+    learnt = [row[row >= 0] for row in batch["labels"]]
+    assert [task.text_tokenizer.decode(ids).strip() for ids in learnt] == ["a red circle", "a blue square"]
+    task.load_batch([2], 0)
+    assert set(task.source.bad) == {2}, "of a longer conversation no answer is a caption"
+    drawn = built(files, tmp_path / "drawn", f"data.codes={codes}", "data.max_bad_fraction=0.9")
+    assert not has_words(drawn.source[0], "text_to_image") and has_words(drawn.source[0], "plain")
 
 
 def test_a_mixture_of_nothing_is_refused() -> None:
