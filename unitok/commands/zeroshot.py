@@ -123,7 +123,8 @@ def _one(
 
 
 def _plan(arguments: argparse.Namespace, names: list[str]) -> int:
-    print(f"would measure: zero-shot classification of {arguments.source} by {', '.join(names)}")
+    some = f"{arguments.limit} images of {arguments.source}" if arguments.limit else arguments.source
+    print(f"would measure: zero-shot classification of {some} by {', '.join(names)}")
     hints = [
         (
             arguments.source,
