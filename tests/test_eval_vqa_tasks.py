@@ -9,7 +9,14 @@ from PIL import Image, ImageColor
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
 from unitok.data.source import open_source
-from unitok.eval.benchmark_data import load_documents, pictures, question
+from unitok.eval.benchmark_data import (
+    documents_hash,
+    load_documents,
+    loaded_documents,
+    missing_data,
+    pictures,
+    question,
+)
 from unitok.eval.benchmarks import BENCHMARKS, LETTER, SHORT, benchmark
 from unitok.eval.rescore import judged, read_samples, rescore_samples
 from unitok.eval.vqa_metrics import mean
@@ -244,12 +251,16 @@ def test_rescoring_by_a_judge(run, tmp_path, monkeypatch, capsys):
     assert {one["metric"]: one["value"] for one in written["metrics"]} == {"answered": 1.0, "score": 0.5}
     assert written["protocol"]["judge"] == "my_judge:score"
     assert written["protocol"]["generation"]["max_gen_toks"] == 1024
+    assert written["protocol"]["documents"] == documents_hash("mmvet", DOCUMENTS["mmvet"])
     assert main(["report", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "score of math" in shown and "score of rec" in shown
     assert main(["eval", "rescore", str(path), "--judge", "my_judge:nothing"]) == 2
     assert "my_judge:nothing" in capsys.readouterr().err
     assert main(["eval", "rescore", str(path), "--limit", "0"]) == 2
+    capsys.readouterr()
+    assert main(["eval", "rescore", str(path), "--judge", "my_judge:score", "--model", "nowhere"]) == 2
+    assert "--model nowhere: no such folder" in capsys.readouterr().err
     assert main(["eval", "rescore", str(tmp_path / "none.jsonl"), "--dry-run"]) == 0
     assert "is missing" in capsys.readouterr().out
 
@@ -283,8 +294,61 @@ def test_missing_data_say_where_they_come_from(tmp_path, monkeypatch):
     (tmp_path / "pope").mkdir()
     with pytest.raises(DataError, match="pope: cannot read .*hf download lmms-lab/POPE"):
         load_documents("pope", str(tmp_path))
+    assert missing_data("pope", str(tmp_path)).startswith("no data.jsonl and no .parquet file in ")
+    (tmp_path / "pope" / "a.png").write_bytes(png("red"))
+    assert "hf download lmms-lab/POPE" in missing_data("pope", str(tmp_path)), "a lone picture is no data"
+    (tmp_path / "pope" / "data").mkdir()
+    (tmp_path / "pope" / "data" / "test.parquet").touch()
+    assert missing_data("pope", str(tmp_path)) is None
     with pytest.raises(DataError, match="known are"):
         benchmark("vqa")
+
+
+def write_documents(root, name, documents):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (root / name / "red.png").write_bytes(png("red"))
+    return load_documents(name, str(root))
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_a_question_is_not_asked_without_its_picture(name, tmp_path):
+    """Of a misnamed field, and of a row that has none; ScienceQA's questions without one are as they should be."""
+    documents = [one for one in DOCUMENTS[name] if one.get("data_type") != "video" and one.get("index", 0) < 1000]
+    misnamed = [{key.replace("image", "img"): value for key, value in one.items()} for one in documents]
+    with pytest.raises(DataError, match=r"no field 'image(_1)?'; expected"):
+        write_documents(tmp_path / "misnamed", name, misnamed)
+    without = [{key: None if key.startswith("image") else value for key, value in documents[0].items()}]
+    doc = write_documents(tmp_path / "without", name, [*without, *documents])[0]
+    if name == "scienceqa":
+        assert pictures(doc) == []
+    else:
+        with pytest.raises(DataError, match=f"^{name}: (no picture in 'image'|the question names <image 2>)"):
+            pictures(doc)
+
+
+def test_the_hash_of_documents_is_of_what_is_asked_and_scored(tmp_path):
+    documents = DOCUMENTS["pope"]
+    found = {}
+    for case, rows in (
+        ("as they are", documents),
+        ("with more fields", [one | {"id": 3} for one in documents]),
+        ("other question", [one | {"question": "Is there a bird?"} for one in documents]),
+        ("other answer", [documents[0] | {"answer": "no"}, documents[1]]),
+        ("fewer", documents[:1]),
+    ):
+        write_documents(tmp_path / case, "pope", rows)
+        found[case] = loaded_documents()["pope"]
+        assert found[case] == documents_hash("pope", rows)
+    assert found.pop("with more fields") == found["as they are"]
+    assert len(set(found.values())) == 4
+    turned = documents_hash("mmbench", load_documents("mmbench", str(write_root(tmp_path))))
+    assert turned != documents_hash("mmbench", DOCUMENTS["mmbench"][:2]), "every rotation is a question"
+
+
+def write_root(tmp_path):
+    write_documents(tmp_path / "turned", "mmbench", DOCUMENTS["mmbench"])
+    return tmp_path / "turned"
 
 
 @pytest.mark.parametrize("colors", [("red", "blue"), ("green", "white")])

@@ -13,6 +13,7 @@ from unitok.commands.t2i import (
     sampler_of,
     use_share,
 )
+
 REFERENCE_FROM = (
     "VIRTUAL_imagenet256_labeled.npz of github.com/openai/guided-diffusion (evaluations), or a folder of images"
 )

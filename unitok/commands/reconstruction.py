@@ -26,7 +26,7 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser, default: str) 
     )
     parser.add_argument(
         "--preprocess", choices=("plain", "inference", "vae_val", "clip_val"),
-        help="how images are cut to size, for all models (default: as UniTok was trained; those of diffusers follow it)",
+        help="how images are cut to size, for all models (default: as UniTok was trained, which others follow)",
     )  # fmt: skip
 
 
