@@ -125,7 +125,9 @@ def test_dry_run_of_lm_eval_lists_the_tasks_asked_for(tasks, listed, capsys, tmp
     assert main(["lm-eval", *tasks, "--dry-run"]) == 0
     rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
     assert list(rows) == listed
-    assert ("no such task; ours are" in rows.get("unitok_nonsense", "no such task; ours are")) is True
+    assert [task for task, text in rows.items() if text.startswith("no such task")] == [
+        task for task in listed if task == "unitok_nonsense"
+    ]
     assert main(["lm-eval", *tasks, "--dry-run", "--metadata", json.dumps({"data": str(tmp_path)})]) == 0
     assert (f"no folder {tmp_path / 'pope'}" in capsys.readouterr().out) == ("unitok_pope" in listed)
 

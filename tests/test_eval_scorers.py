@@ -11,7 +11,7 @@ from reference import REFERENCE
 
 from unitok.core.errors import DataError
 from unitok.data.shapes import relations
-from unitok.eval.geneval import load_prompts
+from unitok.eval.geneval import load_prompts, score_prompt
 from unitok.eval.geneval_score import GenEvalRule, relative_position, score_detections, summarise
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
 

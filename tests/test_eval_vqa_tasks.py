@@ -17,7 +17,7 @@ from unitok.eval.benchmark_data import (
     pictures,
     question,
 )
-from unitok.eval.benchmarks import BENCHMARKS, LETTER, SHORT, benchmark
+from unitok.eval.benchmarks import BENCHMARKS, LETTER, SHORT, benchmark, score
 from unitok.eval.rescore import judged, read_samples, rescore_samples
 from unitok.eval.vqa_metrics import mean
 
@@ -349,6 +349,29 @@ def test_the_hash_of_documents_is_of_what_is_asked_and_scored(tmp_path):
 def write_root(tmp_path):
     write_documents(tmp_path / "turned", "mmbench", DOCUMENTS["mmbench"])
     return tmp_path / "turned"
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_no_answer_is_a_crash(name):
+    texts = [
+        "",
+        "\n",
+        "F",
+        "I",
+        "Z",
+        "The answer is F.",
+        "(I)",
+        "A. B. C.",
+        ".",
+        "nan",
+        "inf is -inf",
+        "1e999",
+        "²",
+        "[1,",
+    ]
+    for doc in DOCUMENTS[name]:
+        for text in texts:
+            assert score(name, doc | {"rotation": 0}, text).keys() == benchmark(name).metrics.keys()
 
 
 @pytest.mark.parametrize("colors", [("red", "blue"), ("green", "white")])

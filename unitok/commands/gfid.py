@@ -77,11 +77,12 @@ def _plan(arguments: argparse.Namespace, num: int) -> None:
 
 def _measure(arguments: argparse.Namespace, paths: list[Path], protocol: dict[str, Any], network: Any) -> int:
     from unitok.eval.class_generation import gfid_metrics
+    from unitok.eval.fidelity import reference_name
     from unitok.eval.results import print_run, run_results, write_run
 
     reference = Path(arguments.reference)
     metrics, kind = gfid_metrics(paths, reference, network, arguments.batch_size, arguments.seed)
-    protocol |= {"fid": "torch-fidelity, 8-bit images", "reference": reference.name, "reference_kind": kind}
+    protocol |= {"fid": "torch-fidelity, 8-bit images", "reference": reference_name(reference), "reference_kind": kind}
     results = run_results("class_conditional", metrics, protocol, [arguments.seed], Path(arguments.model))
     print_run(results)
     print(write_run(Path(arguments.out) / "results.json", results))

@@ -167,9 +167,8 @@ def _list_data(argv: list[str]) -> int:
         found = list(ours) if task == _TAG else fnmatch.filter(known, task)
         rows |= {name: known[name] for name in found}
         if not found:
-            wrong = f"no such task; ours are {', '.join(known)}, and {_TAG} for all about pictures"
             theirs = "lm-eval's own task: from the hub, as its task file says"
-            rows[task] = wrong if task.startswith(OURS) else theirs
+            rows[task] = f"no such task; ours are {OURS}*, see --dry-run" if task.startswith(OURS) else theirs
     print_table(list(rows.items()), ("task", "data"))
     given = ",".join(one.removeprefix("--model_args=") for one in argv)
     for part in given.split(","):

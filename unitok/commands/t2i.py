@@ -194,6 +194,7 @@ def _plan(arguments: argparse.Namespace, spec: Any) -> None:
 
 
 def _fidelity(arguments: argparse.Namespace, items: Sequence[Any], protocol: dict[str, Any], network: Any) -> int:
+    from unitok.eval.fidelity import reference_name
     from unitok.eval.results import print_run, run_results, write_run
     from unitok.eval.t2i_runs import fidelity_metrics
 
@@ -202,7 +203,7 @@ def _fidelity(arguments: argparse.Namespace, items: Sequence[Any], protocol: dic
     metrics = fidelity_metrics(out, items, reference, network, size, arguments.seed)
     protocol = protocol | {
         "fid": "torch-fidelity, 8-bit images as their files hold them",
-        "reference": reference.name,
+        "reference": reference_name(reference),
     }
     results = run_results("mjhq30k", metrics, protocol, [arguments.seed], Path(arguments.model))
     print_run(results)
