@@ -4,11 +4,12 @@ Local: `<data>/<benchmark>/data.jsonl` (rows with the hub's field names, picture
 snapshot of the hub's data set (`hf download NAME --repo-type dataset --local-dir <data>/<benchmark>`).
 """
 
+import hashlib
 import io
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,11 @@ def missing_data(name: str, data: str | None = None) -> str | None:
         return None
     if folder is None:
         return f"from the hub: {hub} (set {DATA_VARIABLE} to a folder to use local data)"
-    if folder.is_dir():
+    if (folder / DATA_FILE).is_file() or next(folder.rglob("*.parquet"), None):
         return None
+    found = f"no {DATA_FILE} and no .parquet file in {folder}" if folder.is_dir() else f"no folder {folder}"
     return (
-        f"no folder {folder}: hf download {hub} --repo-type dataset --local-dir {folder}, or put {DATA_FILE} with "
-        "pictures there"
+        f"{found}: hf download {hub} --repo-type dataset --local-dir {folder}, or put {DATA_FILE} with pictures there"
     )
 
 
@@ -49,7 +50,7 @@ def load_documents(name: str, data: str | None = None) -> Any:
     """A `datasets.Dataset` of all documents, each with `benchmark` (its name) and, in circular ones, `rotation`.
 
     Raises:
-        DataError: the data are missing or lack a field; the message says where they come from.
+        DataError: the data are missing, or lack a field or a picture; the message says where they come from.
     """
     rule, folder = benchmark(name), data_folder(name, data)
     if rule.generated and not (folder is not None and folder.is_dir()):
@@ -60,17 +61,42 @@ def load_documents(name: str, data: str | None = None) -> Any:
         documents = _read_jsonl(folder / DATA_FILE, rule)
     else:
         documents = _read_set(name, rule, rule.hub if folder is None else str(folder))
-    absent = [field for field in rule.fields if field not in documents.column_names]
+    expected = (*rule.fields, rule.images[0])
+    absent = [field for field in expected if field not in documents.column_names]
     if absent:
         where = rule.hub if folder is None else folder
-        raise DataError(f"{name}: {where} has no field {absent[0]!r}; expected {', '.join(rule.fields)}")
+        raise DataError(f"{name}: {where} has no field {absent[0]!r}; expected {', '.join(expected)}")
     keep = rule.keep
     if keep is not None:
-        texts = documents.remove_columns([field for field in rule.images if field in documents.column_names])
+        texts = _texts(documents, rule)
         documents = documents.select([index for index, doc in enumerate(texts) if keep(doc)])
     if rule.rotations is not None:
         documents = _rotated(documents, rule)
+    _LOADED[name] = documents_hash(name, documents)
     return documents.add_column("benchmark", [name] * len(documents))
+
+
+_LOADED: dict[str, str] = {}
+
+
+def loaded_documents() -> dict[str, str]:
+    """Hash of the documents of every benchmark that this process has read: lm-eval, which reads them, keeps none."""
+    return dict(_LOADED)
+
+
+def documents_hash(name: str, documents: Iterable[Doc]) -> str:
+    """SHA-256 over questions as they are asked and the fields that a benchmark needs, without pictures (which may be
+    many GiB) and fields that nothing reads: the same for a local file and the hub's data set."""
+    rule, digest = benchmark(name), hashlib.sha256()
+    for doc in _texts(documents, rule) if hasattr(documents, "remove_columns") else documents:
+        needed = {field: doc.get(field) for field in (*rule.fields, "rotation")}
+        digest.update(json.dumps([rule.ask(doc), needed], sort_keys=True, default=str).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _texts(documents: Any, rule: Benchmark) -> Any:
+    """The documents without their pictures."""
+    return documents.remove_columns([field for field in rule.images if field in documents.column_names])
 
 
 def _drawn(name: str, rule: Benchmark) -> Any:
@@ -98,7 +124,7 @@ def _png(image: Image.Image) -> bytes:
 
 def _rotated(documents: Any, rule: Benchmark) -> Any:
     """Every document as often as it has options, numbered by `rotation`."""
-    texts = documents.remove_columns([field for field in rule.images if field in documents.column_names])
+    texts = _texts(documents, rule)
     turns = [(index, turn) for index, doc in enumerate(texts) for turn in range(rule.rotations(doc))]
     return documents.select([index for index, _ in turns]).add_column("rotation", [turn for _, turn in turns])
 
@@ -115,7 +141,8 @@ def _read_jsonl(path: Path, rule: Benchmark) -> Any:
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object with {', '.join(rule.fields)}")
         for field in rule.images:
-            row[field] = _beside(row.get(field), path.parent)
+            if field in row:
+                row[field] = _beside(row[field], path.parent)
         rows.append(row)
     if not rows:
         raise DataError(f"{path}: holds no documents")
@@ -204,6 +231,9 @@ def pictures(doc: Doc) -> list[Image.Image]:
                 found.append(_open(one, f"{doc['benchmark']} {field}"))
             elif numbers:
                 raise DataError(f"{doc['benchmark']}: the question names <{field.replace('_', ' ')}>, which is missing")
+    if not found and not rule.without_pictures:
+        asked = doc["question"][:60]
+        raise DataError(f"{doc['benchmark']}: no picture in {rule.images[0]!r} of {asked!r}; expected one")
     return found
 
 

@@ -37,6 +37,7 @@ class Metric:
 class Benchmark:
     """`hub`, `config`, `split`: the data set. `fields`: what a document must have. `images`: fields with pictures.
 
+    `without_pictures`: some of its questions have none; anywhere else a document without one is an error.
     `rotations`: how often a document is asked, each time with its options moved on by one (1: once, as it stands).
     """
 
@@ -47,6 +48,7 @@ class Benchmark:
     metrics: Mapping[str, Metric]
     config: str | None = None
     images: tuple[str, ...] = ("image",)
+    without_pictures: bool = False
     keep: Callable[[Doc], bool] | None = None
     rotations: Callable[[Doc], int] | None = None
     image_config: tuple[str, str] | None = None  # (configuration of the pictures, field that names one)
@@ -178,8 +180,8 @@ def _mme(total: Callable[[Sequence[Any]], float]) -> Metric:
 
 def _scienceqa_correct(doc: Doc, answer: str) -> bool:
     letter = metrics.scienceqa_letter(answer)
-    # A letter beyond the options is an answer as wrong as none.
-    return letter is not None and "ABCDE".index(letter) == doc["answer"]
+    # A letter beyond the options ("The answer is F.") is an answer as wrong as none.
+    return letter is not None and "ABCDE"[: len(doc["choices"])].find(letter) == doc["answer"]
 
 
 def _exact(rule: Callable[[Doc, str], bool]) -> dict[str, Metric]:
@@ -247,7 +249,7 @@ BENCHMARKS: dict[str, Benchmark] = {
         "test",
         (*_QUESTION, "choice_a", "choice_b", "choice_c", "choice_d"),
         lambda doc: _choices(doc["question"], _seed_options(doc)),
-        _exact(lambda doc, answer: metrics.option_letter(answer, _seed_options(doc)) == doc["answer"]),
+        _exact(lambda doc, answer: answer == doc["answer"]),  # as LLaVA's script: "A." or "A. red" is wrong
         keep=lambda doc: doc.get("data_type", "image") == "image",
     ),
     "scienceqa": Benchmark(
@@ -263,6 +265,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             ),
         },
         config="ScienceQA-FULL",
+        without_pictures=True,
     ),
     "mmmu": Benchmark(
         "lmms-lab/MMMU",

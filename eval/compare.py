@@ -88,7 +88,8 @@ def compare(paths: Sequence[Path | str], mixed_protocols: bool = False) -> list[
 
 
 def _table(benchmark: str, runs: list[Run], mixed_protocols: bool) -> Table:
-    published = paper_rows(benchmark)
+    theirs = paper_rows(benchmark)
+    published = () if all(_of_the_world(run) for run in runs) else theirs
     names = list(dict.fromkeys(name for row in (*runs, *published) for name in row.metrics))
     kinds = _protocol_kinds(runs)
     clashes = _clashes(names, runs, kinds)
@@ -118,10 +119,20 @@ def _table(benchmark: str, runs: list[Run], mixed_protocols: bool) -> Table:
         for columns, one, other in clashes
     ]
     notes += [f"{row.system}: {row.source}" + (f"; {row.protocol}" if row.protocol else "") for row in published]
-    notes += (
-        ["Published rows are no part of any protocol above: what they do not state may differ."] if published else []
-    )
+    if published:
+        notes.append(
+            "Published rows are no part of any protocol above: their data, and what they do not state, may differ."
+        )
+    elif theirs:
+        notes.append("Measured on the embedded world; the published rows are of other data, and left out.")
     return Table(benchmark, ["run", "checkpoint", "seeds", *names], rows, notes)
+
+
+def _of_the_world(run: Run) -> bool:
+    """Was it measured on the embedded world (by its source, its scenes as classes, or its detector)?"""
+    source, scoring = str(run.protocol.get("source")), run.protocol.get("scoring")
+    detector = scoring.get("detector") if isinstance(scoring, Mapping) else None
+    return "shapes" in (source.partition(":")[0], run.protocol.get("world"), detector)
 
 
 def _protocol_kinds(runs: Sequence[Run]) -> dict[int, str]:

@@ -55,7 +55,7 @@ def _parse_prompt(text: str, where: str) -> dict[str, Any]:
         raise DataError(f"{where} is not JSON; {expected}") from None
     if not isinstance(metadata, dict):
         raise DataError(f"{where} is a {type(metadata).__name__}; {expected}")
-    missing = [key for key in ("tag", "prompt", "include") if key not in metadata]
+    missing = [key for key in ("tag", "prompt", "include") if metadata.get(key) is None]
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}; {expected}")
     _check_clauses(metadata, where, expected)
@@ -68,13 +68,19 @@ def _check_clauses(metadata: Metadata, where: str, expected: str) -> None:
         if not isinstance(clauses, list):
             raise DataError(f"{where}: {key} is a {type(clauses).__name__}; {expected}")
         for index, clause in enumerate(clauses):
-            if not isinstance(clause, dict) or "class" not in clause or not isinstance(clause.get("count"), int):
+            if not (isinstance(clause, dict) and _is(clause.get("class"), str) and _is(clause.get("count"), int)):
                 raise DataError(f"{where}: {key}[{index}] is {clause!r}; {expected}")
             position = clause.get("position")
             if position is None:
                 continue
-            if not (isinstance(position, list) and len(position) == 2 and position[1] in range(index)):
+            earlier = isinstance(position, list) and len(position) == 2 and _is(position[1], int)
+            if not (earlier and position[1] in range(index)):
                 raise DataError(f"{where}: position {position!r} must be [relation, index of an earlier clause]")
+
+
+def _is(value: Any, kind: type) -> bool:
+    """Of that kind; true and false are no numbers."""
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def write_prompts(folder: Path | str, metadata: Sequence[Metadata]) -> list[Path]:

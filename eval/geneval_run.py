@@ -121,7 +121,7 @@ def generate_folder(
     """This process's share (RANK of WORLD_SIZE) of `samples` images of every prompt, in GenEval's folder layout.
 
     Images that are there stay; they do not depend on batches or processes. A prompt's grid.png is written once all its
-    samples are there.
+    samples are there, and anew when more are.
 
     Raises:
         UserError: the folder holds another prompt at some number, or an image that was made in another way.
@@ -157,7 +157,7 @@ def _lay_out(out: Path, metadata: Sequence[Mapping[str, Any]]) -> None:
 
 def _write_grid(folder: Path, samples: int) -> None:
     files = [folder / "samples" / f"{sample:05d}.png" for sample in range(samples)]
-    if (folder / "grid.png").exists() or not all(file.exists() for file in files):
+    if not all(file.exists() for file in files) or _grid_of(folder / "grid.png") >= samples:
         return
     from unitok.mllm.many import write_image
 
@@ -166,6 +166,17 @@ def _write_grid(folder: Path, samples: int) -> None:
         with Image.open(file) as image:
             images.append(image.convert("RGB"))
     write_image(make_grid(images), folder / "grid.png", {"of": samples})
+
+
+def _grid_of(path: Path) -> int:
+    """How many samples a grid of ours holds; 0 where there is none, or one that does not tell."""
+    from unitok.mllm.many import RECORD
+
+    try:
+        with Image.open(path) as image:
+            return int(json.loads(image.info.get(RECORD, "{}")).get("of", 0))
+    except OSError:
+        return 0
 
 
 def write_text(path: Path, text: str) -> None:

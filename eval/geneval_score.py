@@ -37,7 +37,11 @@ class GenEvalRule:
     position_threshold: float = 0.1
 
     def select(self, detections: Iterable[Detected], tag: str) -> dict[str, list[Detected]]:
-        """Detections by class, best first, above the threshold of the task and at most `max_objects` each."""
+        """Detections by class, best first, above the threshold of the task and at most `max_objects` each.
+
+        Of equal scores the later one is the better: numpy's stable order, reversed. The official scorer takes numpy's
+        default order, which for equal scores depends on the processor; ours must not.
+        """
         threshold = self.counting_threshold if tag == "counting" else self.threshold
         by_kind: dict[str, list[Detected]] = {}
         for item in sorted(detections, key=lambda item: item.score)[::-1]:
@@ -140,7 +144,7 @@ def _clause_failures(
     if wanted is not None and colors.count(wanted) < count:
         others = ", ".join(f"{colors.count(name)} {name}" for name in COLORS if name in colors)
         return [f"expected {wanted} {kind}>={count}, found {colors.count(wanted)} {wanted}; and {others}"]
-    return _position_failures(clause, found, groups, rule) if "position" in clause else []
+    return _position_failures(clause, found, groups, rule) if clause.get("position") is not None else []
 
 
 def _position_failures(

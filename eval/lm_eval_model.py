@@ -112,7 +112,9 @@ class UniTokLM(HFLM):
         return str(self.folder or self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What was measured: parameters, precision, and the SHA-256 of the weights where they came from a folder."""
+        """What was measured: parameters, precision, the SHA-256 of the weights where they came from a folder, what else
+        decides the answers, and the documents that were asked (lm-eval's file has no other place for them)."""
+        from unitok.eval.benchmark_data import loaded_documents
         from unitok.eval.results import checkpoint_hash
 
         model = self.pipeline.model
@@ -121,6 +123,9 @@ class UniTokLM(HFLM):
             "model_dtype": str(model.dtype),
             "model_revision": None,
             "model_sha": checkpoint_hash(self.folder) if self.folder else None,
+            "embedder_cache": model.config.embedder_cache,
+            "weights": model.weight_kind,
+            "documents": loaded_documents(),
         }
 
     # ---- Generation

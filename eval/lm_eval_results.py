@@ -35,7 +35,10 @@ def lm_eval_runs(data: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any
     model = _argument(config, "pretrained")
     digest = config.get("model_sha")
     checkpoint = {"path": str(model), "sha256": str(digest)} if digest else None
-    seeds = [int(_argument(config, "seed") or 0)]
+    seed = _argument(config, "seed")
+    if seed is None and config.get("model") != "unitok":  # ours draws by its own seed alone
+        seed = config.get("random_seed")
+    seeds = [int(seed or 0)]
     runs = {}
     for task, figures in data["results"].items():
         if not (count := _count(data, task)):
@@ -95,16 +98,23 @@ def _metrics(figures: Mapping[str, Any], count: int) -> list[Metric]:
 
 
 def _protocol(data: Mapping[str, Any], task: str) -> dict[str, Any]:
-    """What decides the figures; of a group what its first task has."""
-    leaf = _leaves(data, task)[0]
+    """What decides the figures; of a group what its first task has.
+
+    The cache mode is about pictures: text tasks have none, and there `hf` on the same backbone is the same protocol.
+    """
+    leaf, model = _leaves(data, task)[0], data["config"]
     config = data["configs"].get(leaf) or {}
     known = BENCHMARKS[task.removeprefix(OURS)] if is_ours(task) else None
+    documents = model.get("documents") or {}
     return {
         "task": task,
         "version": (data.get("versions") or {}).get(task),
         "num_fewshot": (data.get("n-shot") or {}).get(leaf),
         "generation": config.get("generation_kwargs") if config.get("output_type") == "generate_until" else None,
-        "precision": str(data["config"].get("model_dtype")).removeprefix("torch."),
+        "precision": str(model.get("model_dtype")).removeprefix("torch."),
+        "weights": model.get("weights"),
+        "embedder_cache": model.get("embedder_cache") if config.get("doc_to_image") else None,
+        "documents": documents.get(leaf.removeprefix(OURS)) if known else None,
         "chat_template": data.get("chat_template_sha"),
         "system_instruction": data.get("system_instruction_sha"),
         **(known.setting if known else {}),

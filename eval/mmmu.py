@@ -54,7 +54,8 @@ def _forms(text: str) -> list[str | float]:
 def _key_phrases(text: str) -> list[str]:
     """What follows the last "is", "so", "answer" ... of every line; the whole answer where there is none."""
     # The script also splits at a full stop before a capital, after lower-casing: never.
-    lines = text.strip().strip(".").lower().split("\n")
+    text = text.strip().strip(".").lower()
+    lines = text.split("\n")
     phrases = []
     for number, line in enumerate(lines):
         indicators = (*_INDICATORS, "=") if number == len(lines) - 1 else _INDICATORS

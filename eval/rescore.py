@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.core.errors import DataError, UserError
+from unitok.eval.benchmark_data import documents_hash
 from unitok.eval.benchmarks import benchmark, score, totals
 from unitok.eval.lm_eval_results import beside
 from unitok.eval.results import Metric, bootstrap_error, run_results, share
@@ -128,6 +129,10 @@ def rescored_run(
 ) -> dict[str, Any]:
     """The run in the form that `unitok report` reads; its protocol is that of the run which gave the answers, where
     lm-eval's results still lie beside them. `model`: the folder whose answers they are, for its hash."""
-    protocol = beside(path, f"unitok_{name}") or {"task": f"unitok_{name}", "generation": samples[0]["settings"]}
+    protocol = beside(path, f"unitok_{name}") or {
+        "task": f"unitok_{name}",
+        "generation": samples[0]["settings"],
+        "documents": documents_hash(name, [sample["doc"] for sample in samples]),
+    }
     protocol |= {"answers": len(samples), **benchmark(name).setting} | ({"judge": judge} if judge else {})
     return run_results(name, metrics, protocol, [seed], model) | {"samples": path.name}

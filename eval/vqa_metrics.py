@@ -24,6 +24,13 @@ MME_PERCEPTION = (
     "OCR",
 )
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+# What MMBench's rule takes for a refusal, before it looks for an option.
+_REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
 _OPTION_MARKS = str.maketrans(dict.fromkeys(".()[],:;!*#{}", " "))
 
 
@@ -144,16 +151,19 @@ def scienceqa_letter(text: str, letters: str = "ABCDE") -> str | None:
 
 
 def option_letter(text: str, options: Mapping[str, str]) -> str | None:
-    """MMBench's exact matching (the step before it asks a judge), also used for SEED.
+    """MMBench's exact matching (VLMEvalKit's `can_infer`, the step before it asks a judge).
 
-    The one option letter that stands as a word of its own ("A" in more than three words may be the article: no answer);
-    else the one option whose text is part of the answer.
+    The one option letter that stands as a word of its own, unless "A" is a word among more than three: it may be the
+    article. Where that gives nothing, also for several letters, the one option whose text is part of an answer that is
+    at most twice as long as all options together. Refusals, and a lone "Z", are no answer.
     """
     words = text.translate(_OPTION_MARKS).split()
     standing = [letter for letter in options if letter in words]
-    if len(standing) == 1:
-        return None if "A" in words and len(words) > 3 else standing[0]
-    if standing:
+    if any(refusal in text for refusal in _REFUSALS) or (not standing and "Z" in words):
+        return None
+    if len(standing) == 1 and not ("A" in words and len(words) > 3):
+        return standing[0]
+    if len(text) > 2 * sum(map(len, options.values())):
         return None
     contained = [letter for letter, option in options.items() if option.lower() in text.lower()]
     return contained[0] if len(contained) == 1 else None

@@ -6,9 +6,11 @@ import json
 import pytest
 
 from unitok.cli import build_parser, main
+from unitok.eval.benchmarks import BENCHMARKS
 
 # One invocation of each kind with nothing there, and what the dry run must say of every missing thing.
 NOWHERE = "nowhere"
+FID_INCEPTION = "FID's InceptionV3"
 FROM_GENEVAL, INCEPTION = "github.com/djghosh13/geneval", "github.com/toshas/torch-fidelity"
 DRY_RUNS = [
     (
@@ -47,6 +49,18 @@ DRY_RUNS = [
     ("t2i --bench mjhq --prompts p --model none --out o", ["missing: p", "playgroundai/MJHQ-30K", INCEPTION]),
     ("gfid --model none --out o", ["missing: none", "openai/guided-diffusion", INCEPTION]),
     ("gfid --model none --out o --reference r --inception i", ["missing: r", "missing: i"]),
+    ("gfid --model none --out o --reference r --limit 9", ["9 images", "missing: r", f"left out: {FID_INCEPTION}"]),
+    ("t2i --bench mjhq --prompts p --out o --reference r", ["missing: p", "missing: r", f"left out: {FID_INCEPTION}"]),
+    ("t2i --bench dpg --prompts p --out o --limit 5", ["each of the first 5 prompts"]),
+    ("geneval-generate --prompts p --out o --limit 5", ["each of the first 5 prompts"]),
+    (
+        "geneval-score nowhere --detector owlv2 --detector-weights google/owlv2 --clip hub:a/b --limit 5",
+        ["needed: hub:google/owlv2", "needed: hub:a/b: fetched from the hub; CLIP", "each of the first 5 prompts"],
+    ),
+    (
+        "reconstruction --tokenizer hub:a/b --inception hub:c/d/e",
+        ["needed: hub:a/b: diffusers fetches it", "needed: hub:c/d/e: torch-fidelity's InceptionV3"],
+    ),
     ("rescore none.jsonl", ["none.jsonl", "--log_samples", "left out: scores of a judge"]),
     ("speed tokenizer --config tokenizer/shapes.yaml", ["would measure"]),
     ("speed mllm --config mllm/bench.yaml", ["would measure"]),
@@ -93,6 +107,31 @@ def test_dry_run_of_lm_eval(capsys, tmp_path, monkeypatch):
     assert "unitok_mme" not in shown
 
 
+@pytest.mark.parametrize(
+    ("tasks", "listed"),
+    [
+        (["--tasks=unitok_pope"], ["unitok_pope"]),
+        (["-t", "unitok_pope", "unitok_gqa"], ["unitok_pope", "unitok_gqa"]),
+        (["--tasks", "unitok_text*"], ["unitok_textvqa", "unitok_textvqa_ocr"]),
+        (["--tasks", "unitok_shapes_text"], ["unitok_shapes_text"]),
+        (["--tasks", "unitok_nonsense,unitok_pope"], ["unitok_nonsense", "unitok_pope"]),
+        (["--tasks", "unitok_nonsense"], ["unitok_nonsense"]),
+        (["--tasks", "unitok_vqa"], [f"unitok_{name}" for name in BENCHMARKS]),
+        ([], [f"unitok_{name}" for name in BENCHMARKS]),
+    ],
+)
+def test_dry_run_of_lm_eval_lists_the_tasks_asked_for(tasks, listed, capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("UNITOK_DATA", raising=False)
+    assert main(["lm-eval", *tasks, "--dry-run"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:])
+    assert list(rows) == listed
+    assert [task for task, text in rows.items() if text.startswith("no such task")] == [
+        task for task in listed if task == "unitok_nonsense"
+    ]
+    assert main(["lm-eval", *tasks, "--dry-run", "--metadata", json.dumps({"data": str(tmp_path)})]) == 0
+    assert (f"no folder {tmp_path / 'pope'}" in capsys.readouterr().out) == ("unitok_pope" in listed)
+
+
 FAILURES = [
     ("eval reconstruction --source shapes:val?num=2 --inception i.pth", "--inception=i.pth does not exist", INCEPTION),
     ("eval reconstruction --source shapes:val?num=2 --lpips l.pth", "--lpips=l.pth does not exist", "vgg16-397923af"),
@@ -103,6 +142,11 @@ FAILURES = [
     ("eval t2i --bench dpg --prompts p --out o", "p: no prompts of DPG-Bench", "TencentQQGYLab/ELLA"),
     ("eval t2i --bench mjhq --prompts p --out o", "p: no prompts of MJHQ-30K", "playgroundai/MJHQ-30K"),
     ("eval t2i --bench mjhq --prompts p --out o --reference r", "--reference and --inception", "give both or none"),
+    ("eval t2i --bench mjhq --prompts p --out o --reference r --inception i", "--reference r: no such", "--dry-run"),
+    ("eval t2i --bench mjhq --prompts p --out o --reference . --inception i", "--inception=i does not", INCEPTION),
+    ("eval gfid --model none --out o --reference r --inception i", "--reference r: no such file", "--dry-run"),
+    ("eval gfid --model none --out o --reference . --inception i", "--inception=i does not exist", INCEPTION),
+    ("eval gfid --model none --out o --reference .", "--reference and --inception", "give both or none"),
     ("eval t2i --bench imagenet --prompts p --out o", "invalid choice: 'imagenet'", "mjhq"),
     ("eval zeroshot --source shapes:val?num=30 --model open_clip:ViT-B-32:w.pt", "no such file or name", "openai"),
     ("eval rescore none.jsonl", "none.jsonl: cannot be read", "samples_*.jsonl"),

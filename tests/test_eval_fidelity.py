@@ -1,10 +1,12 @@
 """FID and its kin against formulas, LPIPS and autoencoders of diffusers through the one command."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from tiny import make_tokenizer, text_tower
 from torch import nn
 
 from unitok.cli import main
@@ -13,6 +15,7 @@ from unitok.data.source import open_source
 from unitok.eval.autoencoders import open_autoencoder
 from unitok.eval.fidelity import LAYER, LOGITS, Features, distances, fid_to_statistics, load_inception, to_uint8
 from unitok.eval.reconstruction import evaluate_reconstruction
+from unitok.tokenizer.official import save_official
 
 
 class TinyNetwork(nn.Module):
@@ -153,6 +156,36 @@ def test_a_vae_of_diffusers_beside_another_in_one_command(vae, tmp_path, capsys)
     written = json.loads(out.read_text())
     first, second = written["systems"].values()
     assert first == second and 0 < first["psnr_db"] < 30 and written["protocol"]["counts"]["images"] == 8
+
+
+@pytest.mark.parametrize("first", ["released", "vae"])
+def test_a_release_and_a_vae_see_the_same_pixels(first, vae, tmp_path, capsys, monkeypatch):
+    """docs/benchmarks.md's first command: a released .pth says how images are cut, and the VAE follows."""
+    from unitok.commands import reconstruction
+
+    tokenizer = make_tokenizer(text_tower=text_tower(tokenizer="clip"), projection_mlp_ratio=2.0)
+    tokenizer.config.preprocess = "inference"
+    save_official(tokenizer, tmp_path / "released.pth")
+    out = tmp_path / "results.json"
+    source = ["--source", "shapes:val?num=4&size=32", "--out", str(out)]
+    paths = [str(tmp_path / "released.pth"), str(vae)]
+    paths = paths if first == "released" else paths[::-1]
+    both = [word for path in paths for word in ("--tokenizer", path)]
+    assert main(["eval", "reconstruction", *both, *source]) == 0
+    written = json.loads(out.read_text())
+    assert written["protocol"]["preprocess"] == "inference" and written["protocol"]["image_size"] == 32
+    assert list(written["systems"]) == [Path(path).name for path in paths]
+    assert len({run["protocol"]["preprocess"] for run in written["runs"].values()}) == 1
+    assert main(["eval", "reconstruction", *both, *source, "--preprocess", "vae_val"]) == 0
+    assert json.loads(out.read_text())["protocol"]["preprocess"] == "vae_val"
+    capsys.readouterr()
+    tokenizer.config.preprocess = "plain"
+    tokenizer.save_pretrained(tmp_path / "plain")
+    monkeypatch.setattr(reconstruction, "_one", lambda *_: pytest.fail("measured before the settings were compared"))
+    assert main(["eval", "reconstruction", *both, "--tokenizer", str(tmp_path / "plain"), *source]) == 2
+    assert "cut images in different ways" in capsys.readouterr().err
+    assert main(["eval", "reconstruction", *both, *source, "--image-size", "64"]) == 2
+    assert "released.pth works at 32 pixels, the others at 64" in capsys.readouterr().err
 
 
 def tiny_of_diffusers(kind):

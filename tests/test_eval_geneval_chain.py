@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from geneval_folders import CASES, write_folder
 from PIL import Image
@@ -13,7 +14,7 @@ from test_mllm_pipeline import make_pipeline
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
-from unitok.eval.geneval import score_prompt
+from unitok.eval.geneval import make_grid, score_prompt
 from unitok.eval.geneval_detect import SHAPES_RULE, shapes_detector
 from unitok.eval.geneval_run import GENERATION, generate_folder, geneval_metrics, read_generation, score_run
 from unitok.eval.results import read_results
@@ -201,6 +202,19 @@ def test_generation_is_the_same_alone_shared_and_interrupted(export, tmp_path):
     assert command(export, tmp_path / "shared") == 0
     assert pictures(tmp_path / "shared") == alone
     assert (tmp_path / "shared" / samples[0]).stat().st_mtime_ns == before, "what is there is left as it is"
+
+
+def test_a_grid_holds_all_samples_that_were_added(export, tmp_path):
+    prompts = ["--prompts", str(export / "prompts.jsonl"), "--model", str(export / "model"), "--limit", "1"]
+    folder, seen = tmp_path / "00000", []
+    for samples in (1, 3, 4, 2):
+        command = ["eval", "geneval-generate", *prompts, "--samples", str(samples), "--out", str(tmp_path)]
+        assert main(command) == 0
+        made = sorted((folder / "samples").glob("*.png"))
+        with Image.open(folder / "grid.png") as grid:
+            assert np.array_equal(np.asarray(grid), np.asarray(make_grid([Image.open(path) for path in made])))
+        seen.append((len(made), (folder / "grid.png").stat().st_mtime_ns))
+    assert [count for count, _ in seen] == [1, 3, 4, 4] and seen[2] == seen[3], "nothing was added"
 
 
 def test_scores_tell_how_the_images_were_made(export, tmp_path, capsys):

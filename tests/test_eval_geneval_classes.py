@@ -1,5 +1,6 @@
 """Class-conditional generation: class folders to class tokens, training, sampling, and gFID."""
 
+import hashlib
 import json
 
 import numpy as np
@@ -79,12 +80,15 @@ def test_gfid_against_a_folder_and_a_batch(run, tmp_path, monkeypatch, capsys):
     files = sorted(reference.rglob("*.png"))
     np.savez(batch, arr_0=np.stack([np.asarray(Image.open(file).convert("RGB")) for file in files]))
     out, own = tmp_path / "out", tmp_path / "own.npz"
-    figures = []
+    figures, references = [], []
     for place in (reference, batch):
         assert command(run, out, "--reference", str(place), "--inception", "tiny", "--npz", str(own)) == 0
         results = read_results(out / "results.json")
         figures.append({row["metric"]: row["value"] for row in results["metrics"]})
         assert results["protocol"]["sampler"]["guidance_scale"] == 1.0 and results["protocol"]["classes"] == 3
+        references.append(results["protocol"]["reference"])
+    assert references[0] == {"folder": "images", "files": len(files), "sha256": references[0]["sha256"]}
+    assert references[1] == {"file": batch.name, "sha256": hashlib.sha256(batch.read_bytes()).hexdigest()}
     assert figures[0] == pytest.approx(figures[1]) and figures[0]["fid"] > 0
     assert results["protocol"]["reference_kind"] == "images" and results["benchmark"] == "class_conditional"
     drawn = sorted((out / "images").glob("*.png"))

@@ -11,6 +11,7 @@ from unitok.cli import main
 from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import Turn
 from unitok.data.source import open_source
+from unitok.eval.benchmark_data import documents_hash
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
@@ -303,10 +304,20 @@ def test_kept_answers_give_standard_errors_and_captions_a_perplexity(world, monk
     """Our own tasks through the command: an ordinary mean, and a text task that is no VQA benchmark."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
         monkeypatch.setenv(name, "1")
+    documents = [{"question": "Is it red?", "answer": "yes", "category": "random", "image": "../../0.png"}]
+    (world / "data" / "pope").mkdir(parents=True)
+    (world / "data" / "pope" / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    monkeypatch.setenv("UNITOK_DATA", str(world / "data"))
     out = world / "ours.json"
     command = ["lm-eval", "--model_args", f"pretrained={world / 'model'}", "--device", "cpu", "--limit", "4"]
-    more = ["--tasks", "unitok_shapes,unitok_shapes_text", "--log_samples", "--output_path", str(world / "ours")]
-    more += ["--gen_kwargs", "max_gen_toks=4"]
+    more = [
+        "--tasks",
+        "unitok_shapes,unitok_shapes_text,unitok_pope",
+        "--log_samples",
+        "--output_path",
+        str(world / "ours"),
+    ]
+    more += ["--gen_kwargs", "max_gen_toks=4", "--seed", "7"]
     assert main([*command, *more, "--out", str(out)]) == 0
     runs = json.loads(out.read_text())["runs"]
     vqa, text = runs["unitok_shapes"], runs["unitok_shapes_text"]
@@ -315,6 +326,10 @@ def test_kept_answers_give_standard_errors_and_captions_a_perplexity(world, monk
     values = {row["metric"]: row["value"] for row in text["metrics"]}
     assert values["word_perplexity"] > values["byte_perplexity"] > 1
     assert text["protocol"]["generation"] is None and vqa["protocol"]["answers"] == 4
+    assert vqa["protocol"]["embedder_cache"] == "consistent" and text["protocol"]["embedder_cache"] is None
+    assert runs["unitok_pope"]["protocol"]["documents"] == documents_hash("pope", documents)
+    assert vqa["seeds"] == text["seeds"] == [7], "of --seed"
+    assert main(["report", str(out), str(next((world / "ours").rglob("results_*.json")))]) == 0
     samples = next((world / "ours").rglob("samples_unitok_shapes_2*.jsonl"))
     again = world / "again.json"
     model = ["--model", str(world / "model")]
@@ -332,6 +347,7 @@ def test_an_unknown_task_is_one_line(capsys):
 def test_the_command_lists_missing_data(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("UNITOK_DATA", str(tmp_path))
     (tmp_path / "pope").mkdir()
+    (tmp_path / "pope" / "data.jsonl").touch()
     assert main(["lm-eval", "--dry-run", "--tasks", "unitok_pope,unitok_mme"]) == 0
     shown = capsys.readouterr().out
     assert "unitok_pope  there" in shown and "hf download lmms-lab/MME --repo-type dataset" in shown

@@ -190,7 +190,30 @@ def test_pope_of_a_run_and_of_the_paper_are_one_column(tmp_path):
     assert [row[column] for row in table.rows] == ["0.8", "0.832"]
 
 
-def lm_eval_file(path, value=0.5, precision="torch.float32", **figures):
+def test_the_embedded_world_stands_beside_nothing_published(tmp_path):
+    """Neither by its prompts and detector, nor by its source, nor by its scenes as classes."""
+    made = {"scoring": {"detector": "shapes", "threshold": 0.85}}
+    for number, (benchmark, protocol) in enumerate(
+        (
+            ("geneval", PROTOCOL | made),
+            ("zeroshot", {"source": "shapes:val?num=9"}),
+            ("zeroshot", {"source": "shards", "world": "shapes"}),
+            ("reconstruction", {"source": "shapes"}),
+        )
+    ):
+        (table,) = compare([write(tmp_path / f"{number}.json", benchmark=benchmark, protocol=protocol)])
+        assert len(table.rows) == 1 and len(table.headers) == 4, "no row and no column of the paper's"
+        assert table.notes == ["Measured on the embedded world; the published rows are of other data, and left out."]
+    other = write(tmp_path / "other.json", benchmark="zeroshot", protocol={"source": "shapes_of_mine/val"})
+    (table,) = compare([other])
+    assert table.rows[-1][0].endswith("(published)") and "their data" in table.notes[-1]
+    (mixed,) = compare([tmp_path / "1.json", other], mixed_protocols=True)
+    assert len(mixed.rows) == 2 + len(PAPER["zeroshot"])
+    (mmmu,) = compare([write(tmp_path / "m.json", benchmark="mmmu", protocol=made)])
+    assert not mmmu.notes, "there is nothing to leave out"
+
+
+def lm_eval_file(path, value=0.5, precision="torch.float32", documents=None, **config):
     """As lm-eval writes it, of a text task, one of ours, and a group."""
     whole = {
         "results": {
@@ -201,13 +224,18 @@ def lm_eval_file(path, value=0.5, precision="torch.float32", **figures):
         "group_subtasks": {"both": ["lambada", "unitok_pope"]},
         "configs": {
             "lambada": {"output_type": "loglikelihood", "generation_kwargs": {"until": []}},
-            "unitok_pope": {"output_type": "generate_until", "generation_kwargs": {"do_sample": False}},
+            "unitok_pope": {
+                "output_type": "generate_until",
+                "generation_kwargs": {"do_sample": False},
+                "doc_to_image": "def pictures ...",
+            },
         },
         "versions": {"lambada": 1.0},
         "n-shot": {"lambada": 0},
         "n-samples": {"lambada": {"effective": 4}, "unitok_pope": {"effective": 8}},
         "config": {"model_args": {"pretrained": "DIR", "seed": 3}, "model_dtype": precision, "model_sha": "abcdef0123"},
     }
+    whole["config"] |= {"documents": {"pope": documents}} | config
     path.write_text(json.dumps(whole))
     return path
 
@@ -224,6 +252,31 @@ def test_results_of_lm_eval_stand_beside_others(tmp_path):
     assert runs["pope"].protocol["generation"] == {"do_sample": False}
     with pytest.raises(UserError, match=r"precision: float32 \| bfloat16"):
         compare([first, lm_eval_file(tmp_path / "results_c.json", precision="torch.bfloat16")])
+
+
+@pytest.mark.parametrize(
+    ("change", "named", "texts_too"),
+    [
+        ({"documents": "1234"}, "documents: abcd | 1234", False),
+        ({"embedder_cache": "released"}, "embedder_cache: not set | released", False),
+        ({"weights": "int8"}, "weights: not set | int8", True),
+    ],
+)
+def test_other_documents_cache_or_weights_are_another_protocol(tmp_path, change, named, texts_too):
+    files = [lm_eval_file(tmp_path / "results_a.json", documents="abcd")]
+    files.append(lm_eval_file(tmp_path / "results_b.json", **{"documents": "abcd"} | change))
+    notes = {table.benchmark: " ".join(table.notes) for table in compare(files, mixed_protocols=True)}
+    assert named in notes["pope"] and (named in notes["lambada"]) == texts_too
+    with pytest.raises(UserError, match="different protocols"):
+        compare(files)
+
+
+def test_seeds_of_lm_evals_files(tmp_path):
+    """Of other models the first of lm-eval's; ours draws by its own alone."""
+    for model, own, seed in (("hf", None, "7"), ("unitok", None, "0"), ("unitok", 3, "3")):
+        arguments = {"pretrained": "DIR"} | ({"seed": own} if own else {})
+        path = lm_eval_file(tmp_path / "results_a.json", model=model, model_args=arguments, random_seed=7)
+        assert {run.seeds for run in read_runs(path)} == {seed}, model
 
 
 def test_bootstrap_is_the_formula_for_a_mean_and_takes_whole_units():
@@ -248,10 +301,13 @@ def test_every_command_writes_that_form(tmp_path, capsys):
     source = ["--source", "shapes:val?num=4&size=32", "--limit", "4"]
     one, two = (str(tmp_path / name) for name in ("one.json", "two.json"))
     assert main(["eval", "reconstruction", *folders[:2], *source, "--out", one]) == 0
-    assert main(["eval", "reconstruction", *folders, *source, "--out", two]) == 0
     capsys.readouterr()
+    assert main(["eval", "reconstruction", *folders, *source, "--out", two]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert max(map(len, shown[:-1])) < 100 and sum(line.startswith("figure ") for line in shown) == 1
     assert main(["report", one, two]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert not any("published" in line and "UniTok" in line for line in lines)
     rows = {line.split()[0]: line.split()[1:] for line in lines if str(tmp_path) in line}
     assert rows[one] == rows[f"{two}:tokenizer0"] != rows[f"{two}:tokenizer1"]
     written = read_results(one)

@@ -11,7 +11,7 @@ from reference import REFERENCE
 
 from unitok.core.errors import DataError
 from unitok.data.shapes import relations
-from unitok.eval.geneval import load_prompts
+from unitok.eval.geneval import load_prompts, score_prompt
 from unitok.eval.geneval_score import GenEvalRule, relative_position, score_detections, summarise
 from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
 
@@ -134,6 +134,21 @@ def test_position_needs_its_target():
     assert reason == "expected square>=1, found 0\nno target for circle to be left of"
 
 
+def test_a_color_or_position_of_null_asks_for_none(tmp_path):
+    """As without the field; an index that is no whole number is refused, not met while scoring."""
+    clauses = [{"class": "square", "count": 1, "position": None, "color": None}, {"class": "circle", "count": 1}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(json.dumps(prompt("position", *clauses) | {"prompt": "p"}))
+    (metadata,) = load_prompts(path)
+    found = [{"cls": name, "box": [0, 0, 9, 9], "score": 0.95} for name in ("square", "circle")]
+    assert score_prompt(metadata, found) == (True, "")
+    for index in (0.0, False, "0", [0]):
+        clauses[1]["position"] = ["left of", index]
+        path.write_text(json.dumps(prompt("position", *clauses) | {"prompt": "p"}))
+        with pytest.raises(DataError, match="index of an earlier clause"):
+            load_prompts(path)
+
+
 def test_overall_is_the_mean_of_task_means():
     rows = [{"tag": "colors", "prompt": "a", "correct": True}] * 3 + [
         {"tag": "position", "prompt": "b", "correct": False}
@@ -151,6 +166,9 @@ def test_overall_is_the_mean_of_task_means():
         ('{"tag": "colors", "prompt": "p"}', "lacks include"),
         ('{"tag": "t", "prompt": "p", "include": [{"class": "cat"}]}', "include[0]"),
         ('{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": 1, "position": ["left of", 0]}]}', "earlier"),
+        ('{"tag": "t", "prompt": "p", "include": [{"class": ["a"], "count": 1}]}', "include[0]"),
+        ('{"tag": "t", "prompt": "p", "include": [{"class": "a", "count": true}]}', "include[0]"),
+        ('{"tag": "t", "prompt": "p", "include": null}', "lacks include"),
     ],
 )
 def test_bad_prompt_is_named_with_its_line(tmp_path, line, named):

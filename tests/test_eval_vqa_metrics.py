@@ -5,6 +5,7 @@ import random
 import pytest
 
 from unitok.eval import vqa_metrics as metrics
+from unitok.eval.benchmarks import score
 from unitok.eval.mmmu import open_correct, parse_choice
 
 
@@ -90,7 +91,14 @@ def test_scienceqa_letters(text, letter):
         ("(B)", "B"),
         ("B. a dog", "B"),
         ("the answer is B", "B"),
-        ("A dog is in it", None),  # "A" may be the article
+        ("A cup is in it", None),  # "A" may be the article
+        ("A dog is in it", "B"),  # and where the letter says nothing, an option's text may
+        ("It is B or C: a dog", "B"),
+        ("B and C are wrong, it is a cat", "A"),
+        ("It is B or C: a dog" + " or so" * 4, None),  # longer than twice all options
+        ("B" + " or so" * 9, "B"),
+        ("I can't process this file. B", None),
+        ("Z, a dog", None),
         ("A", "A"),
         ("B or C", None),
         ("I see a red bird", "C"),
@@ -100,6 +108,24 @@ def test_scienceqa_letters(text, letter):
 )
 def test_option_letters(text, letter):
     assert metrics.option_letter(text, {"A": "a cat", "B": "a dog", "C": "a red bird"}) == letter
+
+
+@pytest.mark.parametrize(
+    ("name", "answer", "right"),
+    [
+        ("scienceqa", "The answer is B.", 1.0),
+        ("scienceqa", "The answer is F.", 0.0),  # no such letter, so it is as wrong as no answer
+        ("scienceqa", "The answer is C.", 0.0),
+        ("scienceqa", "", 0.0),
+        ("seed", " B\n", 1.0),
+        ("seed", "B. down", 0.0),  # as LLaVA's script: the letter alone
+        ("seed", "down", 0.0),
+    ],
+)
+def test_an_answer_scored_as_its_benchmark_does(name, answer, right):
+    doc = {"question": "q", "choices": ["up", "down"], "answer": 1 if name == "scienceqa" else "B", "image": None}
+    doc |= {f"choice_{letter}": text for letter, text in zip("abcd", ("up", "down", "left", "right"), strict=True)}
+    assert score(name, doc, answer)["accuracy"] == right
 
 
 def test_circular_counts_questions_right_in_every_rotation():
@@ -131,8 +157,12 @@ OPEN = [
     "thus 3,000 people",
     "Therefore the voltage is .5 V",
     "= 5",
+    "B.",
+    ".5",
+    " E ",
+    "10 V.",
 ]
-REFERENCES = ["42", "1234.5", "3.14", ["2000", "-7"], "dog", "e", "b", "3000", "0.5", "5", "cat", "V"]
+REFERENCES = ["42", "1234.5", "3.14", ["2000", "-7"], "dog", "e", "b", "B", "3000", "0.5", "5", "cat", "V"]
 
 
 def test_mmmu_reads_as_the_port_in_lm_eval():

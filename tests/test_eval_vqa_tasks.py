@@ -1,15 +1,14 @@
 """Every VQA task file of lm-eval on two local documents, with an answering machine in the model's place; re-scoring."""
 
-import io
 import json
 
 import pytest
-from PIL import Image, ImageColor
+from PIL import Image
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
 from unitok.data.source import open_source
-from unitok.eval.benchmark_data import load_documents, pictures, question
+from unitok.eval.benchmark_data import documents_hash, load_documents, pictures
 from unitok.eval.benchmarks import BENCHMARKS, LETTER, SHORT, benchmark
 from unitok.eval.rescore import judged, read_samples, rescore_samples
 from unitok.eval.vqa_metrics import mean
@@ -214,12 +213,6 @@ def test_pictures_come_in_the_order_of_the_question(run):
     assert [len(images) for _, images in seen["unitok_scienceqa"]] == [1, 0]
 
 
-def png(color):
-    buffer = io.BytesIO()
-    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
 def write_samples(run, name, path):
     """As lm-eval's --log_samples does."""
     samples = run[0]["samples"][f"unitok_{name}"]
@@ -244,12 +237,16 @@ def test_rescoring_by_a_judge(run, tmp_path, monkeypatch, capsys):
     assert {one["metric"]: one["value"] for one in written["metrics"]} == {"answered": 1.0, "score": 0.5}
     assert written["protocol"]["judge"] == "my_judge:score"
     assert written["protocol"]["generation"]["max_gen_toks"] == 1024
+    assert written["protocol"]["documents"] == documents_hash("mmvet", DOCUMENTS["mmvet"])
     assert main(["report", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "score of math" in shown and "score of rec" in shown
     assert main(["eval", "rescore", str(path), "--judge", "my_judge:nothing"]) == 2
     assert "my_judge:nothing" in capsys.readouterr().err
     assert main(["eval", "rescore", str(path), "--limit", "0"]) == 2
+    capsys.readouterr()
+    assert main(["eval", "rescore", str(path), "--judge", "my_judge:score", "--model", "nowhere"]) == 2
+    assert "--model nowhere: no such folder" in capsys.readouterr().err
     assert main(["eval", "rescore", str(tmp_path / "none.jsonl"), "--dry-run"]) == 0
     assert "is missing" in capsys.readouterr().out
 
@@ -265,68 +262,6 @@ def test_a_judge_must_give_a_share(run, tmp_path):
     _, samples = read_samples(write_samples(run, "mmvet", tmp_path / "samples.jsonl"))
     with pytest.raises(DataError, match=r"the judge gave 3 .*\[0, 1\]"):
         judged(samples, lambda *_: 3)
-
-
-def test_missing_data_say_where_they_come_from(tmp_path, monkeypatch):
-    with pytest.raises(DataError, match=r"hf download lmms-lab/MME --repo-type dataset --local-dir"):
-        load_documents("mme", str(tmp_path))
-    monkeypatch.setenv("UNITOK_DATA", str(tmp_path / "elsewhere"))
-    with pytest.raises(DataError, match="elsewhere"):
-        load_documents("mme")
-    (tmp_path / "gqa").mkdir()
-    (tmp_path / "gqa" / "data.jsonl").write_text('{"question": "what?"}')
-    with pytest.raises(DataError, match="no field 'answer'"):
-        load_documents("gqa", str(tmp_path))
-    (tmp_path / "gqa" / "data.jsonl").write_text("{")
-    with pytest.raises(DataError, match="line 1"):
-        load_documents("gqa", str(tmp_path))
-    (tmp_path / "pope").mkdir()
-    with pytest.raises(DataError, match="pope: cannot read .*hf download lmms-lab/POPE"):
-        load_documents("pope", str(tmp_path))
-    with pytest.raises(DataError, match="known are"):
-        benchmark("vqa")
-
-
-@pytest.mark.parametrize("colors", [("red", "blue"), ("green", "white")])
-def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path, colors):
-    """GQA: questions and pictures are two configurations, joined by the picture's name. Another snapshot in a folder of
-    the same name is not mistaken for one that was read before."""
-    from datasets import Dataset, Features, Value
-    from datasets import Image as ImageFeature
-
-    root = tmp_path / "gqa"
-    questions = Dataset.from_dict({"question": ["what?", "who?"], "answer": ["x", "y"], "imageId": ["b", "a"]})
-    features = Features({"id": Value("string"), "image": ImageFeature()})
-    stored = [{"bytes": png(color), "path": None} for color in colors]
-    files = {"instructions": questions, "images": Dataset.from_dict({"id": ["a", "b"], "image": stored}, features)}
-    text = ["---", "configs:"]
-    for part, rows in files.items():
-        (root / part).mkdir(parents=True)
-        rows.to_parquet(root / part / "testdev.parquet")
-        text += [
-            f"- config_name: testdev_balanced_{part}",
-            "  data_files:",
-            "  - split: testdev",
-            f"    path: {part}/*",
-        ]
-    (root / "README.md").write_text("\n".join([*text, "---", ""]))
-    documents = load_documents("gqa", str(tmp_path))
-    found = [pictures(doc)[0].getpixel((0, 0)) for doc in documents]
-    assert found == [ImageColor.getrgb(color) for color in reversed(colors)]
-    assert question(documents[1]) == f"who?\n{SHORT}"
-
-
-def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
-    from unitok.data.source import open_source
-    from unitok.eval.vqa import choose_questions
-
-    documents = load_documents("shapes", str(tmp_path))
-    source = open_source(benchmark("shapes").hub)
-    asked = choose_questions(source)
-    assert [(doc["question"], doc["answer"]) for doc in documents] == [(one.text, one.answer) for one in asked]
-    assert question(documents[7]) == asked[7].text
-    (picture,) = pictures(documents[7])
-    assert list(picture.getdata()) == list(source[asked[7].index].image.getdata())
 
 
 def test_captions_are_the_text_of_the_shapes_world():

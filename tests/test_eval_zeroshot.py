@@ -207,6 +207,7 @@ def test_the_command_on_the_shapes_world(tmp_path, capsys):
     written = json.loads(out.read_text())
     assert written["protocol"]["templates"] == "photo" and written["protocol"]["counts"]["num_classes"] == 27
     (run,) = written["runs"].values()
+    assert run["protocol"]["world"] == "shapes", "also of shards: not to stand beside ImageNet's figures"
     metrics = {row["metric"]: row for row in run["metrics"]}
     assert metrics["linear_probe"]["standard_error"] is not None and metrics["top1"]["n"] == 9
     assert metrics["chance"]["value"] == pytest.approx(1 / 27)

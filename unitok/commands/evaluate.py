@@ -43,7 +43,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     from unitok.eval.vqa import evaluate_vqa
 
     source = _open(arguments)
-    if _only_planned(arguments, f"visual question answering on {arguments.source}"):
+    if _only_planned(arguments, f"{arguments.limit or 'all'} questions about {arguments.source}"):
         return 0
     pipeline = _pipeline(arguments)
     rephrase = paraphrase if arguments.paraphrase else None
@@ -171,8 +171,8 @@ def _finish(
     metrics: list[Any] | None = None,
     **details: Any,
 ) -> int:
-    """Print the figures as one table and write them with their protocol, also in the form of every run (`metrics`,
-    or the plain numbers among the figures)."""
+    """Print the figures as one table (of several systems the caller has, side by side) and write them with their
+    protocol, also in the form of every run (`metrics`, or the plain numbers among the figures)."""
     from unitok.eval.results import figures_only, print_table, protocol, write_results
 
     figures = figures_only(figures)
@@ -182,7 +182,8 @@ def _finish(
             rows += [(f"{name} {key}", _text(entry)) for key, entry in value.items()]
         elif not isinstance(value, list):
             rows.append((name, _text(value)))
-    print_table(rows, ("figure", "value"))
+    if "systems" not in figures:
+        print_table(rows, ("figure", "value"))
     if arguments.out:
         block = protocol(what, arguments.seed, counts, source=getattr(arguments, "source", None), **details)
         print(write_results(arguments.out, figures | _runs(arguments, what, figures, counts, block, metrics)))
@@ -203,8 +204,6 @@ def _runs(
 
     n, seeds = next(iter(counts.values())), [arguments.seed]
     paths = block.pop("systems", None) or [getattr(arguments, "model", None) or arguments.tokenizer]
-    if isinstance(block.get("preprocess"), dict):
-        (block["preprocess"],) = set(block["preprocess"].values())
     if "systems" in figures:
         runs = system_runs(what, figures["systems"], n, block, seeds, paths)
         return {"protocol": block | {"systems": paths}, "runs": runs}

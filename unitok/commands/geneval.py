@@ -10,6 +10,7 @@ from unitok.commands.t2i import (
     begin_generation,
     model_needed,
     plan,
+    prompts_planned,
     sampler_of,
     use_share,
 )
@@ -71,7 +72,7 @@ def generate(arguments: argparse.Namespace) -> int:
         needed = [(arguments.prompts, f"GenEval's prompts; from {PROMPTS_FROM}"), model_needed(arguments)]
         if arguments.rewrite:
             needed.append((arguments.rewrite, "the rewritten prompts, a JSON object"))
-        plan(f"{arguments.samples} images for each prompt of GenEval into {arguments.out}", needed)
+        plan(f"{arguments.samples} images for {prompts_planned(arguments)} of GenEval into {arguments.out}", needed)
         return 0
     metadata = load_prompts(arguments.prompts)[: arguments.limit]
     rewrite = read_rewrite(arguments.rewrite, [entry["prompt"] for entry in metadata]) if arguments.rewrite else None
@@ -130,10 +131,13 @@ def _plan_score(arguments: argparse.Namespace, folder: Path) -> None:
         weights = arguments.detector_weights
         name = _default_weights(arguments.detector)
         of_the_hub = weights is not None and weights.count("/") == 1 and weights[0] not in "./~"
-        if not of_the_hub or Path(weights).exists():
+        if of_the_hub and not Path(weights).exists():
+            needed.append((f"hub:{weights}", "the detector"))
+        else:
             needed.append((weights, f"the detector's folder; without it {name} of the hub"))
         needed.append((arguments.clip, f"CLIP, which names colors (--clip FILE); get {CLIP_HINT}"))
-    plan(f"scores of the images in {folder} by {arguments.detector}", needed)
+    some = f"the images of {prompts_planned(arguments)}" if arguments.limit else "the images"
+    plan(f"scores of {some} in {folder} by {arguments.detector}", needed)
 
 
 def _default_weights(detector: str) -> str:
@@ -173,7 +177,7 @@ def _colors(arguments: argparse.Namespace, metadata: list[dict[str, Any]], devic
     """CLIP where a prompt asks for a colour: before hours of detection, not after."""
     from unitok.eval.geneval_detect import ClipColors
 
-    asked = any("color" in clause for entry in metadata for clause in entry["include"])
+    asked = any(clause.get("color") is not None for entry in metadata for clause in entry["include"])
     return ClipColors.from_file(arguments.clip, device) if asked or arguments.clip else None
 
 

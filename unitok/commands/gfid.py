@@ -6,13 +6,13 @@ from typing import Any
 
 from unitok.commands.t2i import (
     add_generation_arguments,
+    fid_network,
     load_pipeline,
     model_needed,
     plan,
     sampler_of,
     use_share,
 )
-from unitok.core.errors import UserError
 
 REFERENCE_FROM = (
     "VIRTUAL_imagenet256_labeled.npz of github.com/openai/guided-diffusion (evaluations), or a folder of images"
@@ -40,13 +40,12 @@ def gfid(arguments: argparse.Namespace) -> int:
     from unitok.eval.class_generation import count_classes, generate_classes, write_batch
     from unitok.eval.geneval_run import generation_protocol, write_generation
 
-    if bool(arguments.reference) != bool(arguments.inception):
-        raise UserError("--reference and --inception: FID needs both; give both or none")
     use_share(arguments)
-    if arguments.dry_run:
-        _plan(arguments)
-        return 0
     num = min(arguments.num, arguments.limit or arguments.num)
+    if arguments.dry_run:
+        _plan(arguments, num)
+        return 0
+    network = fid_network(arguments)
     pipeline, out = load_pipeline(arguments), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     protocol = generation_protocol(pipeline, sampler_of(arguments), classes=count_classes(pipeline))
@@ -62,10 +61,10 @@ def gfid(arguments: argparse.Namespace) -> int:
     if arguments.npz:
         write_batch(paths, Path(arguments.npz))
         print(arguments.npz)
-    return _measure(arguments, paths, protocol | {"num_images": num}) if arguments.inception else 0
+    return _measure(arguments, paths, protocol | {"num_images": num}, network) if arguments.inception else 0
 
 
-def _plan(arguments: argparse.Namespace) -> None:
+def _plan(arguments: argparse.Namespace, num: int) -> None:
     from unitok.eval.fidelity import INCEPTION_WEIGHTS
 
     needed = [
@@ -73,18 +72,17 @@ def _plan(arguments: argparse.Namespace) -> None:
         (arguments.reference, f"FID's reference (--reference); from {REFERENCE_FROM}"),
         (arguments.inception, f"FID's InceptionV3 (--inception FILE); get {INCEPTION_WEIGHTS.hint}"),
     ]
-    plan(f"{arguments.num} images of all classes into {arguments.out}", needed)
+    plan(f"{num} images of all classes into {arguments.out}", needed)
 
 
-def _measure(arguments: argparse.Namespace, paths: list[Path], protocol: dict[str, Any]) -> int:
-    from unitok.core.distributed import inference_device
+def _measure(arguments: argparse.Namespace, paths: list[Path], protocol: dict[str, Any], network: Any) -> int:
     from unitok.eval.class_generation import gfid_metrics
-    from unitok.eval.fidelity import load_inception
+    from unitok.eval.fidelity import reference_name
     from unitok.eval.results import print_run, run_results, write_run
 
-    network, reference = load_inception(arguments.inception, inference_device()), Path(arguments.reference)
+    reference = Path(arguments.reference)
     metrics, kind = gfid_metrics(paths, reference, network, arguments.batch_size, arguments.seed)
-    protocol |= {"fid": "torch-fidelity, 8-bit images", "reference": reference.name, "reference_kind": kind}
+    protocol |= {"fid": "torch-fidelity, 8-bit images", "reference": reference_name(reference), "reference_kind": kind}
     results = run_results("class_conditional", metrics, protocol, [arguments.seed], Path(arguments.model))
     print_run(results)
     print(write_run(Path(arguments.out) / "results.json", results))

@@ -1,6 +1,8 @@
 """`unitok lm-eval ...`: lm-eval's own command line with our model and task files; `unitok eval rescore`."""
 
 import argparse
+import fnmatch
+import json
 import os
 import sys
 import tempfile
@@ -13,6 +15,7 @@ from unitok.core.errors import UserError
 
 _USER_MISTAKES = ("Tasks not found", "No tasks specified")  # what lm-eval says, as a plain ValueError
 _JUDGE = "give --judge MODULE:FUNCTION, (question, reference, answer) -> [0, 1]"
+_TAG, _TEXTS = "unitok_vqa", "unitok_shapes_text"
 _BATCH_SIZE = "32"  # lm-eval's default is 1
 
 
@@ -68,6 +71,7 @@ def lm_eval(arguments: argparse.Namespace) -> int:
             command += ["--output_path", scratch]
         parsed = _parsed(harness, command)
         parsed.include_path = task_folders(getattr(parsed, "include_path", None))
+        _seed_model(parsed)
         try:
             harness.execute(parsed)
         except ValueError as error:
@@ -88,6 +92,13 @@ def _parsed(harness: Any, command: list[str]) -> argparse.Namespace:
         return harness.parse_args()
     finally:
         sys.argv = before
+
+
+def _seed_model(parsed: argparse.Namespace) -> None:
+    """--seed's first number is also our model's, where --model_args names none."""
+    seeds = getattr(parsed, "seed", None)
+    if getattr(parsed, "model", None) == "unitok" and not parsed.config and seeds and seeds[0] is not None:
+        parsed.model_args = {"seed": seeds[0], **(parsed.model_args or {})}
 
 
 def _take_out(argv: list[str]) -> tuple[list[str], str | None]:
@@ -145,13 +156,20 @@ def _list_data(argv: list[str]) -> int:
     """Every VQA task with its data: where they are, or where they come from; and whether the model is there."""
     from unitok.eval.benchmark_data import missing_data
     from unitok.eval.benchmarks import BENCHMARKS
+    from unitok.eval.lm_eval_results import OURS
     from unitok.eval.results import print_table
 
-    asked = [name for name in BENCHMARKS if any(f"unitok_{name}" in one.split(",") for one in argv)]
-    asked = asked or ([] if _others(argv) else list(BENCHMARKS))
-    rows = [(f"unitok_{name}", missing_data(name) or "there") for name in asked]
-    rows += [(task, "lm-eval's own task: from the hub, as its task file says") for task in _others(argv)]
-    print_table(rows, ("task", "data"))
+    data = _data(argv)
+    ours = {f"{OURS}{name}": missing_data(name, data) or "there" for name in BENCHMARKS}
+    known = ours | {_TEXTS: "there"}
+    rows: dict[str, str] = {}
+    for task in _values(argv, "--tasks", "-t") or ours:
+        found = list(ours) if task == _TAG else fnmatch.filter(known, task)
+        rows |= {name: known[name] for name in found}
+        if not found:
+            theirs = "lm-eval's own task: from the hub, as its task file says"
+            rows[task] = f"no such task; ours are {OURS}*, see --dry-run" if task.startswith(OURS) else theirs
+    print_table(list(rows.items()), ("task", "data"))
     given = ",".join(one.removeprefix("--model_args=") for one in argv)
     for part in given.split(","):
         name, _, path = part.partition("=")
@@ -160,12 +178,22 @@ def _list_data(argv: list[str]) -> int:
     return 0
 
 
-def _others(argv: list[str]) -> list[str]:
-    """Tasks asked for that are not ours."""
+def _values(argv: list[str], *names: str) -> list[str]:
+    """What an option of lm-eval's is given, separated by commas or spaces."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--tasks", "-t", nargs="*", default=[])
-    asked = [task for text in parser.parse_known_args(argv)[0].tasks for task in text.split(",")]
-    return [task for task in asked if task and not task.startswith("unitok_")]
+    parser.add_argument(*names, dest="given", nargs="*", action="extend", default=[])
+    return [value for text in parser.parse_known_args(argv)[0].given for value in text.split(",") if value]
+
+
+def _data(argv: list[str]) -> str | None:
+    """The folder that --metadata names, as an object or as data=DIR."""
+    text = ",".join(_values(argv, "--metadata"))
+    if text.startswith("{"):
+        try:
+            return json.loads(text).get("data")
+        except json.JSONDecodeError:
+            raise UserError(f'--metadata {text[:60]}: is not JSON; expected \'{{"data": "DIR"}}\'') from None
+    return dict(part.partition("=")[::2] for part in text.split(",")).get("data")
 
 
 def rescore(arguments: argparse.Namespace) -> int:
@@ -184,6 +212,9 @@ def rescore(arguments: argparse.Namespace) -> int:
         else:
             print(f"left out: scores of a judge, which MM-Vet needs; {_JUDGE}")
         return 0
+    model = Path(arguments.model) if arguments.model else None
+    if model is not None and not model.exists():  # before a judge is asked, not after
+        raise UserError(f"--model {model}: no such folder; give that of the model which answered, or leave it out")
     name, samples = read_samples(path, arguments.limit)
     metrics, groups = rescore_samples(name, samples, arguments.judge)
     rows = [(metric.name, f"{metric.value:.4f}", metric.n) for metric in metrics]
@@ -192,7 +223,6 @@ def rescore(arguments: argparse.Namespace) -> int:
     if name == "mmvet" and not arguments.judge:
         print(f"no score: MM-Vet is scored by a judge; {_JUDGE}")
     if arguments.out:
-        model = Path(arguments.model) if arguments.model else None
         run = rescored_run(name, metrics, samples, path, arguments.seed, arguments.judge, model)
         print(write_results(arguments.out, run))
     return 0

@@ -26,7 +26,7 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser, default: str) 
     )
     parser.add_argument(
         "--preprocess", choices=("plain", "inference", "vae_val", "clip_val"),
-        help="how images are cut to size, for all models (default: as each was trained)",
+        help="how images are cut to size, for all models (default: as UniTok was trained, which others follow)",
     )  # fmt: skip
 
 
@@ -43,29 +43,44 @@ def compare(arguments: argparse.Namespace, source: Any, finish: Callable[..., in
     device = init_distributed("auto")
     try:
         measures = _measures(arguments, device)
+        models = {name: open_autoencoder(path) for name, path in zip(system_names(paths), paths, strict=True)}
+        size, preprocess = _same_images(models, arguments.image_size, arguments.preprocess)
         figures: dict[str, dict[str, Any]] = {}
-        size = arguments.image_size
-        settings = {}
-        for name, path in zip(system_names(paths), paths, strict=True):
-            model = open_autoencoder(path, device, size, arguments.preprocess or "plain")
-            if arguments.preprocess:
-                model.config.preprocess = arguments.preprocess
-            size = size or model.config.image_size
-            if model.config.image_size != size:
-                raise UserError(
-                    f"{path} works at {model.config.image_size} pixels, the others at {size}: not comparable"
-                )
-            settings[name] = getattr(model.config, "preprocess", "plain")
-            figures[name] = _one(model, source, arguments, device, measures)
-        if len(set(settings.values())) > 1:
-            raise UserError(
-                f"the models cut images in different ways ({settings}); give one for all: --preprocess NAME"
-            )
+        for name, model in models.items():
+            figures[name] = _one(model.to(device), source, arguments, device, measures)
+            model.cpu()  # one at a time on the device
         if not is_main():
             return 0
-        return _show(arguments, figures, finish, image_size=size, preprocess=settings, systems=paths)
+        return _show(arguments, figures, finish, image_size=size, preprocess=preprocess, systems=paths)
     finally:
         shutdown_distributed()
+
+
+def _same_images(models: dict[str, Any], size: int | None, preprocess: str | None) -> tuple[int, str]:
+    """Image size and way of cutting (`size`, `preprocess` where given) that all models use, set in their configs.
+
+    UniTok's are those of its training. Models of diffusers fix neither and follow the first UniTok; without any:
+    256 pixels, plain.
+
+    Raises:
+        UserError: the models would not see the same pixels.
+    """
+    from unitok.eval.autoencoders import DiffusersAutoencoder
+
+    fixed = [model for model in models.values() if not isinstance(model, DiffusersAutoencoder)]
+    size = size or (fixed[0].config.image_size if fixed else 256)
+    cut = preprocess or (fixed[0].config.preprocess if fixed else "plain")
+    for name, model in models.items():
+        if isinstance(model, DiffusersAutoencoder):
+            model.config.image_size, model.config.preprocess = size, cut
+        elif preprocess:
+            model.config.preprocess = preprocess
+        if model.config.image_size != size:
+            raise UserError(f"{name} works at {model.config.image_size} pixels, the others at {size}: not comparable")
+    settings = {name: model.config.preprocess for name, model in models.items()}
+    if len(set(settings.values())) > 1:
+        raise UserError(f"the models cut images in different ways ({settings}); give one for all: --preprocess NAME")
+    return size, cut
 
 
 def _one(
@@ -110,7 +125,9 @@ def _plan(arguments: argparse.Namespace, paths: list[str], what: str) -> None:
 
     print(f"would measure: {what}")
     for path in paths:
-        if not path.startswith(HUB_PREFIX) and not Path(path).exists():
+        if path.startswith(HUB_PREFIX):
+            print(f"needed: {path}: diffusers fetches it from the hub; or give its folder")
+        elif not Path(path).exists():
             print(f"missing: {path}: train it (unitok demo), convert a release, or give another --tokenizer")
     for given, names, figures in (
         (arguments.lpips, _lpips_weights(), "LPIPS"),
@@ -118,7 +135,9 @@ def _plan(arguments: argparse.Namespace, paths: list[str], what: str) -> None:
     ):
         if not given:
             print(f"left out: {figures} ({names.what} not given; get {names.hint})")
-        elif not given.startswith(HUB_PREFIX) and not Path(given).is_file():
+        elif given.startswith(HUB_PREFIX):
+            print(f"needed: {given}: {names.what}, fetched from the hub; or give its file")
+        elif not Path(given).is_file():
             print(f"missing: {given}: {names.what}; get {names.hint}")
 
 

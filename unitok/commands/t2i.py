@@ -87,13 +87,38 @@ def plan(what: str, needed: Sequence[tuple[str | None, str]]) -> None:
     for path, source in needed:
         if path is None:
             print(f"left out: {source}")
-        elif not path.startswith("hub:") and not Path(path).exists():
+        elif path.startswith("hub:"):
+            print(f"needed: {path}: fetched from the hub; {source}")
+        elif not Path(path).exists():
             print(f"missing: {path}: {source}")
 
 
 def model_needed(arguments: argparse.Namespace) -> tuple[str, str]:
     """The model's line of `plan`."""
     return arguments.model, "the unified model; train it (unitok demo), convert a release, or give --model"
+
+
+def prompts_planned(arguments: argparse.Namespace) -> str:
+    """Which prompts `plan` speaks of."""
+    return f"each of the first {arguments.limit} prompts" if arguments.limit else "each prompt"
+
+
+def fid_network(arguments: argparse.Namespace) -> Any:
+    """InceptionV3 of --inception, None without it: before hours of drawing, not after.
+
+    Raises:
+        UserError: --reference or --inception alone, or one that is not there.
+    """
+    from unitok.core.distributed import inference_device
+    from unitok.eval.fidelity import load_inception
+
+    if bool(arguments.reference) != bool(arguments.inception):
+        raise UserError("--reference and --inception: FID needs both; give both or none")
+    if not arguments.inception:
+        return None
+    if not Path(arguments.reference).exists():
+        raise DataError(f"--reference {arguments.reference}: no such file or folder; --dry-run says where it is from")
+    return load_inception(arguments.inception, inference_device())
 
 
 def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
@@ -135,12 +160,11 @@ def t2i(arguments: argparse.Namespace) -> int:
     measured = arguments.bench == "mjhq"
     if not measured and (arguments.reference or arguments.inception):
         raise UserError(f"--reference, --inception: only for mjhq; {arguments.bench} is scored by {spec.scored_by}")
-    if measured and bool(arguments.reference) != bool(arguments.inception):
-        raise UserError("--reference and --inception: FID needs both; give both or none")
     use_share(arguments)
     if arguments.dry_run:
         _plan(arguments, spec)
         return 0
+    network = fid_network(arguments)
     if not Path(arguments.prompts).exists():
         raise DataError(f"{arguments.prompts}: no prompts of {spec.title}; get {spec.prompts_from}")
     items = spec.load(Path(arguments.prompts))[: arguments.limit]
@@ -154,7 +178,7 @@ def t2i(arguments: argparse.Namespace) -> int:
         print(f"{out}: this process's share is done; {missing} of {len(items)} images wait for other processes")
         return 0
     print(f"{out / 'images'}: {len(items)} images of {spec.title}, to be scored by {spec.scored_by}")
-    return _fidelity(arguments, items, protocol) if arguments.inception else 0
+    return _fidelity(arguments, items, protocol, network) if arguments.inception else 0
 
 
 def _plan(arguments: argparse.Namespace, spec: Any) -> None:
@@ -166,22 +190,20 @@ def _plan(arguments: argparse.Namespace, spec: Any) -> None:
 
         needed.append((arguments.reference, f"FID's reference images (--reference DIR); from {spec.prompts_from}"))
         needed.append((arguments.inception, f"FID's InceptionV3 (--inception FILE); get {INCEPTION_WEIGHTS.hint}"))
-    plan(f"{spec.samples} images for each prompt of {spec.title} into {arguments.out}", needed)
+    plan(f"{spec.samples} images for {prompts_planned(arguments)} of {spec.title} into {arguments.out}", needed)
 
 
-def _fidelity(arguments: argparse.Namespace, items: Sequence[Any], protocol: dict[str, Any]) -> int:
-    from unitok.core.distributed import inference_device
-    from unitok.eval.fidelity import load_inception
+def _fidelity(arguments: argparse.Namespace, items: Sequence[Any], protocol: dict[str, Any], network: Any) -> int:
+    from unitok.eval.fidelity import reference_name
     from unitok.eval.results import print_run, run_results, write_run
     from unitok.eval.t2i_runs import fidelity_metrics
 
     out = Path(arguments.out)
-    network = load_inception(arguments.inception, inference_device())
     reference, size = Path(arguments.reference), arguments.batch_size
     metrics = fidelity_metrics(out, items, reference, network, size, arguments.seed)
     protocol = protocol | {
         "fid": "torch-fidelity, 8-bit images as their files hold them",
-        "reference": reference.name,
+        "reference": reference_name(reference),
     }
     results = run_results("mjhq30k", metrics, protocol, [arguments.seed], Path(arguments.model))
     print_run(results)

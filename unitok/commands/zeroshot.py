@@ -74,7 +74,8 @@ def zeroshot(arguments: argparse.Namespace) -> int:
     print_table(table, ("figure", *figures))
     if arguments.out:
         systems = dict(zip(figures, names, strict=True))
-        print(write_results(arguments.out, _results(arguments, systems, figures, settings, len(classes))))
+        scenes = isinstance(source, SceneClasses)
+        print(write_results(arguments.out, _results(arguments, systems, figures, settings, len(classes), scenes)))
     return 0
 
 
@@ -84,6 +85,7 @@ def _results(
     figures: dict[str, dict[str, Any]],
     settings: dict[str, dict[str, Any]],
     classes: int,
+    scenes: bool,
 ) -> dict[str, Any]:
     """One run for each model, as `unitok report` reads them. How a model wants its images is the model's own."""
     from unitok.eval.results import protocol, run_results
@@ -91,7 +93,7 @@ def _results(
 
     images = next(iter(figures.values()))["num_images"]
     names = ("source", "train", "templates", "classes", "captions", "probe_c", "limit")
-    details = {name: getattr(arguments, name) for name in names}
+    details = {name: getattr(arguments, name) for name in names} | ({"world": "shapes"} if scenes else {})
     block = protocol("zeroshot", arguments.seed, {"images": images, "num_classes": classes}, **details)
     runs = {}
     for short, path in systems.items():
@@ -123,7 +125,8 @@ def _one(
 
 
 def _plan(arguments: argparse.Namespace, names: list[str]) -> int:
-    print(f"would measure: zero-shot classification of {arguments.source} by {', '.join(names)}")
+    some = f"{arguments.limit} images of {arguments.source}" if arguments.limit else arguments.source
+    print(f"would measure: zero-shot classification of {some} by {', '.join(names)}")
     hints = [
         (
             arguments.source,

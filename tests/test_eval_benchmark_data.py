@@ -1,0 +1,158 @@
+"""Documents of VQA benchmarks from local folders and snapshots of the hub: missing ones, their pictures, their hash."""
+
+import io
+import json
+
+import pytest
+from PIL import Image, ImageColor
+from test_eval_vqa_tasks import DOCUMENTS
+
+from unitok.core.errors import DataError
+from unitok.data.source import open_source
+from unitok.eval.benchmark_data import (
+    documents_hash,
+    load_documents,
+    loaded_documents,
+    missing_data,
+    pictures,
+    question,
+)
+from unitok.eval.benchmarks import SHORT, benchmark, score
+
+
+def png(color):
+    buffer = io.BytesIO()
+    Image.new("RGB", (4, 4), color).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def test_missing_data_say_where_they_come_from(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"hf download lmms-lab/MME --repo-type dataset --local-dir"):
+        load_documents("mme", str(tmp_path))
+    monkeypatch.setenv("UNITOK_DATA", str(tmp_path / "elsewhere"))
+    with pytest.raises(DataError, match="elsewhere"):
+        load_documents("mme")
+    (tmp_path / "gqa").mkdir()
+    (tmp_path / "gqa" / "data.jsonl").write_text('{"question": "what?"}')
+    with pytest.raises(DataError, match="no field 'answer'"):
+        load_documents("gqa", str(tmp_path))
+    (tmp_path / "gqa" / "data.jsonl").write_text("{")
+    with pytest.raises(DataError, match="line 1"):
+        load_documents("gqa", str(tmp_path))
+    (tmp_path / "pope").mkdir()
+    with pytest.raises(DataError, match="pope: cannot read .*hf download lmms-lab/POPE"):
+        load_documents("pope", str(tmp_path))
+    assert missing_data("pope", str(tmp_path)).startswith("no data.jsonl and no .parquet file in ")
+    (tmp_path / "pope" / "a.png").write_bytes(png("red"))
+    assert "hf download lmms-lab/POPE" in missing_data("pope", str(tmp_path)), "a lone picture is no data"
+    (tmp_path / "pope" / "data").mkdir()
+    (tmp_path / "pope" / "data" / "test.parquet").touch()
+    assert missing_data("pope", str(tmp_path)) is None
+    with pytest.raises(DataError, match="known are"):
+        benchmark("vqa")
+
+
+def write_documents(root, name, documents):
+    (root / name).mkdir(parents=True, exist_ok=True)
+    (root / name / "data.jsonl").write_text("\n".join(map(json.dumps, documents)))
+    (root / name / "red.png").write_bytes(png("red"))
+    return load_documents(name, str(root))
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_a_question_is_not_asked_without_its_picture(name, tmp_path):
+    """Of a misnamed field, and of a row that has none; ScienceQA's questions without one are as they should be."""
+    documents = [one for one in DOCUMENTS[name] if one.get("data_type") != "video" and one.get("index", 0) < 1000]
+    misnamed = [{key.replace("image", "img"): value for key, value in one.items()} for one in documents]
+    with pytest.raises(DataError, match=r"no field 'image(_1)?'; expected"):
+        write_documents(tmp_path / "misnamed", name, misnamed)
+    without = [{key: None if key.startswith("image") else value for key, value in documents[0].items()}]
+    doc = write_documents(tmp_path / "without", name, [*without, *documents])[0]
+    if name == "scienceqa":
+        assert pictures(doc) == []
+    else:
+        with pytest.raises(DataError, match=f"^{name}: (no picture in 'image'|the question names <image 2>)"):
+            pictures(doc)
+
+
+def test_the_hash_of_documents_is_of_what_is_asked_and_scored(tmp_path):
+    documents = DOCUMENTS["pope"]
+    found = {}
+    for case, rows in (
+        ("as they are", documents),
+        ("with more fields", [one | {"id": 3} for one in documents]),
+        ("other question", [one | {"question": "Is there a bird?"} for one in documents]),
+        ("other answer", [documents[0] | {"answer": "no"}, documents[1]]),
+        ("fewer", documents[:1]),
+    ):
+        write_documents(tmp_path / case, "pope", rows)
+        found[case] = loaded_documents()["pope"]
+        assert found[case] == documents_hash("pope", rows)
+    assert found.pop("with more fields") == found["as they are"]
+    assert len(set(found.values())) == 4
+    turned = documents_hash("mmbench", write_documents(tmp_path / "turned", "mmbench", DOCUMENTS["mmbench"]))
+    assert turned != documents_hash("mmbench", DOCUMENTS["mmbench"][:2]), "every rotation is a question"
+
+
+@pytest.mark.parametrize("name", sorted(DOCUMENTS))
+def test_no_answer_is_a_crash(name):
+    texts = [
+        "",
+        "\n",
+        "F",
+        "I",
+        "Z",
+        "The answer is F.",
+        "(I)",
+        "A. B. C.",
+        ".",
+        "nan",
+        "inf is -inf",
+        "1e999",
+        "²",
+        "[1,",
+    ]
+    for doc in DOCUMENTS[name]:
+        for text in texts:
+            assert score(name, doc | {"rotation": 0}, text).keys() == benchmark(name).metrics.keys()
+
+
+@pytest.mark.parametrize("colors", [("red", "blue"), ("green", "white")])
+def test_a_snapshot_of_the_hub_is_read_with_its_pictures_apart(tmp_path, colors):
+    """GQA: questions and pictures are two configurations, joined by the picture's name. Another snapshot in a folder of
+    the same name is not mistaken for one that was read before."""
+    from datasets import Dataset, Features, Value
+    from datasets import Image as ImageFeature
+
+    root = tmp_path / "gqa"
+    questions = Dataset.from_dict({"question": ["what?", "who?"], "answer": ["x", "y"], "imageId": ["b", "a"]})
+    features = Features({"id": Value("string"), "image": ImageFeature()})
+    stored = [{"bytes": png(color), "path": None} for color in colors]
+    files = {"instructions": questions, "images": Dataset.from_dict({"id": ["a", "b"], "image": stored}, features)}
+    text = ["---", "configs:"]
+    for part, rows in files.items():
+        (root / part).mkdir(parents=True)
+        rows.to_parquet(root / part / "testdev.parquet")
+        text += [
+            f"- config_name: testdev_balanced_{part}",
+            "  data_files:",
+            "  - split: testdev",
+            f"    path: {part}/*",
+        ]
+    (root / "README.md").write_text("\n".join([*text, "---", ""]))
+    documents = load_documents("gqa", str(tmp_path))
+    found = [pictures(doc)[0].getpixel((0, 0)) for doc in documents]
+    assert found == [ImageColor.getrgb(color) for color in reversed(colors)]
+    assert question(documents[1]) == f"who?\n{SHORT}"
+
+
+def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
+    from unitok.eval.vqa import choose_questions
+
+    documents = load_documents("shapes", str(tmp_path))
+    source = open_source(benchmark("shapes").hub)
+    asked = choose_questions(source)
+    assert [(doc["question"], doc["answer"]) for doc in documents] == [(one.text, one.answer) for one in asked]
+    assert question(documents[7]) == asked[7].text
+    (picture,) = pictures(documents[7])
+    assert list(picture.getdata()) == list(source[asked[7].index].image.getdata())
