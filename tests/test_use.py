@@ -115,7 +115,8 @@ def test_many_go_on_and_fill_the_same_grid(model, here, capsys, monkeypatch):
     command = ["generate", "--from-file", "prompts.txt", "--model", str(model), "--out", "many", "--grid", "grid.png"]
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert printed.err.count("\rimage position ") == 4 and printed.err.endswith("image position 4/4\n")
+    assert printed.err.count("\rimage position ") == 4 and "image position 4/4\n" in printed.err
+    assert printed.err.endswith("3 images made of 3\n")
     before = pixels("grid.png")
     assert before.shape == (66, 66, 3), "three images, nearly square"
     Path("many/two.png").unlink()
@@ -285,8 +286,7 @@ def test_drawing_twice_gives_another_picture_and_another_file(pipe, here, monkey
 def test_several_pictures_are_saved_under_their_own_name(pipe, here):
     conversation = Conversation(pipe.new_session(), [], max_new_tokens=4)
     conversation.take("red.png 'my blue.png' two")
-    Path("talks").mkdir()
-    conversation.take("/save talks/one.jsonl")
+    conversation.take("/save talks/one.jsonl")  # its folder is made
     saved = json.loads(Path("talks/one.jsonl").read_text())
     assert saved["images"] == ["../red.png", "../my blue.png"] and "image" not in saved
     assert saved["conversations"][0]["content"] == "<image>\n<image>\ntwo"
@@ -307,7 +307,7 @@ def test_a_drawing_that_is_stopped(pipe, here, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/paint red", "/paint: no such command; there are /image, /generate, /save, /reset, /help, and Ctrl-D leaves"),
+        ("/paint red", "/paint: no such command; there are /image, /generate, /save, /reset, /help, /quit"),
         ("/generate", "/generate: say what to draw"),
         ("/save", "/save: name a file"),
         ("/save red.png", "nothing has been said yet"),
@@ -330,11 +330,18 @@ def test_files_that_cannot_be_written(pipe, here):
     conversation.take("two")
     for line, message in (
         ("/save red.png", "is there already; name another"),
-        ("/save nowhere/talk.json", r"cannot be written \(No such file"),
+        ("/save red.png/talk.json", r"cannot be written \((File exists|Not a directory)"),
         ("/generate red", r"cannot be written \(.*\); give --out a folder"),
     ):
         with pytest.raises(UserError, match=message):
             conversation.take(line)
+
+
+def test_quit_leaves_whatever_its_case(pipe, monkeypatch):
+    session = pipe.new_session()
+    typed(monkeypatch, "/HELP", "two", "/Quit", "yes")
+    assert converse(Conversation(session, [], 4)) == 0
+    assert len(session.messages) == 2, "what stands behind it is not asked"
 
 
 def test_help_names_every_command(pipe, capsys):

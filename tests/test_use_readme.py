@@ -40,7 +40,7 @@ def words_of(command: str) -> list[str]:
 def test_commands(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("sys.stdin.isatty", lambda: False, raising=False)
-    lines = iter(["/generate a red circle", "what color is the circle?", "/save talk.jsonl"])
+    lines = iter(["/generate a red circle", "what color is the circle?", "/save out/talk.jsonl"])
     monkeypatch.setattr("builtins.input", lambda prompt="": next(lines, None) or (_ for _ in ()).throw(EOFError))
     ran = set()
     for command in COMMANDS:
@@ -49,15 +49,20 @@ def test_commands(folder, monkeypatch, capsys):
         if words[0] != "serve":  # tests/test_serve_command.py runs it
             assert main(words) == 0, (command, capsys.readouterr().err)
     assert ran == {"generate", "chat", "reconstruct", "serve"}
-    assert len(list((folder / "images").glob("*.png"))) == 6 and len(list((folder / "many").glob("*.png"))) == 2
+    assert (
+        len(list((folder / "out" / "images").glob("*.png"))) == 6
+        and len(list((folder / "out" / "many").glob("*.png"))) == 2
+    )
     for name in ("red_and_blue.png", "grid.png", "pairs.png", "psnr.json", "talk.jsonl", "a_red_circle.png"):
-        assert (folder / name).is_file(), name
+        assert (folder / "out" / name).is_file(), name
 
 
 def test_python_examples(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    if not (folder / "red_and_blue.png").exists():  # this test alone
-        Image.new("RGB", (32, 32), "red").save("red_and_blue.png")
+    picture = Path("out/red_and_blue.png")
+    if not picture.exists():  # this test alone
+        picture.parent.mkdir()
+        Image.new("RGB", (32, 32), "red").save(picture)
     assert len(EXAMPLES) == 3
     for number, example in enumerate(EXAMPLES):
         assert 5 <= len(example.splitlines()) <= 10
@@ -66,5 +71,5 @@ def test_python_examples(folder, monkeypatch, capsys):
         runpy.run_path(str(script), run_name="__main__")
     printed = capsys.readouterr().out.splitlines()
     assert len(printed) >= 3 and "torch.Size([1, " in "".join(printed), printed
-    sizes = {Image.open(folder / name).size for name in ("drawn_0.png", "drawn_1.png", "again.png")}
+    sizes = {Image.open(folder / "out" / name).size for name in ("drawn_0.png", "drawn_1.png", "again.png")}
     assert len(sizes) == 1

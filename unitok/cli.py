@@ -42,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         module, function = arguments.run
         return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
     except UserError as error:
-        print(f"unitok: error: {' '.join(str(error).split())}", file=sys.stderr)
+        # In one piece: ranks share the terminal.
+        sys.stderr.write(f"unitok: error: {' '.join(str(error).split())}\n")
         return error.exit_code
     except BrokenPipeError:  # the reader of our output has gone, as with `unitok ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -31,7 +31,8 @@ FILE ...          pictures for the next question, alone or within it: type paths
 /save FILE        write the conversation as one line of JSON, with paths of pictures
 /reset            begin a new conversation
 /help             this
-Ctrl-C stops an answer or a drawing; at the prompt it leaves, as Ctrl-D does."""
+/quit             leave, as Ctrl-D does
+Ctrl-C stops an answer or a drawing; at the prompt it leaves."""
 
 
 def add_chat_arguments(parser: argparse.ArgumentParser) -> None:
@@ -82,14 +83,17 @@ class Conversation:
             "/save": self._save,
             "/reset": self._reset,
             "/help": lambda _: print(HELP),
+            "/quit": self._quit,
         }
+        self.left = False
 
     def take(self, line: str) -> None:
         """Do what a line says. Raises UserError for what cannot be done; the conversation then is as it was."""
         command, _, rest = line.partition(" ")
+        command = command.lower() if command[:1] == "/" else command
         if command[:1] == "/" and command[1:].isalpha():
             if command not in self.commands:
-                raise UserError(f"{command}: no such command; there are {', '.join(self.commands)}, and Ctrl-D leaves")
+                raise UserError(f"{command}: no such command; there are {', '.join(self.commands)}")
             self.commands[command](rest.strip())
             return
         paths, question = split_pictures(line)
@@ -147,6 +151,7 @@ class Conversation:
         try:
             if path.exists() and path.resolve() not in self.saved:
                 raise UserError(f"/save: {path} is there already; name another file")
+            path.parent.mkdir(parents=True, exist_ok=True)
             line = json.dumps(as_record(self.session.messages, path), ensure_ascii=False)
             path.write_bytes(f"{line}\n".encode())
         except OSError as error:
@@ -155,6 +160,9 @@ class Conversation:
             raise UserError("/save: a name of a file is not UTF-8, which JSON must be; rename the file") from error
         self.saved.add(path.resolve())
         print(_shown(path), flush=True)
+
+    def _quit(self, _: str) -> None:
+        self.left = True
 
     def _reset(self, _: str) -> None:
         self.session.reset()
@@ -173,7 +181,7 @@ def converse(conversation: Conversation) -> int:
         if importlib.util.find_spec("readline"):
             import readline  # noqa: F401  (input() then has line editing, history, and pasting of several lines)
         print("Ask, or /help; Ctrl-D leaves.", file=sys.stderr)
-    while True:
+    while not conversation.left:
         names = ", ".join(_shown(Path(image.info[FILE]).name) for image in conversation.waiting if FILE in image.info)
         try:
             line = input(f"you [{names}]: " if names else "you: ") if terminal else input()
@@ -192,6 +200,7 @@ def converse(conversation: Conversation) -> int:
             if not terminal:
                 raise
             print(flush=True)
+    return 0
 
 
 def print_answer(deltas: Generator[str, None, None]) -> None:

@@ -127,6 +127,12 @@ def _draw_many(
     if {target.suffix for target in targets} != {".png"} or len({target.parent for target in targets}) > 1:
         raise UserError(f"--out {arguments.out}: with --from-file images are .png files in one folder; give a folder")
     pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
+    made: list[Path] = []
+
+    def tell(_: int, path: Path) -> None:
+        made.append(path)
+        print(path, flush=True)
+
     generate_many(
         pipeline,
         texts,
@@ -134,10 +140,11 @@ def _draw_many(
         seeds,
         [target.name for target in targets],
         graph=False if arguments.no_graph else None,
-        on_image=lambda _, path: print(path, flush=True),
+        on_image=tell,
         on_position=progress(),
         **sampler,
     )
+    print(f"{len(made)} images made of {len(targets)}", file=sys.stderr)
     return image_records(pipeline, texts, seeds, **sampler)
 
 

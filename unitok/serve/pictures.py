@@ -41,6 +41,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
     @app.post("/v1/tokenizer/reconstruct", responses=ERRORS)
     async def reconstruct(body: ReconstructRequest, request: Request) -> ReconstructAnswer:
         """What the visual tokenizer keeps of a picture: its codes and what they decode to."""
+        service.check_model(body.model)
 
         def pixels(go_on: Callable[[], None]) -> torch.Tensor:
             (image,) = unpacked({"image": body.image}, service.settings, go_on, service.model.pixels)

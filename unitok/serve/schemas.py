@@ -119,6 +119,7 @@ class ReconstructRequest(_Body):
     """A data URL; see `ImageUrl`."""
 
     image: Text
+    model: Text | None = None
 
 
 class ErrorBody(BaseModel):
