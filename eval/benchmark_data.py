@@ -9,15 +9,15 @@ import io
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from unitok.core.errors import DataError
-from unitok.data.transforms import decode_image, load_image
 from unitok.eval.benchmarks import Benchmark, Doc, benchmark
+from unitok.eval.lazy_pictures import picture_of
 
 DATA_VARIABLE = "UNITOK_DATA"
 DATA_FILE = "data.jsonl"
@@ -228,21 +228,10 @@ def pictures(doc: Doc) -> list[Image.Image]:
         value = doc.get(field)
         for one in value if isinstance(value, list) else [value]:
             if one is not None:
-                found.append(_open(one, f"{doc['benchmark']} {field}"))
+                found.append(picture_of(one, f"{doc['benchmark']} {field}"))
             elif numbers:
                 raise DataError(f"{doc['benchmark']}: the question names <{field.replace('_', ' ')}>, which is missing")
     if not found and not rule.without_pictures:
         asked = doc["question"][:60]
         raise DataError(f"{doc['benchmark']}: no picture in {rule.images[0]!r} of {asked!r}; expected one")
     return found
-
-
-def _open(value: Any, name: str) -> Image.Image:
-    if isinstance(value, Image.Image):
-        return value
-    if isinstance(value, Mapping) and value.get("bytes"):
-        return decode_image(value["bytes"], name)
-    path = value.get("path") if isinstance(value, Mapping) else value
-    if not isinstance(path, str):
-        raise DataError(f"{name}: {str(value)[:60]!r} is no picture; expected the path of a file or its bytes")
-    return load_image(path)

@@ -25,6 +25,7 @@ from unitok.core.distributed import all_gather_object, barrier, inference_device
 from unitok.core.errors import DataError, UserError
 from unitok.core.rng import torch_rng
 from unitok.data.conversations import IMAGE_MARK, Turn
+from unitok.eval.lazy_pictures import opened
 from unitok.eval.progress import batches, progress
 from unitok.mllm.chat import Prompt, TextRows, TextSampling
 from unitok.mllm.pipeline import UniTokPipeline
@@ -167,7 +168,7 @@ class UniTokLM(HFLM):
         if self.max_length <= new:
             raise UserError(f"max_gen_toks={new}: the backbone reads {self.max_length} positions in all; ask for fewer")
         pictures = [list(one[2]["visual"] or []) if len(one) > 2 else None for one in arguments]
-        codes = self.pipeline.image_codes([picture for own in pictures for picture in own or []])
+        codes = self.pipeline.image_codes([opened(picture) for own in pictures for picture in own or []])
         prompts = []
         for (context, *_), own in zip(arguments, pictures, strict=True):
             if own is None:

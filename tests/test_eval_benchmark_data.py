@@ -7,7 +7,7 @@ import pytest
 from PIL import Image, ImageColor
 from test_eval_vqa_tasks import DOCUMENTS
 
-from unitok.core.errors import DataError
+from unitok.core.errors import DataError, UserError
 from unitok.data.source import open_source
 from unitok.eval.benchmark_data import (
     documents_hash,
@@ -156,3 +156,44 @@ def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
     assert question(documents[7]) == asked[7].text
     (picture,) = pictures(documents[7])
     assert list(picture.getdata()) == list(source[asked[7].index].image.getdata())
+
+
+@pytest.mark.parametrize("kept", ["path", "bytes"])
+def test_pictures_are_decoded_when_they_are_looked_at(kept, tmp_path, monkeypatch):
+    """And stand for PIL's own to whoever looks, lm-eval's cache of answers included."""
+    import copy
+
+    from lm_eval.api.model import hash_args
+
+    from unitok.eval import lazy_pictures
+
+    whole = Image.radial_gradient("L").resize((40, 30)).convert("RGB")
+    file = tmp_path / "a.png"
+    whole.save(file)
+    value = str(file) if kept == "path" else {"bytes": file.read_bytes()}
+    decoded = []
+    for name in ("decode_image", "load_image"):
+        original = getattr(lazy_pictures, name)
+        monkeypatch.setattr(lazy_pictures, name, lambda *args, original=original: decoded.append(1) or original(*args))
+    picture = lazy_pictures.picture_of(value, "pope image")
+    assert isinstance(picture, Image.Image) and not decoded
+    assert picture.size == (40, 30) and list(copy.deepcopy(picture).getdata()) == list(whole.getdata())
+    assert hash_args("a", [{"visual": [picture]}]) == hash_args("a", [{"visual": [whole]}])
+    before = len(decoded)
+    assert lazy_pictures.opened(picture).tobytes() == whole.tobytes() and len(decoded) == before + 1
+    assert lazy_pictures.opened(whole) is whole is lazy_pictures.picture_of(whole, "pope image")
+
+
+def test_a_picture_that_is_none_is_told_at_once_and_a_cut_one_when_it_is_looked_at(tmp_path):
+    from unitok.eval.lazy_pictures import picture_of
+
+    text, cut = tmp_path / "a.png", tmp_path / "cut.png"
+    text.write_text("no picture")
+    Image.effect_noise((64, 64), 50).save(cut)
+    cut.write_bytes(cut.read_bytes()[:1500])
+    for value in (str(text), str(tmp_path / "lost.png"), {"bytes": b"no picture"}, {"path": None}, 7):
+        with pytest.raises((DataError, UserError)):
+            picture_of(value, "pope image")
+    picture = picture_of(str(cut), "pope image")
+    with pytest.raises(UserError, match=r"cut\.png"):
+        picture.convert("RGB")
