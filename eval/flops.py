@@ -137,6 +137,10 @@ class MeasuredTask(TokenizerTask):
     Nothing is read for `init_from` and `init_clip`: neither speed nor FLOPs depend on the weights.
     """
 
+    def readings(self) -> list[Any]:
+        """Nothing is read: batches are random."""
+        return []
+
     def __init__(self, config: TokenizerTrainConfig, place: torch.device) -> None:
         super().__init__(config)
         self.place = place

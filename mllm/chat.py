@@ -56,7 +56,7 @@ class TextSampling:
 
         NonFiniteError for logits of a broken model.
         """
-        check_logits(logits_BV)
+        check_logits(logits_BV.amax(dim=-1))
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
         probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)

@@ -46,9 +46,9 @@ def _tempered(logits: Tensor, temperature: float | Tensor) -> Tensor:
     return logits / min(max(temperature, _COLDEST), _HOTTEST)
 
 
-def check_logits(logits: Tensor) -> None:
-    """NonFiniteError where some `[..., V]` have no largest finite entry: nothing can be chosen among them."""
-    if not bool(logits.amax(dim=-1).isfinite().all()):
+def check_logits(largest: Tensor) -> None:
+    """NonFiniteError where the largest of some logits is not finite: nothing can be chosen among them."""
+    if not bool(largest.isfinite().all()):
         raise NonFiniteError(
             "the model's scores are not finite: its weights are damaged, or training went wrong; check the export"
         )
@@ -58,7 +58,8 @@ def draw(probs_BV: Tensor, uniform_B: Tensor) -> Tensor:
     """The entry `[B]` whose part of the unit interval, laid out in order, holds `uniform_B`."""
     cumulative_BV = probs_BV.double().cumsum(dim=-1)  # an entry without probability must not get any by rounding
     wanted_B1 = uniform_B.clamp(max=_LARGEST).unsqueeze(-1) * cumulative_BV[:, -1:]
-    return torch.searchsorted(cumulative_BV, wanted_B1, right=True)[:, 0]
+    found_B = torch.searchsorted(cumulative_BV, wanted_B1, right=True)[:, 0]
+    return found_B.clamp_(max=probs_BV.shape[-1] - 1)  # behind the last where there is a NaN, of which others tell
 
 
 def check_temperature(values: Sequence[float], name: str = "temperature") -> None:
@@ -129,26 +130,23 @@ class CodeSampler:
             mine.copy_(theirs)
         return self
 
-    def choose(self, logits_BV: Tensor, index: int, uniform_B: Tensor) -> Tensor:
-        """Codes `[B]` number `index` (0 to K - 1) of a position, from one random number for each image.
-
-        On a CPU NonFiniteError for logits of a broken model; elsewhere every look would wait for the device.
-        """
-        if logits_BV.device.type == "cpu":
-            check_logits(logits_BV)
+    def choose(self, logits_BV: Tensor, index: int, uniform_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes `[B]` number `index` (0 to K - 1) of a position, from one random number for each image; and the largest
+        logits `[B]`, for `check_logits`."""
+        largest_B, code_B = logits_BV.max(dim=-1)
         if not self.do_sample:
-            return logits_BV.argmax(dim=-1)
+            return code_B, largest_B
         logits_BV, temperature_B1 = logits_BV.float(), self.temperatures[min(index, 1)]
         if self.filtered:
             logits_BV = filter_logits(logits_BV, temperature_B1, self.top_k, self.top_p)
         else:
             logits_BV = _tempered(logits_BV, temperature_B1)
-        return draw(logits_BV.softmax(dim=-1), uniform_B)
+        return draw(logits_BV.softmax(dim=-1), uniform_B), largest_B
 
     def __call__(self, logits_BV: Tensor, index: int) -> Tensor:
         """As `choose`, with the next number of each image's stream."""
         uniform_B = self.uniforms(1)[:, 0] if self.do_sample else self._ready
-        return self.choose(logits_BV, index, uniform_B)
+        return self.choose(logits_BV, index, uniform_B)[0]
 
 
 def _per_image(name: str, value: Setting, count: int) -> list[float]:

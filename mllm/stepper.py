@@ -74,14 +74,20 @@ class PositionStepper:
         return self._choose(hidden_RD, self.uniforms_LKB.index_select(0, self.place)[0])
 
     def _choose(self, hidden_RD: Tensor, uniforms_KB: Tensor) -> Tensor:
-        """The K codes `[B, K]` of one position, one after the other through the depth transformer."""
-        inputs, codes = hidden_RD, []
+        """The K codes `[B, K]` of one position, one after the other through the depth transformer.
+
+        On a CPU NonFiniteError for those of a broken model; elsewhere every look would wait for the device.
+        """
+        inputs, codes, largest = hidden_RD, [], []
         for index in range(self.num_codebooks):
             logits = self.depth.step(index, inputs, self.depth_cache)
             if self.guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = torch.lerp(unconditional.float(), conditional.float(), self.guidance)
-            code_B = self.sampler.choose(logits, index, uniforms_KB[index])
+            code_B, largest_B = self.sampler.choose(logits, index, uniforms_KB[index])
             codes.append(code_B)
+            largest.append(largest_B)
             inputs = torch.cat([code_B, code_B]) if self.guided else code_B
+        if hidden_RD.device.type == "cpu" and not torch.compiler.is_compiling():
+            check_logits(torch.stack(largest))
         return torch.stack(codes, dim=-1)

@@ -16,6 +16,7 @@ from core_toys import AdversarialTask, ToyNet, ToyTask, run_toy
 from torch import nn
 
 from unitok.core import checkpoint, launch
+from unitok.core.config import Config
 from unitok.core.ema import Ema
 from unitok.core.errors import EXIT_RESUME, CheckpointError, ConfigError, DataError, NonFiniteError
 from unitok.core.loop import train
@@ -169,6 +170,29 @@ def test_finished_run_with_other_settings_is_refused(tmp_path: Path) -> None:
         run_toy(ToyTask(), tmp_path, steps=2, engine_gradient_clipping=0.5)
     assert (tmp_path / "config.yaml").read_text() == written
     run_toy(ToyTask(), tmp_path, steps=2, log_every=2)  # how it is shown may change
+
+
+def test_a_setting_that_a_checkpoint_does_not_know_had_its_default(tmp_path: Path) -> None:
+    """Of a run from before there was such a setting, also within a part."""
+
+    class Part(Config):
+        noise: float = 0.0
+
+    class Later(TrainConfig):
+        part: Part = Part()
+        shares: list[int] = [1, 2]
+
+    settings = {"output_dir": str(tmp_path), "steps": 2}
+    train(ToyTask(), TrainConfig(**settings))
+    train(ToyTask(), Later(**settings))  # writes what it knows into config.yaml, not into the checkpoint
+    for change in ({"part": {"noise": 0.5}}, {"shares": [2, 1]}):
+        with pytest.raises(CheckpointError, match=r"no step is left .*(part\.noise|shares)"):
+            train(ToyTask(), Later(**settings, **change))
+    decisive = ToyTask()
+    decisive.decisive = ("part.noise",)
+    train(decisive, Later(**settings))
+    with pytest.raises(CheckpointError, match=r"part\.noise=0\.0, now it is 0\.5"):
+        train(decisive, Later(**settings, part={"noise": 0.5}))
 
 
 def test_finished_run_may_lie_elsewhere(tmp_path: Path) -> None:

@@ -71,7 +71,7 @@ def test_guidance_out_of_range(model, here, capsys, value):
 @pytest.mark.parametrize("value", ["inf", "nan", "0", "-1"])
 def test_temperatures_out_of_range(model, here, capsys, value):
     assert main(["generate", "red", "--model", str(model), "--temperature", value]) == 2
-    assert "temperature=" in one_line(capsys)
+    assert "temperature" in one_line(capsys)
 
 
 def test_logits_stay_finite_at_the_ends_of_all_ranges():

@@ -57,7 +57,7 @@ def load_config(
     A part given in the file replaces only the fields it names; the others keep the enclosing class's defaults.
     Raises ConfigError, in one line, for an unknown key (with the nearest known one) or a value that does not fit.
     """
-    values = _defaults(cls)
+    values = default_values(cls)
     if file is not None:
         path = config_path(file)
         _merge(values, _read_yaml(path), cls)
@@ -140,14 +140,14 @@ def _part_type(annotation: Any) -> type[BaseModel] | None:
     return parts[0] if len(parts) == 1 else None
 
 
-def _defaults(cls: type[BaseModel]) -> dict[str, Any]:
+def default_values(cls: type[BaseModel]) -> dict[str, Any]:
     """The default values as nested dicts; required fields are absent, required parts hold their own defaults."""
     values: dict[str, Any] = {}
     for name, field in cls.model_fields.items():
         if field.is_required():
             part = _part_type(field.annotation)
             if part is not None:
-                values[name] = _defaults(part)
+                values[name] = default_values(part)
             continue
         default = field.get_default(call_default_factory=True, validated_data={})
         values[name] = default.model_dump() if isinstance(default, BaseModel) else default
@@ -160,7 +160,7 @@ def _merge(values: dict[str, Any], update: Mapping[str, Any], cls: type[BaseMode
         part = _part_type(field.annotation) if field is not None else None
         if part is not None and isinstance(value, Mapping):
             if not isinstance(values.get(key), dict):
-                values[key] = _defaults(part)
+                values[key] = default_values(part)
             _merge(values[key], value, part)
         else:
             values[key] = value
@@ -175,7 +175,7 @@ def _set_dotted(values: dict[str, Any], key: str, value: Any, cls: type[BaseMode
             raise ConfigError(_unknown(key, cls))
         part = _part_type(part.model_fields[name].annotation) if part is not None else None
         if values.get(name) is None:
-            values[name] = _defaults(part) if part is not None else {}
+            values[name] = default_values(part) if part is not None else {}
         if not isinstance(values[name], dict):
             prefix = ".".join(parents[: depth + 1])
             raise ConfigError(f"{key}: {prefix} is the value {values[name]!r} and has no keys below it")

@@ -14,7 +14,7 @@ from torch import nn
 import unitok
 from unitok.core import checkpoint
 from unitok.core.bad_share import BadCounts
-from unitok.core.config import Config, save_config
+from unitok.core.config import Config, default_values, save_config
 from unitok.core.distributed import is_main, world_size
 from unitok.core.ema import Ema
 from unitok.core.engine import EngineConfig, GradientGuard, build_engine
@@ -158,7 +158,8 @@ def resume(run: Run) -> None:
     run.last_checkpoint = checkpoint.on_main(lambda: _find_checkpoint(run))
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
-        present, settings = identity(run), (run.task.incidental, run.task.decisive)
+        present, defaults = identity(run), default_values(type(run.config))
+        settings = (run.task.incidental, run.task.decisive, defaults)
         checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, *settings))
         checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)

@@ -1,7 +1,7 @@
 """Whether a checkpoint belongs to the run that wants to go on from it."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ def check_same_run(
     present: dict[str, Any],
     incidental: Sequence[str] = (),
     decisive: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
     step is left to make them true.
@@ -30,9 +31,12 @@ def check_same_run(
         saved, present: `{"world_size", "zero_stage", "global_micro_batch", "config", ...}` of checkpoint and run.
         incidental: the task's settings that may differ, such as places whose content it checks itself.
         decisive: those that say what is trained, and so what the checkpoint holds.
+        defaults: of all settings; one that the checkpoint does not know, as it was made before there was such a
+            setting, had its default.
     """
     keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
     old, new = _flatten(saved["config"]), _flatten(present["config"])
+    old = {key: value for key, value in _flatten(dict(defaults or {})).items() if key in new} | old
     for key in keys:
         if old.get(key) != new.get(key):
             raise CheckpointError(
