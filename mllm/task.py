@@ -32,7 +32,7 @@ from unitok.mllm.pipeline import TOKENIZER_FOLDER
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import check_recipe
 from unitok.mllm.sequence import Sequence, SequenceBuilder, TooLongError, pack_right, pad_right
-from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig
+from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig, SamplerDefaults
 from unitok.mllm.start import load_start, prepare_model
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
@@ -73,9 +73,10 @@ class MllmTask(Task):
     """One network, "mllm"."""
 
     name = "mllm"
-    # places are told by the tokenizer's fingerprint in the codes' header and in the checkpoint
+    # places are told by the tokenizer's fingerprint in the codes' header and in the checkpoint; the sampler is exported
     incidental = (
-        "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing"
+        "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing",
+        *(f"sampler.{name}" for name in SamplerDefaults.model_fields),
     )  # fmt: skip
     decisive = ("recipe", "lora", "lora.rank", "lora.alpha", "lora.targets")
     headline = ("loss", "image", "text")

@@ -53,13 +53,13 @@ def test_commands(folder, monkeypatch, capsys):
         len(list((folder / "out" / "images").glob("*.png"))) == 6
         and len(list((folder / "out" / "many").glob("*.png"))) == 2
     )
-    for name in ("red_and_blue.png", "grid.png", "pairs.png", "psnr.json", "talk.jsonl", "a_red_circle.png"):
+    for name in ("red_circle.png", "grid.png", "pairs.png", "psnr.json", "talk.jsonl", "a_red_circle.png"):
         assert (folder / "out" / name).is_file(), name
 
 
 def test_python_examples(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
-    picture = Path("out/red_and_blue.png")
+    picture = Path("out/red_circle.png")
     if not picture.exists():  # this test alone
         picture.parent.mkdir()
         Image.new("RGB", (32, 32), "red").save(picture)
