@@ -2,6 +2,7 @@
 
 import logging
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,12 +12,14 @@ import torch
 from stages import make_task, write_configs
 from tiny import make_mllm
 
-from unitok.core.errors import ConfigError, DataError
+from unitok.core.errors import CheckpointError, ConfigError, DataError
 from unitok.core.rng import torch_rng
+from unitok.core.same_run import check_same_run
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.mllm.mixture import has_words, warn_of_missing_words
 from unitok.mllm.settings import MixtureConfig
+from unitok.mllm.task import MllmTask
 
 WORDLESS, WORDY = 3, 5
 
@@ -88,6 +91,19 @@ def test_detailed_captions_are_drawn_more_often(files: dict[str, Path], tmp_path
         lengths = [len(task._sequence(sample, 0, epoch)[1].ids) for epoch in range(600)]
         assert len(set(lengths)) == 2
         assert abs(lengths.count(max(lengths)) / 600 - share) < 0.07
+
+
+def test_a_finished_run_may_be_exported_with_another_sampler(files: dict[str, Path], tmp_path: Path) -> None:
+    """It trained nothing; what did is refused where no step is left."""
+    saved, other, trained = (
+        make_task("mllm", files["mllm"], tmp_path, 1, options)[1].model_dump(mode="json")
+        for options in ([], ["sampler.temperature=0.3", "sampler.guidance_scale=2"], ["data.code_noise=0.5"])
+    )
+    counts = {"global_micro_batch": 4, "num_samples": 20, "step": saved["steps"]}
+    same = partial(check_same_run, tmp_path, {"config": saved, **counts}, incidental=MllmTask.incidental)
+    same({"config": other, **counts})
+    with pytest.raises(CheckpointError, match="no step is left .*data.code_noise"):
+        same({"config": trained, **counts})
 
 
 def test_noise_is_read_and_never_learnt(files: dict[str, Path], tmp_path: Path) -> None:
