@@ -26,9 +26,10 @@ class LazyPicture:
         return Image.Image
 
     def __getattr__(self, attribute: str) -> Any:
-        if attribute in ("_value", "_name"):  # of a copy that is not filled yet
-            raise AttributeError(attribute)
         return getattr(self.opened(), attribute)
+
+    def __reduce__(self) -> tuple[type, tuple[bytes | str, str]]:  # ranks send each other what they have answered
+        return LazyPicture, (self._value, self._name)
 
     def opened(self) -> Image.Image:
         """The picture; DataError where it is damaged."""

@@ -13,7 +13,7 @@ def record_keys(task: Any, folder: Path, name: Any) -> None:
     The names travel with the batch. A step that is run again, after a stop, notes its own anew.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    load, prepare, step_of = task.load_batch, task.prepare_step, task.micro_step
+    load, prepare, step_of, places_of = task.load_batch, task.prepare_step, task.micro_step, task.places
 
     def load_batch(indices: list[int], epoch: int) -> tuple[Any, list[Any]]:
         return load(indices, epoch), [name(index, epoch) for index in indices]
@@ -27,6 +27,7 @@ def record_keys(task: Any, folder: Path, name: Any) -> None:
         return found
 
     task.load_batch, task.prepare_step, task.micro_step = load_batch, prepare_step, micro_step
+    task.places = lambda batch: places_of(batch[0])
 
 
 def recorded(folder: Path, steps: range) -> list[Any]:

@@ -162,6 +162,7 @@ def test_the_shapes_world_asks_what_the_vqa_command_asks(tmp_path):
 def test_pictures_are_decoded_when_they_are_looked_at(kept, tmp_path, monkeypatch):
     """And stand for PIL's own to whoever looks, lm-eval's cache of answers included."""
     import copy
+    import pickle
 
     from lm_eval.api.model import hash_args
 
@@ -177,6 +178,7 @@ def test_pictures_are_decoded_when_they_are_looked_at(kept, tmp_path, monkeypatc
         monkeypatch.setattr(lazy_pictures, name, lambda *args, original=original: decoded.append(1) or original(*args))
     picture = lazy_pictures.picture_of(value, "pope image")
     assert isinstance(picture, Image.Image) and not decoded
+    assert not hasattr(picture, "nothing") and pickle.loads(pickle.dumps(picture)).tobytes() == whole.tobytes()  # noqa: S301
     assert picture.size == (40, 30) and list(copy.deepcopy(picture).getdata()) == list(whole.getdata())
     assert hash_args("a", [{"visual": [picture]}]) == hash_args("a", [{"visual": [whole]}])
     before = len(decoded)
