@@ -88,7 +88,7 @@ def test_decoder_only_fine_tuning_keeps_the_codes(
         f"engine.zero_stage={zero}",
     ]
     run_ranks(world, run_stage, "tokenizer", files["tokenizer"], tmp_path / "second", world, options)
-    assert read_extra(tmp_path / "second") == {"preprocess": "plain"}
+    assert read_extra(tmp_path / "second") == {"preprocess": "plain", "mixture": None}
     report = json.loads((tmp_path / "second" / "initial_weights.json").read_text())
     assert "quantizer.codebooks" in report["loaded"] and not report["not_loaded"] and not report["unused"]
     before, after = _export(tmp_path / "first"), _export(tmp_path / "second")
