@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unitok.core.errors import DataError
 from unitok.data.transforms import decode_image, load_image
@@ -54,6 +54,6 @@ def picture_of(value: Any, name: str) -> Image.Image:
     try:
         with Image.open(io.BytesIO(data) if data else Path(path)):
             pass  # its first bytes say what it is
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError, SyntaxError, ValueError):
+    except (OSError, Image.DecompressionBombError, SyntaxError, ValueError):
         lazy.opened()  # says what is wrong with it, or reads what PIL alone does not
     return lazy  # type: ignore[return-value]

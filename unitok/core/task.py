@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from unitok.core.bad_share import Reading
@@ -83,7 +84,8 @@ class Task(ABC):
     def places(self, batch: Any) -> Tensor:
         """Of a batch that `load_batch` gave: int64 `[len(readings()), 2]`, how many of its samples are of each source,
         and for how many of these, bad ones, others stand in. A pure function of the same arguments."""
-        raise NotImplementedError
+        assert not self.readings(), f"{self.name} has readings(), and so needs places(batch) for them"
+        return torch.zeros(0, 2, dtype=torch.int64)
 
     def prepare_step(self, batches: list[Any], step: int) -> None:  # noqa: B027 - optional
         """See all micro-batches of this rank before the step (global counts: one all-reduce)."""
