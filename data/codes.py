@@ -22,6 +22,7 @@ from unitok.core.errors import DataError
 from unitok.data.bad import BadSamples
 from unitok.data.captions import QA
 from unitok.data.conversations import Conversation
+from unitok.data.npy import read_npy
 from unitok.data.paths import expand_braces
 from unitok.data.shards import ShardReader, expand_shards, temporary_name, write_shards
 from unitok.data.words import Words, load_json_object, text_of, words_from_json, words_to_json
@@ -231,8 +232,8 @@ class CodeSource(BadSamples):
 
     def _array(self, members: Mapping[str, bytes], name: str, key: str) -> np.ndarray:
         try:
-            return np.load(io.BytesIO(members[name]), allow_pickle=False)
-        except (KeyError, ValueError, EOFError) as error:
+            return read_npy(members[name])
+        except (KeyError, ValueError) as error:
             what = "latents" if name == LATENTS else "codes"
             raise DataError(f"{self.folder}: {what} of {key} cannot be read ({type(error).__name__})") from None
 
@@ -251,7 +252,7 @@ class CodeSource(BadSamples):
             raise DataError(
                 f"{where} has no readable words ({type(error).__name__}); encode the images again"
             ) from None
-        parsed = words_from_json(words, f"{where} ({key})", has_image)
+        parsed = words_from_json(words, f"{where} ({key})", has_image, written=True)
         said = (parsed.captions, parsed.questions, parsed.conversations, parsed.meta)
         return CodeSample(key, torch.zeros(0, dtype=torch.int64), *said, has_image=has_image)
 

@@ -1,6 +1,11 @@
-"""Which kinds of a mixture samples have words for."""
+"""Which kinds of a mixture samples have words for, and which is taken."""
 
 import logging
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+
+import numpy as np
 
 from unitok.core.distributed import rank
 from unitok.data.code_mixtures import CodeMixture
@@ -22,6 +27,14 @@ def captions_for(sample: CodeSample, kind: Kind) -> list[str]:
     if kind == "plain" and not sample.captions:
         return [turns[1].content for turns in sample.conversations if len(turns) == 2]
     return sample.captions
+
+
+def drawn(weights: Sequence[float], rng: np.random.Generator) -> int:
+    """A number drawn with chances as `weights`: that of `rng.choice(len(weights), p=...)`, whose checks of its input
+    take longer than the rest of a sample's mixture. Zero is never drawn; their sum must be positive."""
+    total = sum(weights)
+    ends = list(accumulate(weight / total for weight in weights))
+    return bisect_right([end / ends[-1] for end in ends], rng.random())
 
 
 def warn_of_missing_words(source: CodeSource | CodeMixture, mixture: MixtureConfig) -> None:

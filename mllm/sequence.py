@@ -55,7 +55,7 @@ class Sequence:
     is_cut: bool = False
 
     def add(self, ids: SequenceOf[int], learn: bool = False) -> "Sequence":
-        self.ids += ids
+        self.ids += ids  # a copy, so `ids` may be kept
         self.labels += ids if learn else [IGNORE] * len(ids)
         return self
 
@@ -96,36 +96,39 @@ class SequenceBuilder:
                 raise UserError(f"{name} is not set: special ids come from the text tokenizer the model was made with")
         self.config, self.tokenizer = config, tokenizer
         self._cache: dict[tuple[str, bool], list[int]] = {}
+        # read once: attributes of configurations and tokenizers are slow, and every sample of a training needs these
+        self._begin_image, self._end_image = config.begin_image_id, config.end_image_id
+        self._image_ids = [config.image_token_id] * config.num_image_positions
+        self._marks = {config.begin_image_id, config.end_image_id, config.image_token_id}
+        self._bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        self._eos, self._ends = tokenizer.eos_token_id, [t for t in (tokenizer.bos_token, tokenizer.eos_token) if t]
         # Between prefix and answer stands a space: that which sentencepiece puts before every text, or one of our own
         word = self._encode("a")
         self._space = "" if self._encode("a a")[-len(word) :] == word else " "
 
     def text_to_image(self, caption: str, unconditional: bool = False) -> Sequence:
         """Training sequence; `unconditional` replaces the text (the share that classifier-free guidance needs)."""
-        boi, eoi, eos = self.config.begin_image_id, self.config.end_image_id, self.tokenizer.eos_token_id
         sequence = self._start().add(self._text(self._instruction(self._own(caption), unconditional)))
         limits = [] if self.max_caption is None else [self.max_caption]
         if self.max_length is not None:
-            limits.append(self.max_length - self.config.num_image_positions - 3)  # boi, eoi, eos
+            limits.append(self.max_length - len(self._image_ids) - 3)  # boi, eoi, eos
         if limits:
             if min(limits) < 2:
                 raise TooLongError(self.max_length, "an image and a word before it")
             sequence.cut(min(limits))
-        return self._image(sequence.add([boi], learn=True), learn=True).add([eoi, eos], learn=True)
+        self._image(sequence.add([self._begin_image], learn=True), learn=True)
+        return sequence.add([self._end_image, self._eos], learn=True)
 
     def text_to_image_prompt(self, caption: str, unconditional: bool = False) -> list[int]:
         """Ids up to and with the begin-of-image id."""
         if not unconditional and not caption.strip():
             raise UserError("empty prompt: say what the image should show")
-        return self._start().add(self._text(self._instruction(caption, unconditional))).ids + [
-            self.config.begin_image_id
-        ]
+        return self._start().add(self._text(self._instruction(caption, unconditional))).ids + [self._begin_image]
 
     def caption(self, caption: str) -> Sequence:
         """Image to text, as in pre-training."""
-        sequence = self._image(self._start().add([self.config.begin_image_id]), learn=False)
-        sequence.add([self.config.end_image_id])
-        sequence.add(self._text(self._own(caption)), learn=True).add([self.tokenizer.eos_token_id], learn=True)
+        sequence = self._image(self._start().add([self._begin_image]), learn=False).add([self._end_image])
+        sequence.add(self._text(self._own(caption)), learn=True).add([self._eos], learn=True)
         return self._fitted(sequence)
 
     def plain(self, caption: str) -> Sequence:
@@ -137,11 +140,10 @@ class SequenceBuilder:
     def text(self, text: str, max_length: int, part: int = 0) -> Sequence:
         """A document without images, of at most `max_length` ids; of a longer one part number `part`, counted anew
         behind the last. `eos` ends the last part only. Documents are not kept in memory as other texts are."""
-        bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*self._encode(self._own(text)), self.tokenizer.eos_token_id]
-        size = max_length - len(bos)
+        ids = [*self._encode(self._own(text)), self._eos]
+        size = max_length - len(self._bos)
         first = part % -(-len(ids) // size) * size
-        return Sequence().add([*bos, *ids[first : first + size]], learn=True)
+        return Sequence().add([*self._bos, *ids[first : first + size]], learn=True)
 
     def chat(self, turns: SequenceOf[Turn], prompt: bool = False) -> Sequence:
         """A conversation of user and assistant turns in alternation.
@@ -171,19 +173,17 @@ class SequenceBuilder:
             elif IMAGE_MARK in turn.content:
                 raise DataError(f"turn {index} holds {IMAGE_MARK} in an answer: images stand in user turns only")
             else:
-                sequence.add(self._text(self._space + own(turn.content)), learn=True).add(
-                    [self.tokenizer.eos_token_id], learn=True
-                )
+                sequence.add(self._text(self._space + own(turn.content)), learn=True).add([self._eos], learn=True)
                 answered.append((len(sequence.ids), len(sequence.learn_image)))
         return sequence if prompt else self._fitted(sequence, answered)
 
     def chat_image(self, sequence: Sequence) -> None:
         """Add an image as it stands in a conversation: placeholders, between the two marks if the layout has them."""
         if self.config.chat_image_marks:
-            sequence.add([self.config.begin_image_id])
+            sequence.add([self._begin_image])
         self._image(sequence, learn=False)
         if self.config.chat_image_marks:
-            sequence.add([self.config.end_image_id])
+            sequence.add([self._end_image])
 
     def _fitted(self, sequence: Sequence, ends: SequenceOf[tuple[int, int]] = ()) -> Sequence:
         """`sequence`, cut to `max_length`: behind the last of `ends` (ids, images) that fits, anywhere if none does."""
@@ -202,15 +202,14 @@ class SequenceBuilder:
     def _own(self, text: str) -> str:
         """A text that is not the layout's, as it is; SampleError if it holds what the tokenizer would read as the begin
         or the end of it all (in an answer it would be learnt as its end)."""
-        for token in (self.tokenizer.bos_token, self.tokenizer.eos_token):
-            if token and token in text:
+        for token in self._ends:
+            if token in text:
                 message = f"the text {text[:80]!r} holds {token!r}, by which a sequence begins or ends; take it out"
                 raise SampleError(message, "mark in text")
         return text
 
     def _start(self) -> Sequence:
-        bos = self.tokenizer.bos_token_id
-        return Sequence().add([] if bos is None else [bos])
+        return Sequence().add(self._bos)
 
     def _text(self, text: str, after_end: bool = False) -> list[int]:
         ids = self._cache.pop((text, after_end), None)
@@ -225,16 +224,15 @@ class SequenceBuilder:
         """Ids of a text that begins anew, or (`after_end`) that stands right behind an answer's end."""
         before = self.tokenizer.eos_token if after_end and text else ""
         ids = list(self.tokenizer.encode(before + text, add_special_tokens=False)) if text else []
-        if before and ids.pop(0) != self.tokenizer.eos_token_id:
+        if before and ids.pop(0) != self._eos:
             raise UserError(f"the text tokenizer does not read its own end {before!r} as one id; give another backbone")
-        marks = {self.config.begin_image_id, self.config.end_image_id, self.config.image_token_id}
-        if marks & set(ids):
+        if not self._marks.isdisjoint(ids):
             raise DataError(f"the text {text[:80]!r} holds a mark that stands for images; take it out")
         return ids
 
     def _image(self, sequence: Sequence, learn: bool) -> Sequence:
         sequence.learn_image.append(learn)
-        return sequence.add([self.config.image_token_id] * self.config.num_image_positions)
+        return sequence.add(self._image_ids)
 
 
 def chat_template(config: UniTokMLLMConfig) -> str:

@@ -25,7 +25,7 @@ from unitok.mllm.build import build_model, build_text_tokenizer
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.lora import merged_state
 from unitok.mllm.losses import LossSums
-from unitok.mllm.mixture import captions_for, has_words, warn_of_missing_words
+from unitok.mllm.mixture import captions_for, drawn, has_words, warn_of_missing_words
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.packing import check_packing
 from unitok.mllm.pipeline import TOKENIZER_FOLDER
@@ -228,11 +228,13 @@ class MllmTask(Task):
         return torch.tensor(counts)
 
     def _places(self, indices: list[int], loaded: list[Loaded]) -> Tensor:
-        counts = torch.zeros(len(self.readings()), 2, dtype=torch.int64)
+        counts = [[0, 0] for _ in self.readings()]
         for index, one in zip(indices, loaded, strict=True):
             member = self.source.member(index % self.num_samples) if isinstance(self.source, CodeMixture) else 0
-            counts[-1 if one.kind == "text" else member] += torch.tensor([1, one.bad])  # documents are the last
-        return counts
+            count = counts[-1 if one.kind == "text" else member]  # documents are the last
+            count[0] += 1
+            count[1] += one.bad
+        return torch.tensor(counts)
 
     def _load(self, index: int, epoch: int) -> Loaded:
         turn = None if self.text_order is None else self.text_order.turn(index, epoch)
@@ -284,12 +286,12 @@ class MllmTask(Task):
             raise DataError(
                 f"{sample.key} has nothing for the tasks of data.mixture: no caption, question or conversation"
             )
-        kind: Kind = rng.choice(list(kinds), p=[share / total for share in kinds.values()])
+        kind: Kind = list(kinds)[drawn(list(kinds.values()), rng)]
         if kind == "chat":
             return kind, self.builder.chat(self._conversation(sample, rng))
         captions = captions_for(sample, kind)
         weights = [len(text.split()) ** data.caption_detail for text in captions]
-        caption = captions[int(rng.choice(len(weights), p=[weight / sum(weights) for weight in weights]))]
+        caption = captions[drawn(weights, rng)]
         if kind == "text_to_image":
             return kind, self.builder.text_to_image(caption, unconditional=bool(rng.random() < data.unconditional))
         return kind, self.builder.plain(caption) if kind == "plain" else self.builder.caption(caption)

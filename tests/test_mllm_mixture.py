@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,6 +17,7 @@ from unitok.core.sampling import order_of
 from unitok.data.code_mixtures import CodeMixture
 from unitok.data.codes import CodeSource, write_codes
 from unitok.data.source import open_source
+from unitok.mllm.mixture import drawn
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import extract_codes
 
@@ -171,3 +173,12 @@ def test_training_logs_the_members_and_other_weights_cannot_go_on(folder: Path, 
     with pytest.raises(CheckpointError, match="the data now give None"):
         task.load_extra_state(task_of(folder, tmp_path, mixed(folder)).extra_state())
     assert torch.equal(task.source[0].codes, CodeSource(folder / "pairs")[0].codes)
+
+
+@pytest.mark.parametrize("weights", [[1], [0.72, 0.03, 0.25], [0, 1, 0, 3, 0], [1e-9, 1, 1e9], [16, 81, 625, 625]])
+def test_what_is_drawn_is_what_numpy_draws(weights):
+    ours, theirs = np.random.default_rng(5), np.random.default_rng(5)
+    shares = [weight / sum(weights) for weight in weights]
+    found = [drawn(weights, ours) for _ in range(2000)]
+    assert found == [int(theirs.choice(len(weights), p=shares)) for _ in range(2000)]
+    assert ours.random() == theirs.random() and all(weights[number] > 0 for number in found)
