@@ -103,16 +103,17 @@ class LlamaSteps:
 
     def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the prompts; the last hidden state `[R, D]`. Where the mask is longer than the inputs, they follow on
-        what was read before."""
+        what was read before. They may be of the first row alone (see `spread`)."""
         length, mask_RS = mask_RT.shape[1], self._lay_out(mask_RT)
         begin = length - inputs_RTD.shape[1]
         found, at_once = [], len(mask_RT)
-        if inputs_RTD.device.type == "cpu":  # whatever the batch, what lies between products stays in the cache
+        on_cpu = inputs_RTD.device.type == "cpu"
+        if on_cpu:  # whatever the batch, what lies between products stays in the cache
             at_once = max(1, POSITIONS_AT_ONCE // inputs_RTD.shape[1])
         for start in range(0, len(mask_RT), at_once):
-            rows = slice(start, start + at_once)
+            rows = slice(start, min(start + at_once, len(mask_RT)))
             turn = tuple(angle[rows, begin:length].unsqueeze(2) for angle in (self.cos_RSd, self.sin_RSd))
-            mask = self._seen(mask_RS[rows, :length], begin) if self.padded or begin else None
+            mask = self._seen(mask_RS[rows, :length], begin) if self.padded or (begin and not on_cpu) else None
             found.append(self.layers.read(inputs_RTD[rows], rows, begin, turn, mask))
         return torch.cat(found)
 
@@ -131,6 +132,11 @@ class LlamaSteps:
         padding, for nothing at all would give NaN."""
         own_T1, all_T = self.places_S[begin : mask_RT.shape[1], None], self.places_S[: mask_RT.shape[1]]
         return (((all_T < own_T1) & mask_RT[:, None]) | (all_T == own_T1)).unsqueeze(1)
+
+    def spread(self, length: int) -> None:
+        """Give all rows the first `length` slots of the first one."""
+        for layer in self.layers.layers:
+            layer.cache[1:, :, :length] = layer.cache[:1, :, :length]
 
     def select(self, rows: Tensor) -> None:
         """Go on with these rows, each of which may be named several times."""

@@ -24,6 +24,7 @@ from unitok.mllm.sampler import check_filter, check_logits, check_temperature, d
 from unitok.mllm.sequence import pad_left
 
 ROOM = 128  # positions that a kept conversation's buffers grow by
+LEAST_SAVED = 128  # positions of a batch that are worth a pass of their own
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,8 @@ class TextRows:
     def start(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
         """Feed the prompts; logits `[B, V]` of the first ids of their answers.
 
-        Questions about one picture share what stands before them, which then goes through the backbone once.
+        Questions about one picture share what stands before them, and conversations about different pictures the
+        system prompt: what is shared goes through the backbone once.
         """
         beginnings, owners = shared_beginnings(prompts, self.model.config.image_token_id)
         # Padding between a beginning and its rest would count in a sliding window.
@@ -92,12 +94,25 @@ class TextRows:
             rows, like = len(prompts if apart else beginnings), self.model.lm_head.weight.new_empty(0)
             self.steps = LlamaSteps(self.model.backbone, rows, slots, like, zeroed=False)
         if apart:
-            return self._feed_padded(prompts, pad_id)
-        self._feed_padded(beginnings, pad_id)
+            return self._feed_with_shared_text(prompts, pad_id)
+        self._feed_with_shared_text(beginnings, pad_id)
         self.select(owners)
         lengths = [len(beginnings[owner].ids) for owner in owners]
         rests = [Prompt(prompt.ids[length:]) for prompt, length in zip(prompts, lengths, strict=True)]
         return self._feed_padded(rests, pad_id)
+
+    def _feed_with_shared_text(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
+        """The first pass: of the text that all prompts begin with, before their pictures, one row is enough."""
+        length = shared_text([prompt.ids for prompt in prompts], self.model.config.image_token_id)
+        if not self.plain or length * (len(prompts) - 1) < LEAST_SAVED:
+            return self._feed_padded(prompts, pad_id)
+        self._feed_padded([Prompt(prompts[0].ids[:length])], pad_id)
+        if self.steps is None:
+            self.select([0] * len(prompts))
+        else:
+            self.steps.spread(length)
+            self.mask_BT = self.mask_BT.expand(len(prompts), -1)
+        return self._feed_padded([Prompt(prompt.ids[length:], prompt.codes) for prompt in prompts], pad_id)
 
     def _feed_padded(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
         input_ids, mask_BT = (one.to(self.model.device) for one in pad_left([one.ids for one in prompts], pad_id))
@@ -173,6 +188,16 @@ def shared_beginnings(prompts: Sequence[Prompt], image_id: int | None) -> tuple[
         if owners[-1] == len(beginnings):
             beginnings.append(Prompt(prompt.ids[:cut], prompt.codes))
     return beginnings, owners
+
+
+def shared_text(rows: Sequence[Sequence[int]], image_id: int | None) -> int:
+    """How many ids all rows begin with alike, without pictures and each row's last id."""
+    length = 0
+    for ids in zip(*(row[:-1] for row in rows), strict=False):
+        if ids[0] == image_id or any(one != ids[0] for one in ids):
+            break
+        length += 1
+    return length
 
 
 @torch.no_grad()

@@ -7,11 +7,13 @@ channels per head.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from unitok.core.onednn import causal_in_blocks
 from unitok.mllm.linears import joined, joined_after_norm, rms_norm
 
 MOST_VIEWS = 64  # slots of a cache whose views are kept
@@ -114,10 +116,14 @@ class LayerSteps:
         query = turned[:, :, : self.num_heads]
         if last:
             query, x_RTD, mask = query[:, -1:], x_RTD[:, -1:], None if mask is None else mask[:, :, -1:]
-        out = F.scaled_dot_product_attention(
-            query.transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None and not last,
-            scale=self.scaling, enable_gqa=self.num_heads > self.num_kv_heads,
-        )  # fmt: skip
+        options: dict[str, Any] = {"scale": self.scaling, "enable_gqa": self.num_heads > self.num_kv_heads}
+        if not last and query.device.type == "cpu":
+            out = causal_in_blocks(query.transpose(1, 2), keys, values, mask=mask, **options)
+        else:
+            causal = mask is None and not last
+            out = F.scaled_dot_product_attention(
+                query.transpose(1, 2), keys, values, attn_mask=mask, is_causal=causal, **options
+            )
         attended = out.transpose(1, 2).reshape(-1, self.num_heads * self.head_dim)
         return self._rest(x_RTD.reshape(-1, width), attended).view(count, -1, width)
 
@@ -182,7 +188,7 @@ class DecoderSteps:
 
         Args:
             turn: `rotation` of the places, `[R, T, 1, d]`. mask: what a position sees, `[R, 1, T, slots so far]`; None
-                for all before it, which needs `begin` 0.
+                for all before it, which needs `begin` 0 or a CPU.
         """
         for layer in self.layers:
             x_RTD = layer.read(x_RTD, rows, begin, turn, mask, last=layer is self.layers[-1])

@@ -112,6 +112,31 @@ def test_questions_about_one_picture_share_it(backbone, monkeypatch):
     assert together(model, apart, NEW) == generated(model, apart, NEW)
 
 
+@every_backbone
+@pytest.mark.parametrize("same_picture", [True, False])
+def test_a_system_prompt_goes_through_once(changes, same_picture, monkeypatch):
+    """Conversations of different lengths about different pictures, or about one, or about none."""
+    model = make_mllm(**changes)
+    system = [BOS, *range(20, 45), *range(20, 40)]
+    rests = ([*PICTURE, 20], [21, *PICTURE, 22, 23, 24], [25, 26, *PICTURE, 27], [*PICTURE, 28, 29], [45])
+    prompts = make_prompts(model, [[*system, *rest] for rest in rests], [1, 1, 1, 1, 0])
+    if same_picture:
+        prompts = [Prompt([*system, *PICTURE, *rest], prompts[0].codes) for rest in ([20], [21, 22], [23, 24, 25])]
+        prompts += make_prompts(model, [[*system, *PICTURE, 26]] * 3, [1, 1, 1], seed=5)
+    expected = generated(model, prompts, NEW)
+    assert len({tuple(answer) for answer in expected}) > 2
+    shapes = count_fed(model, monkeypatch)
+    assert together(model, prompts, NEW) == expected
+    rows = 4 if same_picture else 5
+    if "sliding_window" in changes.get("text", {}):
+        assert shapes[0][0] == len(prompts)
+    else:
+        assert shapes[0] == (1, len(system)) and shapes[1] == (rows, L if same_picture else L + 4)
+        shapes.clear()
+        assert together(model, prompts[:2], NEW) == expected[:2]
+        assert shapes[0] != (1, len(system)), "a pass of its own must save something"
+
+
 def test_answers_never_hold_an_image_mark():
     model = make_mllm()
     with torch.no_grad():
@@ -387,6 +412,20 @@ def test_long_causal_attention_in_blocks_is_the_ordinary_one(length, kv_heads, m
     with onednn.WideProducts():  # gradients
         attend(query, key, value, is_causal=True, **more)
     assert len(used) == 1
+
+
+@pytest.mark.parametrize("before", [0, 1, 40])
+@pytest.mark.parametrize("length", [1, onednn.QUERIES, 2 * onednn.QUERIES + 5])
+def test_blocks_of_attention_follow_on_what_is_known_and_hide_padding(before, length):
+    total, generator = before + length, torch.Generator().manual_seed(before + length)
+    query = torch.randn(3, 4, length, 8, generator=generator)
+    key, value = torch.randn(2, 3, 2, total, 8, generator=generator)
+    causal = torch.ones(length, total, dtype=torch.bool).tril(before)
+    seen = (torch.rand(3, 1, 1, total, generator=generator) < 0.7) & causal | causal.triu(before)
+    for mask, given in ((causal, None), (seen, seen)):
+        expected = F.scaled_dot_product_attention(query, key, value, mask, scale=0.3, enable_gqa=True)
+        found = onednn.causal_in_blocks(query, key, value, 0.3, True, given)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_weights_in_blocks_are_kept_until_a_source_changes(monkeypatch):

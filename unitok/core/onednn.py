@@ -107,18 +107,32 @@ class WideProducts(TorchFunctionMode):
 
 
 def causal_in_blocks(
-    query: Tensor, key: Tensor, value: Tensor, scale: float | None = None, enable_gqa: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    mask: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of `[R, H, T, d]` with as many keys as queries, QUERIES at a time and only with the keys that
-    they see: torch's kernel for the CPU takes the products with all keys and then hides them."""
+    """Causal attention of the last T of S positions, `[R, H, T, d]` with all keys, QUERIES at a time and only with the
+    keys that they see: torch's kernel for the CPU takes the products with all keys and then hides them.
+
+    `mask` `[R, 1, T, S]`: what else is hidden, with what comes later.
+    """
     rows, heads, length, _ = query.shape
+    before = key.shape[2] - length
     out = query.new_empty(rows, length, heads, value.shape[-1]).transpose(1, 2)  # as those who join heads need it
     later = query.new_full((QUERIES, QUERIES), -torch.inf).triu_(1)
     for begin in range(0, length, QUERIES):
         end = min(begin + QUERIES, length)
-        mask = torch.cat([query.new_zeros(end - begin, begin), later[: end - begin, : end - begin]], dim=1)
+        if mask is None:
+            known = query.new_zeros(end - begin, before + begin)
+            hidden = torch.cat([known, later[: end - begin, : end - begin]], dim=1)
+        else:
+            hidden = mask[:, :, begin:end, : before + end]
+        seen = slice(0, before + end)
         out[:, :, begin:end] = F.scaled_dot_product_attention(
-            query[:, :, begin:end], key[:, :, :end], value[:, :, :end], mask, scale=scale, enable_gqa=enable_gqa
+            query[:, :, begin:end], key[:, :, seen], value[:, :, seen], hidden, scale=scale, enable_gqa=enable_gqa
         )
     return out
 

@@ -25,6 +25,7 @@ class Job:
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue, kw_only=True)
     cancelled: bool = field(default=False, kw_only=True)
     deadline: float = field(default=math.inf, kw_only=True)
+    passed_over: int = field(default=0, init=False)  # batches that were formed while it waited
     ended: bool = field(default=False, init=False)  # "done" or "error" has been emitted
 
     @property

@@ -6,7 +6,7 @@ The queue lives in the event loop, so that it needs no locks. Only `ServedModel.
 import asyncio
 import logging
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
@@ -18,6 +18,7 @@ from unitok.serve.settings import ServeSettings
 
 _LOGGER = logging.getLogger(__name__)
 J = TypeVar("J", bound=Job)
+_MAX_PASSED_OVER = 4  # batches of others that a job lets go before it
 
 
 class Runs(Protocol):
@@ -158,15 +159,29 @@ class Scheduler:
             await asyncio.sleep(min(left, 0.002))
 
     def _take(self) -> list[Job]:
-        """The oldest job, and those of its key that fit beside it."""
+        """Jobs of the key of which most wait: a batch costs little more than one job. Where a job has been passed over
+        too often, of its key. The oldest ones go first."""
+        groups: dict[Hashable, list[Job]] = {}
+        for job in self.waiting:
+            groups.setdefault(job.key, []).append(job)
+        if not groups:
+            return []
+        overdue = max(self.waiting, key=lambda job: job.passed_over)  # of equal ones the oldest
+        if overdue.passed_over >= _MAX_PASSED_OVER:
+            group = groups[overdue.key]
+        else:
+            group = max(groups.values(), key=lambda jobs: min(sum(job.weight for job in jobs), self.settings.max_batch))
         batch: list[Job] = []
         weight = 0
-        for job in list(self.waiting):
-            if batch and (job.key != batch[0].key or weight + job.weight > self.settings.max_batch):
+        for job in group:
+            if batch and weight + job.weight > self.settings.max_batch:
                 continue
-            self.waiting.remove(job)
             batch.append(job)
             weight += job.weight
+        taken = set(map(id, batch))
+        self.waiting = deque(job for job in self.waiting if id(job) not in taken)
+        for job in self.waiting:
+            job.passed_over += 1
         return batch
 
     async def _run(self, batch: list[Job]) -> None:
