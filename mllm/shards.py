@@ -1,10 +1,11 @@
 """Weights of a folder, in one file or in shards, copied into a model shard by shard.
 
-At no time is more than one shard in memory beside the model. Of a model that ZeRO 3 has partitioned, one parameter at
-a time is whole; rank 0 reads, the others receive their parts.
+At no time is more than a part of one shard in memory beside the model. Of a model that ZeRO 3 has partitioned, rank 0
+reads one tensor at a time, and the others receive their parts of it.
 """
 
 import json
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from unitok.core.checkpoint import on_main
 from unitok.core.distributed import is_distributed
-from unitok.core.engine import whole_parameters
+from unitok.core.engine import fill_partitioned_
 from unitok.core.errors import CheckpointError
 from unitok.tokenizer.weights import check_layout, read_weights
 
 INDEX_SUFFIX = ".index.json"
 # In the order in which transformers looks for them
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
+MAPPED_BYTES = 2**25  # read of a file before it is opened anew: until then its pages count as this process's memory
 RECOMPUTED = ("rotary_emb.inv_freq",)  # endings of keys that old versions of transformers stored
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -39,6 +41,11 @@ class Place(NamedTuple):
     def of(self, tensor: Tensor) -> Tensor:
         """The place itself, a view."""
         return tensor if self.part is None else tensor[self.part]
+
+    def first_of(self, shape: Sequence[int]) -> int:
+        """Which number of a tensor of this shape, counted through, is the place's first one."""
+        rows = range(shape[0])[self.part] if self.part is not None else 0
+        return (rows if isinstance(rows, int) else rows.start) * math.prod(shape[1:])
 
 
 @dataclass
@@ -102,15 +109,11 @@ def load_sharded(
     check_layout(expected, layout, f"a {type(model).__name__} of the sizes in its config.json", folder)
     is_partitioned = any(hasattr(tensor, "ds_id") for tensor in own.values())
     for shard in shards:
-        tensors: dict[str, Tensor] = {}
-        if is_partitioned:
-            on_main(lambda shard=shard, tensors=tensors: tensors.update(_read(shard, zeros)))
-        else:
-            tensors = _read(shard, zeros)
+        reader = _Reader(shard.path, zeros, is_partitioned)
         for key in shard.layout:
-            tensor = tensors.pop(key, None)
-            for place in places.get(key, ()):
-                _put(own[place.name], place, tensor, is_partitioned)
+            if key in zeros or key in places:
+                targets = [(place, own[place.name]) for place in places.get(key, ())]
+                _put(targets, reader.read(key), shard.layout[key].numel(), is_partitioned)
 
 
 def save_shards(state: Mapping[str, Tensor], folder: Path, max_shard_size: str = "5GB") -> None:
@@ -127,22 +130,46 @@ def save_shards(state: Mapping[str, Tensor], folder: Path, max_shard_size: str =
         (folder / (WEIGHT_FILES[0] + INDEX_SUFFIX)).write_text(json.dumps(index, indent=1, sort_keys=True) + "\n")
 
 
-def _read(shard: Shard, zeros: Collection[str]) -> dict[str, Tensor]:
-    """The shard's tensors, those that must be zero checked."""
-    tensors = read_weights(shard.path, mmap=True)
-    for key in zeros:
-        if key in tensors and bool(tensors[key].any()):
-            raise CheckpointError(f"{shard.path}: {key} is not zero; this model has no place for it")
-    return tensors
+class _Reader:
+    """A file's tensors one after the other: on every rank, or on rank 0 alone, whose errors are then those of all."""
+
+    def __init__(self, path: Path, zeros: Collection[str], on_rank_0: bool) -> None:
+        self.path, self.zeros, self.on_rank_0 = path, zeros, on_rank_0
+        self._tensors: dict[str, Tensor] = {}
+        self._read = 0
+
+    def read(self, key: str) -> Tensor | None:
+        """The tensor (None elsewhere than on rank 0); CheckpointError where it must be zero and is not. Those before
+        should not be held any more: as long as one is, so is the file."""
+        found: list[Tensor] = []
+        if self.on_rank_0:
+            on_main(lambda: found.append(self._tensor(key)))
+        else:
+            found.append(self._tensor(key))
+        return found[0] if found else None
+
+    def _tensor(self, key: str) -> Tensor:
+        if not self._tensors or self._read >= MAPPED_BYTES:
+            self._tensors = {}
+            self._tensors, self._read = read_weights(self.path, mmap=True), 0
+        tensor = self._tensors[key]
+        self._read += tensor.nbytes
+        if key in self.zeros and bool(tensor.any()):
+            raise CheckpointError(f"{self.path}: {key} is not zero; this model has no place for it")
+        return tensor
 
 
-def _put(target: Tensor, place: Place, tensor: Tensor | None, is_partitioned: bool) -> None:
-    """Copy on this rank; of a partitioned model on rank 0, from which all take their part (of buffers the whole)."""
-    with whole_parameters([target], write=True):
+def _put(targets: Sequence[tuple[Place, Tensor]], tensor: Tensor | None, count: int, is_partitioned: bool) -> None:
+    """Copy the `count` numbers of a tensor on this rank; into a partitioned model from rank 0, which alone has them (of
+    parameters each rank its part, of buffers the whole)."""
+    for place, target in targets:
+        if hasattr(target, "ds_id"):
+            fill_partitioned_(target, place.first_of(target.ds_shape), count, tensor)
+            continue
         if tensor is not None:
             place.of(target.data).copy_(tensor)
-    if is_partitioned and not hasattr(target, "ds_id") and is_distributed():
-        torch.distributed.broadcast(target.data, 0)
+        if is_partitioned and is_distributed():
+            torch.distributed.broadcast(target.data, 0)
 
 
 def _shape(own: Mapping[str, Tensor], targets: Sequence[Place]) -> torch.Size:

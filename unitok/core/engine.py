@@ -241,6 +241,27 @@ def edit_parameter_(parameter: Any, function: Callable[[Tensor], Tensor]) -> Non
 
 
 @torch.no_grad()
+def fill_partitioned_(parameter: Any, first: int, count: int, values: Tensor | None) -> None:
+    """Replace `count` numbers of a parameter that ZeRO 3 has partitioned, counted through from number `first` on, by
+    rank 0's `values`. Every rank calls; the parameter is nowhere whole. Before its engine is made."""
+    own, size = parameter.ds_tensor.data.view(-1), parameter.ds_tensor.numel()
+    for number in range(world_size()):
+        low, high = max(first, number * size), min(first + count, (number + 1) * size)
+        if low >= high:
+            continue
+        place = own[low - number * size : high - number * size]
+        if rank() == 0:
+            assert values is not None and values.numel() == count, "rank 0 has the numbers"
+            part = values.reshape(-1)[low - first : high - first]
+            if number == 0:
+                place.copy_(part)
+            else:
+                torch.distributed.send(part.to(own.device, own.dtype).contiguous(), number)
+        elif rank() == number:
+            torch.distributed.recv(place, 0)
+
+
+@torch.no_grad()
 def load_whole_(parameter: Any, value: Tensor) -> None:
     """Give a frozen (possibly partitioned) parameter, which no optimizer holds, its whole value. Every rank calls."""
     if not hasattr(parameter, "ds_tensor"):

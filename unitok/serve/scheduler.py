@@ -1,15 +1,19 @@
 """One thread owns the model; requests wait in a queue and go through it in batches.
 
-The queue lives in the event loop, so that it needs no locks. Only `ServedModel.run` is in the other thread.
+Requests come and go in the event loop. The thread takes one batch after the other from the queue by itself, as long as
+anything waits: the loop, which has the answers of the batch before to write, would let it wait.
 """
 
 import asyncio
 import logging
+import threading
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol, TypeVar
+
+import torch
 
 from unitok.serve.errors import ApiError, internal_error
 from unitok.serve.jobs import Event, Job
@@ -28,7 +32,10 @@ class Runs(Protocol):
 
 
 class Scheduler:
-    """The queue and the thread behind it. Everything but the model's work happens in one event loop."""
+    """The queue and the thread behind it.
+
+    `waiting` and `running` change under a lock, because both the event loop and the thread change them.
+    """
 
     def __init__(self, model: Runs, settings: ServeSettings, metrics: Metrics) -> None:
         self.model, self.settings, self.metrics = model, settings, metrics
@@ -36,8 +43,14 @@ class Scheduler:
         self.preparing = 0  # requests that have a place in the queue, but no job yet: their pictures are unpacked
         self.running: Sequence[Job] = ()
         self.draining = self.gave_up = False
+        self._lock = threading.Lock()
         self._arrived = asyncio.Event()
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="unitok-model")
+        self._executor = ThreadPoolExecutor(
+            max_workers=1,
+            thread_name_prefix="unitok-model",
+            initializer=torch.set_num_threads,  # for its thread alone
+            initargs=(settings.threads or torch.get_num_threads(),),
+        )
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -46,8 +59,10 @@ class Scheduler:
 
     def give_up(self) -> None:
         """Tell all who still wait that there will be no answer."""
-        self.draining = self.gave_up = True
-        for job in [*self.waiting, *self.running]:
+        with self._lock:  # from now on the thread takes nothing
+            self.draining = self.gave_up = True
+            jobs = [*self.waiting, *self.running]
+        for job in jobs:
             job.emit("error", _stopping())
             job.cancelled = True
 
@@ -62,7 +77,8 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Whether nothing waits or runs."""
-        return not self.queued and not self.running
+        with self._lock:
+            return not self.queued and not self.running
 
     @property
     def queued(self) -> int:
@@ -89,7 +105,8 @@ class Scheduler:
         if self.gave_up:
             raise _stopping()
         job.deadline = deadline
-        self.waiting.append(job)
+        with self._lock:
+            self.waiting.append(job)
         self._arrived.set()
         return job
 
@@ -136,31 +153,36 @@ class Scheduler:
             if not finished:
                 self.metrics.cancelled.inc()
             job.cancelled = True
-            if job in self.waiting:
-                self.waiting.remove(job)
+            with self._lock:
+                if job in self.waiting:
+                    self.waiting.remove(job)
 
     async def _work(self) -> None:
+        """Wake the thread when something has come, after the time that it waits for company."""
         while True:
             await self._arrived.wait()
             if self.waiting and self.settings.max_wait_ms:
                 await self._gather()
-            batch = self._take()
-            if not self.waiting:
-                self._arrived.clear()
-            if batch:
-                await self._run(batch)
+            self._arrived.clear()  # before the thread looks: what comes now wakes it again
+            await asyncio.get_running_loop().run_in_executor(self._executor, self._run_all)
 
     async def _gather(self) -> None:
         """Give others the time to come along, unless the batch is full already."""
         until = asyncio.get_running_loop().time() + self.settings.max_wait_ms / 1000
         while (left := until - asyncio.get_running_loop().time()) > 0:
-            if sum(job.weight for job in self.waiting) >= self.settings.max_batch:
+            if sum(job.weight for job in list(self.waiting)) >= self.settings.max_batch:
                 return
             await asyncio.sleep(min(left, 0.002))
 
     def _take(self) -> list[Job]:
-        """Jobs of the key of which most wait: a batch costs little more than one job. Where a job has been passed over
-        too often, of its key. The oldest ones go first."""
+        """The next batch, which is then `running`: jobs of the key of which most wait, because a batch costs little
+        more than one job. Where a job has been passed over too often, of its key. The oldest ones go first."""
+        with self._lock:
+            batch = [] if self.gave_up else self._next_batch()
+            self.running = batch
+            return batch
+
+    def _next_batch(self) -> list[Job]:
         groups: dict[Hashable, list[Job]] = {}
         for job in self.waiting:
             groups.setdefault(job.key, []).append(job)
@@ -184,11 +206,15 @@ class Scheduler:
             job.passed_over += 1
         return batch
 
-    async def _run(self, batch: list[Job]) -> None:
-        """One batch in the model's thread. An error nobody foresaw costs the request that it is about, not those beside
-        it: each is then run alone."""
-        self.running = batch
-        error = await self._call(batch)
+    def _run_all(self) -> None:
+        """In the model's thread: batches, until nothing waits."""
+        while batch := self._take():
+            self._run(batch)
+
+    def _run(self, batch: list[Job]) -> None:
+        """One batch. An error nobody foresaw costs the request that it is about, not those beside it: each is then run
+        alone."""
+        error = self._call(batch)
         if error is not None:
             _LOGGER.error("a batch of %d requests failed", len(batch), exc_info=error)
         for job in batch if error is not None else ():
@@ -196,17 +222,17 @@ class Scheduler:
                 continue
             if len(batch) > 1:
                 job.begin_again()
-                error = await self._call([job])
+                error = self._call([job])
             if error is not None:
                 job.emit("error", internal_error())
-        self.running = ()
 
-    async def _call(self, jobs: list[Job]) -> BaseException | None:
-        call: Callable[[Sequence[Job]], None] = self.model.run
+    def _call(self, jobs: list[Job]) -> BaseException | None:
         with self.metrics.batch(jobs):
-            future = asyncio.get_running_loop().run_in_executor(self._executor, call, jobs)
-            await asyncio.wait({future})
-        return future.exception()
+            try:
+                self.model.run(jobs)
+            except BaseException as error:  # noqa: BLE001 - whatever it is, somebody waits for an answer
+                return error
+        return None
 
 
 def _stopping() -> ApiError:

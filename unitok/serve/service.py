@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from fastapi import Request
 
 from unitok.serve.errors import ApiError, bad
@@ -53,7 +54,12 @@ class Service:
 
     def __post_init__(self) -> None:
         self.facts = self.model.facts()
-        self._unpacking = ThreadPoolExecutor(self.settings.unpack_threads, thread_name_prefix="unitok-unpack")
+        self._unpacking = ThreadPoolExecutor(
+            self.settings.unpack_threads,
+            thread_name_prefix="unitok-unpack",
+            initializer=torch.set_num_threads,
+            initargs=(1,),
+        )
 
     def close(self) -> None:
         """End the threads that unpack pictures, each after the picture it is at."""

@@ -23,6 +23,7 @@ class ServeSettings:
         request_seconds: a request must be answered in this time, waiting included (504).
         body_seconds: a request's body must have come in this time (408).
         grace_seconds: how long a stopping server goes on with what it has accepted.
+        threads: CPU threads that the model computes with; None: as many as torch takes.
         unpack_threads: pictures that are unpacked at once, each beside its request's others.
         max_body_bytes, max_pixels, max_total_pixels, max_images, max_prompt_chars, max_new_tokens, max_n: limits of one
             request; `max_pixels` of one picture, `max_total_pixels` of all in it, `max_images` counts those of a
@@ -38,6 +39,7 @@ class ServeSettings:
     request_seconds: float = 120.0
     body_seconds: float = 20.0
     grace_seconds: float = 30.0
+    threads: int | None = None
     unpack_threads: int = 2
     max_body_bytes: int = 16 * 2**20
     max_pixels: int = 16_000_000
@@ -50,7 +52,7 @@ class ServeSettings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "max_wait_ms" else 1 if field.type is int else 1e-3
+            least = 0 if field.name == "max_wait_ms" else 1e-3 if field.type is float else 1
             if isinstance(value, int | float) and not least <= value < math.inf:
                 raise ConfigError(f"{field.name}={value}: expected a number of at least {least}")
         if not self.name.strip():
