@@ -10,9 +10,10 @@ from collections.abc import Callable, Hashable, Sequence
 import torch
 from torch import Tensor, nn
 
-from unitok.core.onednn import can_pack, kept_packed, packed_product
+from unitok.core.onednn import can_pack, is_intel, kept, kept_packed, packed_product
 
 SMALL, FEW = 2**16, 4  # weights and rows up to which oneDNN's 8 us a call are most of its time
+MOST_TRANSPOSED = 2**19  # weights up to which MKL is faster than oneDNN on an Intel processor
 LinearMap = Callable[[Tensor], Tensor]
 
 
@@ -31,6 +32,9 @@ def _made_of(
     if not all(can_pack(source) for source in sources):
         weight = make().detach()
         return lambda x: nn.functional.linear(x, weight, bias)
+    if is_intel() and sum(source.numel() for source in sources) <= MOST_TRANSPOSED:
+        turned = kept(owner, ("transposed", name), sources, make, lambda weight: weight.t().contiguous())
+        return (lambda x: x @ turned) if bias is None else (lambda x: torch.addmm(bias, x, turned))
     blocks, product = kept_packed(owner, name, sources, rows, make), packed_product()
     if sum(source.numel() for source in sources) > SMALL or rows > FEW:
         return lambda x: product(x, blocks, bias, "none", [], "")
