@@ -29,6 +29,16 @@ TOKENIZER_FOLDER = "visual_tokenizer"
 Seeds = int | Sequence[int] | torch.Tensor  # or a numpy array
 
 
+def check_export(folder: Path) -> None:
+    """UserError unless it looks like a whole export of the unified model; weights are not read."""
+    check_model_folder(folder, UniTokMLLM.config_class.model_type)
+    if not (folder / TOKENIZER_FOLDER / "config.json").is_file():
+        raise UserError(
+            f"{folder}: not a whole export of the unified model (no {TOKENIZER_FOLDER}/config.json in it); a "
+            "released model must be converted with --tokenizer"
+        )
+
+
 class UniTokPipeline:
     """Model, processor and visual tokenizer of an export folder. The tokenizer is loaded on first use and frozen.
 
@@ -55,12 +65,7 @@ class UniTokPipeline:
         `dtype` of the unified model (the visual tokenizer computes in fp32); `weights`: see `quantize_weights`.
         """
         folder = Path(path)
-        check_model_folder(folder, UniTokMLLM.config_class.model_type)
-        if not (folder / TOKENIZER_FOLDER / "config.json").is_file():
-            raise UserError(
-                f"{folder}: not a whole export of the unified model (no {TOKENIZER_FOLDER}/config.json in it); a "
-                "released model must be converted with --tokenizer"
-            )
+        check_export(folder)
         processor = UniTokProcessor.from_pretrained(folder)
         model = load_model_folder(UniTokMLLM, folder, dtype=dtype).to(device or inference_device())
         if weights is not None:

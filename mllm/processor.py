@@ -90,6 +90,11 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
+def chat_transform(image: Image.Image, size: int, preprocess: ImagePreprocess) -> torch.Tensor:
+    """`[3, size, size]` in [-1, 1]: a picture of a conversation as the model sees it."""
+    return padded_transform(image, size) if preprocess == "padded" else eval_transform(image, size)
+
+
 class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
@@ -153,8 +158,7 @@ class UniTokProcessor:
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """`[I, 3, H, W]` in [-1, 1] at the tokenizer's image size."""
-        transform = padded_transform if self.image_preprocess == "padded" else eval_transform
-        return torch.stack([transform(image, self.image_size) for image in images])
+        return torch.stack([chat_transform(image, self.image_size, self.image_preprocess) for image in images])
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[Image.Image]]:
         """Ids of a conversation that ends with a user turn, and its images in order of appearance."""

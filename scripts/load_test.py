@@ -63,7 +63,7 @@ class Outcome:
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
-    memory: list[float] = field(default_factory=list)  # MiB of the server, once a second
+    memory: list[float] = field(default_factory=list)  # MiB of the server's processes, once a second
 
     @property
     def per_second(self) -> float:
@@ -126,7 +126,8 @@ async def phase(url: str, asks: list[Ask], clients: int, seconds: float, seed: i
 
     async def watch() -> None:
         while True:
-            outcome.memory.append(server.memory_info().rss / 2**20)
+            processes = [server, *server.children(recursive=True)]
+            outcome.memory.append(sum(one.memory_info().rss for one in processes) / 2**20)
             await asyncio.sleep(1)
 
     limits = httpx.Limits(max_connections=clients)

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
         arguments = parse(argv)
-        _quiet_libraries()
+        quiet_libraries()
         module, function = arguments.run
         return getattr(importlib.import_module(f"unitok.commands.{module}"), function)(arguments) or 0
     except UserError as error:
@@ -80,7 +80,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def _quiet_libraries() -> None:
+def quiet_libraries() -> None:
     """Loading bars and notices of the libraries are not part of our output; warnings still are."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -3,13 +3,12 @@
 import argparse
 import logging
 import os
-import sys
+from functools import partial
 from pathlib import Path
 
 from unitok.core.errors import UserError
 
 KEY_VARIABLE = "UNITOK_API_KEY"
-SWITCH_SECONDS = 5e-5
 _LOGGER = logging.getLogger(__name__)
 
 
@@ -26,7 +25,9 @@ def add_serve_arguments(serve: argparse.ArgumentParser) -> None:
     serve.add_argument(
         "--max-wait-ms", type=float, default=10.0, help="how long a request waits for company (default: %(default)s)"
     )
-    serve.add_argument("--threads", type=int, metavar="N", help="CPU threads of the model (default: one for each core)")
+    serve.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of the model (default: one less than there are cores)"
+    )
     serve.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="seconds for one request (default: %(default)s)"
     )
@@ -44,7 +45,9 @@ def serve(arguments: argparse.Namespace) -> int:
     import torch
 
     from unitok.commands.use import load_pipeline
+    from unitok.mllm.pipeline import check_export
     from unitok.serve.app import create_app
+    from unitok.serve.process import RemoteModel
     from unitok.serve.server import Server
     from unitok.serve.settings import LOOPBACK, ServeSettings
 
@@ -57,22 +60,23 @@ def serve(arguments: argparse.Namespace) -> int:
         max_batch=arguments.max_batch,
         max_queue=arguments.max_queue,
         max_wait_ms=arguments.max_wait_ms,
-        threads=arguments.threads or torch.get_num_threads(),
+        threads=arguments.threads or max(1, torch.get_num_threads() - 1),  # a core for the requests
         request_seconds=arguments.timeout,
         grace_seconds=arguments.grace,
         max_new_tokens=arguments.max_new_tokens,
     )
     check_address(arguments.host, arguments.port)
-    # Between its operations the model's thread needs Python's lock, which that of the requests would else keep for
-    # up to 5 ms each time: a sixth more answers a second.
-    sys.setswitchinterval(SWITCH_SECONDS)
-    # Two threads that both compute with threads of their own have more of these than cores; OpenMP then lets them sleep
-    # between any two operations, which doubled the time of a picture. So the model's thread is the only one.
-    torch.set_num_threads(1)
+    check_export(Path(arguments.model))
+    torch.set_num_threads(1)  # here nothing is computed but the sizes of pictures
     if arguments.host not in LOOPBACK and settings.api_key is None:
         _LOGGER.warning("--host %s without an API key: everybody who reaches this machine can ask", arguments.host)
-    Server(create_app(load_pipeline(arguments), settings), arguments.host, arguments.port).run()
-    return 0
+    model = RemoteModel(partial(load_pipeline, arguments), settings.max_batch, settings.threads)
+    try:
+        server = Server(create_app(model, settings), arguments.host, arguments.port)
+        server.run()
+    finally:
+        model.close()
+    return int(server.lost_model)
 
 
 def read_key(file: str | None) -> str | None:

@@ -69,6 +69,7 @@ async def _job_of(body: ChatRequest, service: Service) -> ChatJob:
         seed=body.seed or 0,
         n=n,
         stop=stop,
+        stream=body.stream,
     )
 
 

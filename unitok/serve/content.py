@@ -5,22 +5,44 @@ import binascii
 import io
 import re
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
 from unitok.core.errors import UserError
 from unitok.data.conversations import MARKS
-from unitok.data.transforms import decode_image
+from unitok.data.transforms import decode_image, eval_transform, to_pil
+from unitok.mllm.processor import ImagePreprocess, chat_transform
 from unitok.serve.errors import bad
 from unitok.serve.schemas import AnyMessage, ImagePart
 from unitok.serve.settings import ServeSettings
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+);base64,", re.ASCII)
 # What PIL raises for a file whose header it cannot read, beside OSError.
 _HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
+
+
+@dataclass(frozen=True)
+class Views:
+    """How a model sees pictures: its size, and how those of chats and those of the tokenizer are brought to it."""
+
+    size: int
+    chat: ImagePreprocess
+    own: ImagePreprocess
+
+    def seen(self, image: Image.Image) -> Image.Image:
+        """The picture as chats see it, in the model's size: a large one is not kept while its request waits."""
+        return to_pil(chat_transform(image, self.size, self.chat))
+
+    def pixels(self, image: Image.Image) -> "torch.Tensor":
+        """The picture as the visual tokenizer's own evaluation sees it, `[3, H, W]`."""
+        return eval_transform(image, self.size, self.own)
 
 
 def unpacked(

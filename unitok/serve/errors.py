@@ -26,6 +26,9 @@ class ApiError(Exception):
         self.status, self.code, self.message, self.param = status, code, " ".join(message.split()), param
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.status, self.code, self.message, self.param, self.headers)
+
     def body(self) -> dict[str, Any]:
         """The JSON document."""
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")

@@ -48,7 +48,8 @@ class Job:
 
 @dataclass(eq=False)
 class ChatJob(Job):
-    """A conversation; `sampling` as `TextSampling` takes it. Choice i has seed + i."""
+    """A conversation; `sampling` as `TextSampling` takes it. Choice i has seed + i. Without `stream` each choice comes
+    as a whole."""
 
     messages: list[dict[str, Any]]
     max_new_tokens: int
@@ -56,6 +57,7 @@ class ChatJob(Job):
     seed: int
     n: int = 1
     stop: tuple[str, ...] = ()
+    stream: bool = True
     _sent: Counter[int] = field(default_factory=Counter, init=False)  # characters of each choice
     _again: Counter[int] = field(default_factory=Counter, init=False)  # of these, those that will come once more
 

@@ -6,6 +6,7 @@ Everything here runs in the one thread that owns the model. Events of a job are 
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,11 @@ import torch
 from PIL import Image
 
 from unitok.core.errors import UserError
-from unitok.data.transforms import eval_transform, to_pil
+from unitok.data.transforms import to_pil
 from unitok.mllm.chat import TextSampling
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.serve.answers import Row, TextStream, answer_rows
-from unitok.serve.content import png
+from unitok.serve.content import Views, png
 from unitok.serve.errors import bad
 from unitok.serve.jobs import ChatJob, ImageJob, Job, ReconstructJob
 
@@ -27,12 +28,16 @@ class _NobodyWaitsError(Exception):
 
 
 class ServedModel:
-    """A pipeline as the scheduler uses it. At most `max_batch` conversations or pictures go through it together, also
-    where one request asks for more."""
+    """A pipeline as the service uses it, in this process. At most `max_batch` conversations or pictures go through it
+    together, also where one request asks for more."""
 
     def __init__(self, pipeline: UniTokPipeline, max_batch: int = 16) -> None:
         self.pipeline, self.max_batch = pipeline, max_batch
         self.tokenizer = pipeline.tokenizer  # loaded now, and not within somebody's request
+        sizes, processor = self.tokenizer.config, pipeline.processor
+        self.views = Views(sizes.image_size, processor.image_preprocess, sizes.preprocess)
+
+    alive = True
 
     def facts(self) -> dict[str, Any]:
         """What clients must know: sizes, context, sampler of pictures."""
@@ -49,12 +54,12 @@ class ServedModel:
         }
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """The picture as chats see it, in the model's size: a large one is not kept while its request waits."""
-        return to_pil(self.pipeline.processor.pixels([image])[0])
+        """See `Views`."""
+        return self.views.seen(image)
 
     def pixels(self, image: Image.Image) -> torch.Tensor:
-        """The picture as the visual tokenizer's own evaluation sees it, `[3, H, W]`."""
-        return eval_transform(image, self.tokenizer.config.image_size, self.tokenizer.config.preprocess)
+        """See `Views`."""
+        return self.views.pixels(image)
 
     def run(self, jobs: Sequence[Job]) -> None:
         """Do jobs of one key together. A job that cannot be asked gets ("error", ApiError); the others are done."""
@@ -67,7 +72,8 @@ class ServedModel:
             self._reconstruct([job for job in jobs if isinstance(job, ReconstructJob)])
 
     def _chat(self, jobs: Sequence[ChatJob]) -> None:
-        """("delta", (choice, text)) as it comes, then ("done", (prompt ids, answer ids, finish reasons))."""
+        """("delta", (choice, text)), as it comes where it is to be streamed, then ("done", (prompt ids, answer ids,
+        finish reasons))."""
         pipeline, asked = self.pipeline, []
         tokenizer = pipeline.processor.tokenizer
         # Few passes of the visual tokenizer for all pictures; the prompts then find their codes kept.
@@ -90,7 +96,7 @@ class ServedModel:
                     sampling=sampling,
                     seed=job.seed + choice,
                     max_new_tokens=job.max_new_tokens,
-                    emit=lambda text, job=job, choice=choice: job.emit("delta", (choice, text)),
+                    emit=partial(_stream, job, choice) if job.stream else _keep,
                     wanted=lambda job=job: not job.cancelled,
                 )
                 for choice in range(job.n)
@@ -101,6 +107,8 @@ class ServedModel:
             rows = flat[start : start + self.max_batch]
             answer_rows(pipeline.model, rows, tokenizer.eos_token_id, tokenizer.pad_token_id)
         for job, prompt, rows in asked:
+            for choice, row in enumerate(() if job.stream else rows):
+                job.emit("delta", (choice, row.stream.shown))
             if not job.cancelled:
                 counts = len(prompt.ids), sum(len(row.stream.ids) for row in rows)
                 job.emit("done", (*counts, [row.finish_reason for row in rows]))
@@ -164,6 +172,14 @@ class ServedModel:
                     "usage": [{"used": len(row.unique()), "entries": config.codebook_size} for row in codes_KL],
                 },
             )
+
+
+def _stream(job: ChatJob, choice: int, text: str) -> None:
+    job.emit("delta", (choice, text))
+
+
+def _keep(_text: str) -> None:
+    """The row has it all at its end."""
 
 
 def _psnr(one: Image.Image, other: Image.Image) -> float:

@@ -30,6 +30,7 @@ class Server(uvicorn.Server):
             )
         )
         self.service, self._stop_by = service, 0.0
+        self.lost_model = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """The first signal begins the end; a second one is the end."""
@@ -48,6 +49,11 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to stop."""
         scheduler = self.service.scheduler
+        if not self.service.model.alive:
+            if not self.lost_model:
+                _LOGGER.critical("The model's process has ended: nothing can be answered any more")
+            self.lost_model = self.should_exit = True
+            scheduler.give_up()
         if scheduler.draining and (scheduler.idle or time.monotonic() > self._stop_by):
             scheduler.give_up()
             self.should_exit = True
