@@ -172,13 +172,14 @@ def start_server(model: str, options: list[str]) -> tuple[subprocess.Popen[bytes
             time.sleep(0.2)
 
 
-def summary(alone: Outcome, load: Outcome, clients: int) -> dict[str, Any]:
+def summary(alone: Outcome, load: Outcome, clients: int, workers: int) -> dict[str, Any]:
     """The figures."""
     quarter = max(1, len(load.memory) // 4)
     early, late = np.median(load.memory[quarter : 2 * quarter] or load.memory), np.median(load.memory[-quarter:])
     low, high = np.percentile(load.latencies, [50, 95])
     return {
         "clients": clients,
+        "workers": workers,
         "seconds": round(load.seconds, 1),
         "counts": dict(load.counts),
         "per_second_alone": round(alone.per_second, 2),
@@ -198,12 +199,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pictures", action="store_true", help="conversations only")
+    parser.add_argument("--workers", type=int, default=2, help="copies of the model (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=64)
     parser.add_argument("--out", metavar="FILE", help="write the figures here too")
     arguments = parser.parse_args(argv)
     # Nobody waits for company: one client alone would pay for it, which would make the ratio look better.
     options = ["--max-wait-ms", "0", "--max-batch", str(arguments.max_batch), "--max-queue", str(arguments.max_queue)]
+    options += ["--workers", str(arguments.workers)]
     server, url = start_server(arguments.model, options)
     try:
         asks = requests(arguments.seed, not arguments.no_pictures)
@@ -214,7 +217,7 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         server.terminate()
         code = server.wait(timeout=60)
-    figures = summary(alone, load, arguments.clients) | {"server_exit_code": code}
+    figures = summary(alone, load, arguments.clients, arguments.workers) | {"server_exit_code": code}
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.out:

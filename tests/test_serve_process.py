@@ -15,7 +15,7 @@ from test_mllm_pipeline import make_pipeline, picture
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.serve.jobs import ChatJob
-from unitok.serve.process import RemoteModel
+from unitok.serve.process import RemoteModels
 
 CHAT, IMAGES, RECONSTRUCT = "/v1/chat/completions", "/v1/images/generations", "/v1/tokenizer/reconstruct"
 
@@ -29,7 +29,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def remote(folder):
-    model = RemoteModel(partial(UniTokPipeline.from_pretrained, folder), 4, 1)
+    model = RemoteModels(partial(UniTokPipeline.from_pretrained, folder), 4, 1, workers=2)
     yield model
     model.close()
     assert not model.alive
@@ -68,7 +68,7 @@ def answers(server):
     streamed = httpx.post(server + CHAT, json=body | {"stream": True}, timeout=60).text
     found.append(httpx.post(server + IMAGES, json={"prompt": "red", "n": 3, "seed": 5}, timeout=60).json())
     found.append(httpx.post(server + RECONSTRUCT, json={"image": url}, timeout=60).json())
-    found.append(httpx.post(server + IMAGES, json={"prompt": "red " * 3000}, timeout=60).json())  # refused by the model
+    found.append(httpx.post(server + IMAGES, json={"prompt": "r " * 7000}, timeout=60).json())  # refused by the model
     for one in found:
         one.pop("id", None), one.pop("created", None)
     pieces = [line.split('"delta": ')[1] for line in streamed.splitlines() if '"delta"' in line]
@@ -113,12 +113,12 @@ def test_what_cannot_be_loaded_is_the_same_mistake(tmp_path):
     with pytest.raises(UserError) as here:
         UniTokPipeline.from_pretrained(tmp_path / "missing")
     with pytest.raises(UserError) as there:
-        RemoteModel(partial(UniTokPipeline.from_pretrained, tmp_path / "missing"), 4, 1)
+        RemoteModels(partial(UniTokPipeline.from_pretrained, tmp_path / "missing"), 4, 1)
     assert str(there.value) == str(here.value)
 
 
 def test_the_end_of_the_process_ends_the_server(folder):
-    model = RemoteModel(partial(UniTokPipeline.from_pretrained, folder), 4, 1)
+    model = RemoteModels(partial(UniTokPipeline.from_pretrained, folder), 4, 1)
     try:
         with running(model, name="model") as (address, server):
             asked = []
@@ -126,7 +126,7 @@ def test_the_end_of_the_process_ends_the_server(folder):
             thread = threading.Thread(target=lambda: asked.append(httpx.post(address + CHAT, json=body, timeout=60)))
             thread.start()
             eventually(lambda: server.service.scheduler.running)
-            os.kill(model._process.pid, signal.SIGKILL)
+            os.kill(model.models[0]._process.pid, signal.SIGKILL)
             thread.join(30)
             assert asked[0].status_code in (500, 503) and "error" in asked[0].json()
             eventually(lambda: server.lost_model and server.should_exit)

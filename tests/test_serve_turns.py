@@ -1,6 +1,7 @@
 """Whose turn it is: the kind of which most wait, and nobody for ever after the others."""
 
 import asyncio
+import threading
 from dataclasses import dataclass
 
 from unitok.serve.jobs import Job
@@ -66,3 +67,38 @@ def test_a_job_lets_four_batches_go_before_it():
     taken = turns([("picture", 0), ("chat", 0), ("chat", 1)], two_more)
     assert taken[4] == ["picture0"] and all(name.startswith("chat") for batch in taken[:4] for name in batch)
     assert taken[5] == ["chat8", "chat9", "chat10", "chat11"]  # nothing is lost, and order is kept
+
+
+class Meeting:
+    """A model of which two copies must work at the same time."""
+
+    workers = 2
+
+    def __init__(self):
+        self.barrier = threading.Barrier(2, timeout=10)
+
+    def run(self, jobs):
+        self.barrier.wait()
+        for job in jobs:
+            job.emit("done", str(job))
+
+
+def test_each_copy_of_the_model_has_a_batch_of_its_own():
+    async def ask():
+        scheduler = Scheduler(Meeting(), ServeSettings(max_wait_ms=0), Metrics())
+        scheduler.start()
+
+        async def job(number):
+            return Named("chat" if number % 2 else "picture", number)
+
+        async def result(number):
+            async for kind, value in scheduler.events(await scheduler.prepare(lambda: job(number))):
+                return kind, value
+
+        found = await asyncio.gather(*(result(number) for number in range(2)))
+        while not scheduler.idle:
+            await asyncio.sleep(0.01)
+        await scheduler.stop()
+        return found
+
+    assert asyncio.run(ask()) == [("done", "picture0"), ("done", "chat1")]

@@ -26,7 +26,14 @@ def add_serve_arguments(serve: argparse.ArgumentParser) -> None:
         "--max-wait-ms", type=float, default=10.0, help="how long a request waits for company (default: %(default)s)"
     )
     serve.add_argument(
-        "--threads", type=int, metavar="N", help="CPU threads of the model (default: one less than there are cores)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="copies of the model, on as many GPUs (default: %(default)s)",
+    )
+    serve.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads of a worker (default: their share of all cores but one)"
     )
     serve.add_argument(
         "--timeout", type=float, default=120.0, metavar="S", help="seconds for one request (default: %(default)s)"
@@ -47,10 +54,12 @@ def serve(arguments: argparse.Namespace) -> int:
     from unitok.commands.use import load_pipeline
     from unitok.mllm.pipeline import check_export
     from unitok.serve.app import create_app
-    from unitok.serve.process import RemoteModel
+    from unitok.serve.process import RemoteModels
     from unitok.serve.server import Server
     from unitok.serve.settings import LOOPBACK, ServeSettings
 
+    if arguments.workers < 1:
+        raise UserError(f"--workers {arguments.workers}: expected at least 1")
     if not 0 <= arguments.port <= 65535:
         raise UserError(f"--port {arguments.port}: expected 0 (any that is free) to 65535")
     settings = ServeSettings(
@@ -60,7 +69,7 @@ def serve(arguments: argparse.Namespace) -> int:
         max_batch=arguments.max_batch,
         max_queue=arguments.max_queue,
         max_wait_ms=arguments.max_wait_ms,
-        threads=arguments.threads or max(1, torch.get_num_threads() - 1),  # a core for the requests
+        threads=arguments.threads or max(1, (torch.get_num_threads() - 1) // max(1, arguments.workers)),
         request_seconds=arguments.timeout,
         grace_seconds=arguments.grace,
         max_new_tokens=arguments.max_new_tokens,
@@ -70,7 +79,8 @@ def serve(arguments: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # here nothing is computed but the sizes of pictures
     if arguments.host not in LOOPBACK and settings.api_key is None:
         _LOGGER.warning("--host %s without an API key: everybody who reaches this machine can ask", arguments.host)
-    model = RemoteModel(partial(load_pipeline, arguments), settings.max_batch, settings.threads)
+    load = partial(load_pipeline, arguments)
+    model = RemoteModels(load, settings.max_batch, settings.threads, arguments.workers)
     try:
         server = Server(create_app(model, settings), arguments.host, arguments.port)
         server.run()

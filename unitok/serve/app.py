@@ -15,7 +15,7 @@ from unitok.serve.guard import Guard
 from unitok.serve.metrics import Metrics
 from unitok.serve.model import ServedModel
 from unitok.serve.pictures import add_pictures
-from unitok.serve.process import RemoteModel
+from unitok.serve.process import RemoteModels
 from unitok.serve.scheduler import Scheduler
 from unitok.serve.schemas import Health, ModelInfo, ModelList
 from unitok.serve.service import ERRORS, Service
@@ -31,12 +31,12 @@ _PAGES = {"/": ("index.html", "text/html"), "/style.css": ("style.css", "text/cs
 
 
 def create_app(
-    pipeline: "UniTokPipeline | ServedModel | RemoteModel", settings: ServeSettings | None = None
+    pipeline: "UniTokPipeline | ServedModel | RemoteModels", settings: ServeSettings | None = None
 ) -> FastAPI:
     """The service of one model, in this process or another. `app.state.service` has its parts."""
     settings = settings or ServeSettings()
     metrics = Metrics()
-    is_ready = isinstance(pipeline, ServedModel | RemoteModel)
+    is_ready = isinstance(pipeline, ServedModel | RemoteModels)
     model = pipeline if is_ready else ServedModel(pipeline, settings.max_batch)
     scheduler = Scheduler(model, settings, metrics)
     service = Service(model, scheduler, metrics, settings, created=int(time.time()))

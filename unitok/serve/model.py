@@ -37,7 +37,7 @@ class ServedModel:
         sizes, processor = self.tokenizer.config, pipeline.processor
         self.views = Views(sizes.image_size, processor.image_preprocess, sizes.preprocess)
 
-    alive = True
+    alive, workers = True, 1
 
     def facts(self) -> dict[str, Any]:
         """What clients must know: sizes, context, sampler of pictures."""

@@ -36,26 +36,27 @@ Load = Callable[[], "UniTokPipeline"]
 class RemoteModel:
     """A `ServedModel` of the pipeline that `load()` makes in another process. `close` ends it.
 
-    `load` must be picklable by name. Raises UserError where it does.
+    `load` must be picklable by name. Raises UserError where it does. `number`: of the process, for its GPU.
     """
 
-    def __init__(self, load: Load, max_batch: int, threads: int) -> None:
+    workers = 1
+
+    def __init__(self, load: Load, max_batch: int, threads: int, number: int = 0) -> None:
         context = multiprocessing.get_context("spawn")  # a fork would share what CUDA and OpenMP keep
         self._pipe, theirs = context.Pipe()
-        arguments = (theirs, load, max_batch, threads)
+        arguments = (theirs, load, max_batch, threads, number)
         self._process = context.Process(target=_serve, args=arguments, name="unitok-model", daemon=True)
         self._process.start()
         theirs.close()  # or the end of the process would not be seen
         self._batch = 0
+
+    def wait(self) -> None:
+        """Until it can run; to be called before anything else."""
         try:
             refusal, self._facts, self.views = _receive(self._pipe)
         except EOFError:
             refusal = self._ended()
-        except BaseException:  # interrupted
-            self.close()
-            raise
         if refusal is not None:
-            self.close()
             raise UserError(refusal)
 
     @property
@@ -111,6 +112,45 @@ class RemoteModel:
         return f"the model's process ended with exit code {self._process.exitcode}; what it wrote says why"
 
 
+class RemoteModels:
+    """As many equal `RemoteModel`s as are asked for. A batch goes to one that is free: `run` may be called from as many
+    threads at once as there are `workers`."""
+
+    def __init__(self, load: Load, max_batch: int, threads: int, workers: int = 1) -> None:
+        self.workers = workers
+        self.models: list[RemoteModel] = []
+        self._free: SimpleQueue[RemoteModel] = SimpleQueue()
+        try:
+            for number in range(workers):
+                self.models.append(RemoteModel(load, max_batch, threads, number))
+            for model in self.models:  # which all load at the same time
+                model.wait()
+                self._free.put(model)
+        except BaseException:  # refused, or interrupted
+            self.close()
+            raise
+        first = self.models[0]
+        self.facts, self.seen, self.pixels = first.facts, first.seen, first.pixels
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes run."""
+        return all(model.alive for model in self.models)
+
+    def run(self, jobs: Sequence[Job]) -> None:
+        """As of `RemoteModel`, in one that is free."""
+        model = self._free.get()
+        try:
+            model.run(jobs)
+        finally:
+            self._free.put(model)
+
+    def close(self) -> None:
+        """End the processes."""
+        for model in self.models:
+            model.close()
+
+
 def _order(job: Job) -> tuple[type[Job], dict[str, Any]]:
     """What a job asks for, without what belongs to this process."""
     return type(job), {f.name: getattr(job, f.name) for f in fields(job) if f.init and f.name not in _COMMON}
@@ -128,7 +168,7 @@ def _receive(pipe: Connection) -> Any:
 # ---- in the other process
 
 
-def _serve(pipe: Connection, load: Load, max_batch: int, threads: int) -> None:
+def _serve(pipe: Connection, load: Load, max_batch: int, threads: int, number: int) -> None:
     from unitok.cli import quiet_libraries
 
     # Both go to whole groups of processes; the server then finishes what it has accepted, and closes the pipe.
@@ -136,6 +176,8 @@ def _serve(pipe: Connection, load: Load, max_batch: int, threads: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     quiet_libraries()
     torch.set_num_threads(threads)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(number % torch.cuda.device_count())
     try:
         model = ServedModel(load(), max_batch)
     except UserError as error:

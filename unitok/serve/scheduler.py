@@ -1,7 +1,8 @@
-"""One thread owns the model; requests wait in a queue and go through it in batches.
+"""A thread owns the model; requests wait in a queue and go through it in batches.
 
 Requests come and go in the event loop. The thread takes one batch after the other from the queue by itself, as long as
-anything waits: the loop, which has the answers of the batch before to write, would let it wait.
+anything waits: the loop, which has the answers of the batch before to write, would let it wait. Where there are several
+copies of the model, each has such a thread.
 """
 
 import asyncio
@@ -41,21 +42,23 @@ class Scheduler:
         self.model, self.settings, self.metrics = model, settings, metrics
         self.waiting: deque[Job] = deque()
         self.preparing = 0  # requests that have a place in the queue, but no job yet: their pictures are unpacked
-        self.running: Sequence[Job] = ()
+        self.running: list[Job] = []
         self.draining = self.gave_up = False
         self._lock = threading.Lock()
         self._arrived = asyncio.Event()
+        self._workers: int = getattr(model, "workers", 1)
         self._executor = ThreadPoolExecutor(
-            max_workers=1,
+            max_workers=self._workers,
             thread_name_prefix="unitok-model",
             initializer=torch.set_num_threads,  # for its thread alone
             initargs=(settings.threads or torch.get_num_threads(),),
         )
-        self._task: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
         """Begin to work; to be called in the event loop."""
-        self._task = asyncio.get_running_loop().create_task(self._work())
+        loop = asyncio.get_running_loop()
+        self._tasks = [loop.create_task(self._work()) for _ in range(self._workers)]
 
     def give_up(self) -> None:
         """Tell all who still wait that there will be no answer."""
@@ -69,9 +72,10 @@ class Scheduler:
     async def stop(self) -> None:
         """Give up what is left, and end the thread once its step is done."""
         self.give_up()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait({self._task})
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
         await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
 
     @property
@@ -175,11 +179,11 @@ class Scheduler:
             await asyncio.sleep(min(left, 0.002))
 
     def _take(self) -> list[Job]:
-        """The next batch, which is then `running`: jobs of the key of which most wait, because a batch costs little
-        more than one job. Where a job has been passed over too often, of its key. The oldest ones go first."""
+        """The next batch, which then is among those `running`: jobs of the key of which most wait, because a batch
+        costs little more than one job. Where a job has been passed over too often, of its key. The oldest go first."""
         with self._lock:
             batch = [] if self.gave_up else self._next_batch()
-            self.running = batch
+            self.running = [*self.running, *batch]
             return batch
 
     def _next_batch(self) -> list[Job]:
@@ -210,6 +214,9 @@ class Scheduler:
         """In the model's thread: batches, until nothing waits."""
         while batch := self._take():
             self._run(batch)
+            done = set(map(id, batch))
+            with self._lock:
+                self.running = [job for job in self.running if id(job) not in done]
 
     def _run(self, batch: list[Job]) -> None:
         """One batch. An error nobody foresaw costs the request that it is about, not those beside it: each is then run

@@ -14,7 +14,7 @@ from unitok.serve.errors import ApiError, bad
 from unitok.serve.jobs import Job
 from unitok.serve.metrics import Metrics
 from unitok.serve.model import ServedModel
-from unitok.serve.process import RemoteModel
+from unitok.serve.process import RemoteModels
 from unitok.serve.scheduler import Scheduler
 from unitok.serve.schemas import ErrorAnswer
 from unitok.serve.settings import ServeSettings
@@ -46,7 +46,7 @@ class _GoneError(Exception):
 class Service:
     """One model, its queue, figures and limits."""
 
-    model: ServedModel | RemoteModel
+    model: ServedModel | RemoteModels
     scheduler: Scheduler
     metrics: Metrics
     settings: ServeSettings
