@@ -5,7 +5,6 @@ Commands live in `unitok.commands`; heavy libraries are imported only once a com
 
 import argparse
 import importlib
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import NoReturn
 from unitok import __version__
 from unitok.commands.checkpoint import add_checkpoint_arguments
 from unitok.core.errors import UserError
+from unitok.core.quiet import quiet_libraries
 
 DEFAULT_MODEL = "runs/demo/model"
 DEFAULT_TOKENIZER = "runs/demo/model/visual_tokenizer"
@@ -78,16 +78,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         if len(rest) > 1:
             parser.error(f"unrecognized arguments: {' '.join(rest[1:])}")
     return arguments
-
-
-def quiet_libraries() -> None:
-    """Loading bars and notices of the libraries are not part of our output; warnings still are."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # a lost rank: pages of C++ frames before our one line
-    # transformers imports torchao where it is installed, which makes torch speak of torchao's own affairs
-    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 
 from unitok.core.errors import UserError
+from unitok.core.quiet import quiet_libraries
 from unitok.serve.jobs import Event, Job
 from unitok.serve.model import ServedModel
 
@@ -169,8 +170,6 @@ def _receive(pipe: Connection) -> Any:
 
 
 def _serve(pipe: Connection, load: Load, max_batch: int, threads: int, number: int) -> None:
-    from unitok.cli import quiet_libraries
-
     # Both go to whole groups of processes; the server then finishes what it has accepted, and closes the pipe.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
