@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 from unitok.core import onednn
 from unitok.core.errors import DataError, UserError
 from unitok.eval.speed_chat import BASELINE, ChatWork, answer_speed, generated, random_prompts, recomputed, together
+from unitok.mllm import linears
 from unitok.mllm.backbone_steps import LlamaSteps
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
 from unitok.mllm.growing_cache import GrowingLayer
@@ -477,3 +478,20 @@ def test_speed_compares_equal_answers():
         answer_speed(model, ChatWork(text_length=250))
     with pytest.raises(ValueError, match="new_tokens"):
         ChatWork(new_tokens=1)
+
+
+@pytest.mark.parametrize("intel", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("size", [24, 800])  # 800 x 800 are too many weights to be turned
+def test_prepared_products_are_the_ordinary_ones_on_any_processor(intel, bias, size, monkeypatch):
+    monkeypatch.setattr(linears, "is_intel", lambda: intel)
+    layer = torch.nn.Linear(size, size, bias=bias)
+    for rows in (1, 8, 70):
+        x = torch.randn(rows, size)
+        for _ in range(2):  # the second time the weights are others
+            with torch.no_grad():
+                layer.weight.mul_(-1.5)
+                expected = layer(x)
+            product = linears.linear_map(layer.weight, layer.bias, rows, layer.weight)
+            torch.testing.assert_close(product(x), expected, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(linears.joined([layer], rows)(x), expected, atol=1e-4, rtol=1e-4)
