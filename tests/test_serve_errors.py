@@ -445,6 +445,8 @@ def test_what_does_not_finish_in_the_grace_is_told(slow):
 
 
 class BrokenModel:
+    alive = True
+
     def run(self, jobs):
         raise RuntimeError("nobody foresaw this")
 

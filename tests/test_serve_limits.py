@@ -70,6 +70,8 @@ def ask_together(address, bodies):
 class Touchy:
     """A model that fails at what it foresaw nothing of, after some of the answers have begun."""
 
+    alive = True
+
     def __init__(self, model):
         self.model, self.batches = model, []
 

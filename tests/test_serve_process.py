@@ -3,17 +3,21 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from functools import partial
 
 import httpx
 import pytest
+import torch
 from serving import eventually, question, running
 from test_mllm_pipeline import make_pipeline, picture
 
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline
+from unitok.serve import child
 from unitok.serve.jobs import ChatJob
 from unitok.serve.process import RemoteModels
 
@@ -134,3 +138,78 @@ def test_the_end_of_the_process_ends_the_server(folder):
             run(model, question("red"))
     finally:
         model.close()
+
+
+def test_a_process_that_hangs_does_not_keep_the_server(folder):
+    model = RemoteModels(partial(UniTokPipeline.from_pretrained, folder), 4, 1)
+    try:
+        with running(model, name="model", grace_seconds=0.5) as (address, server):
+            os.kill(model.models[0]._process.pid, signal.SIGSTOP)
+            body = {"model": "model", "messages": question("red")}
+            asked = []
+            thread = threading.Thread(target=lambda: asked.append(httpx.post(address + CHAT, json=body, timeout=60)))
+            thread.start()
+            eventually(lambda: server.service.scheduler.running)
+            server.drain()
+            thread.join(10)
+            assert asked[0].status_code == 503
+            model.kill()  # as a second signal does; without one it takes some seconds more
+        assert not model.alive
+    finally:
+        model.close()
+
+
+def test_events_of_a_batch_that_was_left_are_no_answer(remote, monkeypatch):
+    """An error while events are handed on leaves some in the pipe."""
+
+    class BrokenJob(ChatJob):
+        def emit(self, kind, value):
+            raise MemoryError
+
+    async def ask():
+        with pytest.raises(MemoryError):
+            remote.run([BrokenJob(question("red"), 6, {}, 0, stream=False)])
+
+    for _ in remote.models:  # whichever is next
+        monkeypatch.setattr("unitok.serve.process._order", lambda job: (ChatJob, _fields(job)))
+        asyncio.run(ask())
+    monkeypatch.undo()
+    (expected,), _ = run(remote, question("two"))
+    for _ in remote.models:
+        assert run(remote, question("two"))[0] == [expected]
+
+
+def _fields(job):
+    return {name: getattr(job, name) for name in ("messages", "max_new_tokens", "sampling", "seed", "stream")}
+
+
+def test_each_copy_has_a_gpu_of_its_own_as_far_as_there_are(monkeypatch):
+    taken = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    for number, launched in ((0, {}), (1, {}), (2, {}), (0, {"LOCAL_RANK": "1"})):
+        monkeypatch.setattr(os, "environ", launched)  # that of the process
+        child._take_gpu(number)
+        assert os.environ["LOCAL_RANK"] == str(taken[-1])
+    assert taken == [0, 1, 0, 1]
+
+
+PROGRAM = """
+import sys
+from functools import partial
+from unitok.mllm.pipeline import UniTokPipeline
+from unitok.serve.process import RemoteModels
+
+if __name__ == "__main__":
+    models = RemoteModels(partial(UniTokPipeline.from_pretrained, sys.argv[1]), 4, 1)
+    print("ready", models.models[0]._process.pid, flush=True)
+"""
+
+
+def test_a_program_that_forgets_to_close_it_ends_all_the_same(folder, tmp_path):
+    (tmp_path / "program.py").write_text(PROGRAM)
+    command = [sys.executable, str(tmp_path / "program.py"), str(folder)]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    word, process = found.stdout.split()
+    assert word == "ready" and not os.path.exists(f"/proc/{process}") and "Traceback" not in found.stderr

@@ -69,18 +69,20 @@ def serve(arguments: argparse.Namespace) -> int:
         max_batch=arguments.max_batch,
         max_queue=arguments.max_queue,
         max_wait_ms=arguments.max_wait_ms,
-        threads=arguments.threads or max(1, (torch.get_num_threads() - 1) // max(1, arguments.workers)),
+        threads=arguments.threads,
         request_seconds=arguments.timeout,
         grace_seconds=arguments.grace,
         max_new_tokens=arguments.max_new_tokens,
     )
     check_address(arguments.host, arguments.port)
     check_export(Path(arguments.model))
-    torch.set_num_threads(1)  # here nothing is computed but the sizes of pictures
     if arguments.host not in LOOPBACK and settings.api_key is None:
         _LOGGER.warning("--host %s without an API key: everybody who reaches this machine can ask", arguments.host)
+    # of the cores, of which the requests need one, its share for each copy of the model
+    threads = settings.threads or max(1, (torch.get_num_threads() - 1) // arguments.workers)
+    torch.set_num_threads(1)  # here nothing is computed but the sizes of pictures
     load = partial(load_pipeline, arguments)
-    model = RemoteModels(load, settings.max_batch, settings.threads, arguments.workers)
+    model = RemoteModels(load, settings.max_batch, threads, arguments.workers)
     try:
         server = Server(create_app(model, settings), arguments.host, arguments.port)
         server.run()

@@ -92,9 +92,10 @@ def _add_facts(app: FastAPI, service: Service) -> None:
     async def health(response: Response) -> Health:
         """200 while requests are taken, 503 when the server is stopping."""
         scheduler = service.scheduler
-        response.status_code = 503 if scheduler.draining else 200
+        stopping = scheduler.draining or not service.model.alive
+        response.status_code = 503 if stopping else 200
         return Health(
-            status="stopping" if scheduler.draining else "ok",
+            status="stopping" if stopping else "ok",
             model=service.settings.name,
             waiting=scheduler.queued,
             running=len(scheduler.running),

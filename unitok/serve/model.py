@@ -39,6 +39,12 @@ class ServedModel:
 
     alive, workers = True, 1
 
+    def kill(self) -> None:
+        """Of a model in this process nothing can be killed; see `RemoteModels`."""
+
+    def close(self) -> None:
+        """Nothing to do; see `RemoteModels`."""
+
     def facts(self) -> dict[str, Any]:
         """What clients must know: sizes, context, sampler of pictures."""
         config = self.pipeline.model.config

@@ -23,13 +23,18 @@ from unitok.serve.settings import ServeSettings
 
 _LOGGER = logging.getLogger(__name__)
 J = TypeVar("J", bound=Job)
+_STOP_SECONDS = 5.0  # for the step that runs when nothing is wanted any more
 _MAX_PASSED_OVER = 4  # batches of others that a job lets go before it
 
 
 class Runs(Protocol):
     """What the scheduler needs of a model."""
 
+    alive: bool
+
     def run(self, jobs: Sequence[Job]) -> None: ...
+
+    def close(self) -> None: ...
 
 
 class Scheduler:
@@ -54,10 +59,11 @@ class Scheduler:
             initargs=(settings.threads or torch.get_num_threads(),),
         )
         self._tasks: list[asyncio.Task[None]] = []
+        self._loop: asyncio.AbstractEventLoop | None = None
 
     def start(self) -> None:
         """Begin to work; to be called in the event loop."""
-        loop = asyncio.get_running_loop()
+        self._loop = loop = asyncio.get_running_loop()
         self._tasks = [loop.create_task(self._work()) for _ in range(self._workers)]
 
     def give_up(self) -> None:
@@ -76,7 +82,11 @@ class Scheduler:
             task.cancel()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True)
+        ending = asyncio.create_task(asyncio.to_thread(self._executor.shutdown, wait=True, cancel_futures=True))
+        await asyncio.wait({ending}, timeout=_STOP_SECONDS)
+        if not ending.done():  # a step that does not end, of a process that can be ended
+            await asyncio.to_thread(self.model.close)
+        await ending
 
     @property
     def idle(self) -> bool:
@@ -184,6 +194,8 @@ class Scheduler:
         with self._lock:
             batch = [] if self.gave_up else self._next_batch()
             self.running = [*self.running, *batch]
+            if self.waiting and self._loop is not None:  # there may be another thread that sleeps
+                self._loop.call_soon_threadsafe(self._arrived.set)
             return batch
 
     def _next_batch(self) -> list[Job]:
@@ -226,6 +238,9 @@ class Scheduler:
             _LOGGER.error("a batch of %d requests failed", len(batch), exc_info=error)
         for job in batch if error is not None else ():
             if job.ended or job.cancelled:
+                continue
+            if not self.model.alive:
+                job.emit("error", _stopping())
                 continue
             if len(batch) > 1:
                 job.begin_again()

@@ -36,6 +36,7 @@ class Server(uvicorn.Server):
         """The first signal begins the end; a second one is the end."""
         if self.service.scheduler.draining:
             self.should_exit = True
+            self.service.model.kill()
             self.force_exit = sig == signal.SIGINT
             return
         self.drain()
@@ -49,7 +50,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         """uvicorn asks ten times a second whether to stop."""
         scheduler = self.service.scheduler
-        if not self.service.model.alive:
+        if not (self.service.model.alive or scheduler.draining):
             if not self.lost_model:
                 _LOGGER.critical("The model's process has ended: nothing can be answered any more")
             self.lost_model = self.should_exit = True
