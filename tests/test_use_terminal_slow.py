@@ -89,7 +89,8 @@ def test_a_conversation(terminal, tmp_path):
     saved = json.loads((tmp_path / "talk.jsonl").read_text())
     assert saved["image"] == "my red.png" and len(saved["conversations"]) == 2
     stopped = saved["conversations"][1]["content"]
-    assert 0 < len(stopped) and stopped[:40] in "".join(lines)
+    # Ctrl-C may come when the last piece is kept, but not yet shown.
+    assert 0 < len(stopped) and stopped[: max(1, min(40, len(stopped) - 8))] in "".join(lines)
     terminal.type("/reset")
     terminal.wait_for("you:")
     terminal.type("/save again.jsonl")
