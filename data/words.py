@@ -99,7 +99,9 @@ def _checked(words: Words, where: str) -> Words:
     turns = (turn.content for talk in words.conversations for turn in talk)
     texts = [*marked, *(item.type for item in words.questions), *turns]
     # all at once, because nearly all are right and training reads them in every epoch
-    if not _has_mark(" ".join(marked)) and _is_clean(" ".join(texts)) and max(map(len, texts), default=0) <= MAX_TEXT:
+    whole = " ".join(marked)
+    has_mark = any(mark in whole for mark in MARKS)
+    if not has_mark and _is_clean(" ".join(texts)) and max(map(len, texts), default=0) <= MAX_TEXT:
         return words
     for text in marked:
         for mark in MARKS:
@@ -111,10 +113,6 @@ def _checked(words: Words, where: str) -> Words:
             raise SampleError(f"{where}: a text of {len(text)} characters; expected at most {MAX_TEXT}", "too long")
         check_text(text, where)
     return words
-
-
-def _has_mark(text: str) -> bool:
-    return any(mark in text for mark in MARKS)
 
 
 def _is_clean(text: str) -> bool:
@@ -162,11 +160,9 @@ def is_unicode(text: str) -> bool:
 
 
 def _question(item: Any, where: str) -> QA:
-    if isinstance(item, dict):
-        kind, question, answer = item.get("type"), item.get("question"), item.get("answer")
-        if kind and question and answer and isinstance(kind, str) and isinstance(question, str):
-            if isinstance(answer, str):
-                return QA(kind, question, answer)
+    values = [item.get(name) for name in ("type", "question", "answer")] if isinstance(item, dict) else [None]
+    if set(map(type, values)) == {str} and all(values):
+        return QA(*values)
     raise SampleError(
         f"{where}: a question is {str(item)[:80]!r}; expected an object of texts type, question, answer", "wrong type"
     )

@@ -32,11 +32,12 @@ def _made_of(
     if not all(can_pack(source) for source in sources):
         weight = make().detach()
         return lambda x: nn.functional.linear(x, weight, bias)
-    if is_intel() and sum(source.numel() for source in sources) <= MOST_TRANSPOSED:
+    count = sum(source.numel() for source in sources)
+    if is_intel() and count <= MOST_TRANSPOSED:
         turned = kept(owner, ("transposed", name), sources, make, lambda weight: weight.t().contiguous())
         return (lambda x: x @ turned) if bias is None else (lambda x: torch.addmm(bias, x, turned))
     blocks, product = kept_packed(owner, name, sources, rows, make), packed_product()
-    if sum(source.numel() for source in sources) > SMALL or rows > FEW:
+    if count > SMALL or rows > FEW:
         return lambda x: product(x, blocks, bias, "none", [], "")
     weight = make().detach()
     return lambda x: (

@@ -125,7 +125,7 @@ def test_a_large_picture_is_seen_as_the_pipeline_sees_it(pipe, client):
 
 
 def client_seen(pipe, image):
-    return ServedModel(pipe).seen(image)
+    return ServedModel(pipe).views.seen(image)
 
 
 def test_a_reconstruction_shows_codes_and_usage(pipe, server):

@@ -28,11 +28,17 @@ class Named(Job):
         return f"{self.kind}{self.number}"
 
 
+class Idle:
+    """A model that is never asked."""
+
+    workers, alive = 1, True
+
+
 def turns(waiting, then=lambda _taken: [], max_batch=4, most=20):
     """The batches in which `waiting` (kind, number, weight) is taken; after each batch those of `then` arrive."""
 
     async def take():
-        scheduler = Scheduler(None, ServeSettings(max_batch=max_batch), Metrics())
+        scheduler = Scheduler(Idle(), ServeSettings(max_batch=max_batch), Metrics())
         scheduler.waiting.extend(Named(*one) for one in waiting)
         taken = []
         while len(taken) < most and (batch := scheduler._take()):
@@ -72,7 +78,7 @@ def test_a_job_lets_four_batches_go_before_it():
 class Meeting:
     """A model of which two copies must work at the same time."""
 
-    workers = 2
+    workers, alive = 2, True
 
     def __init__(self):
         self.barrier = threading.Barrier(2, timeout=10)

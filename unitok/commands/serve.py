@@ -30,7 +30,7 @@ def add_serve_arguments(serve: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="copies of the model, on as many GPUs (default: %(default)s)",
+        help="copies of the model, over all GPUs (default: %(default)s)",
     )
     serve.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads of a worker (default: their share of all cores but one)"

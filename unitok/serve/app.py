@@ -4,7 +4,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Response
 
@@ -56,21 +56,31 @@ def create_app(
     add_pictures(app, service)
     _add_facts(app, service)
     _add_pages(app)
-    _name_the_model(app, settings.name)
+    _describe(app, settings.name)
     paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
     app.add_middleware(Guard, settings=settings, scheduler=scheduler, metrics=metrics, paths=paths)
     return app
 
 
-def _name_the_model(app: FastAPI, name: str) -> None:
-    """In the description `model` can only be the one that is served."""
-    description = app.openapi()  # kept by the app, which serves it
+def _describe(app: FastAPI, name: str) -> None:
+    """In the description `model` can only be the one that is served, and limits are what they are: FastAPI's own are
+    floats, of which 2^63 is written as 9.223372036854776e+18, which is more."""
+    # the app keeps it, and serves it
+    description = app.openapi_schema = _with_whole_limits(app.openapi())
     for schema in ("ChatRequest", "ImageRequest"):
         model = description["components"]["schemas"][schema]["properties"]["model"]
         text = next(one for one in model.get("anyOf", [model]) if one["type"] == "string")
         text["enum"] = [name]
     for parameter in description["paths"]["/v1/models/{model}"]["get"]["parameters"]:
         parameter["schema"]["enum"] = [name]
+
+
+def _with_whole_limits(part: Any) -> Any:
+    if isinstance(part, dict):
+        return {name: _with_whole_limits(inner) for name, inner in part.items()}
+    if isinstance(part, list):
+        return [_with_whole_limits(inner) for inner in part]
+    return int(part) if isinstance(part, float) and part.is_integer() else part
 
 
 def _add_facts(app: FastAPI, service: Service) -> None:

@@ -81,7 +81,7 @@ async def _messages_of(messages: list[AnyMessage], service: Service) -> list[dic
         return pipeline_messages(messages, {})
 
     def images(go_on: Callable[[], None]) -> list[Image.Image]:
-        return unpacked(urls, service.settings, go_on, service.model.seen)
+        return unpacked(urls, service.settings, go_on, service.model.views.seen)
 
     return pipeline_messages(messages, dict(zip(urls, await service.unpack(images), strict=True)))
 

@@ -28,11 +28,6 @@ def send(pipe: Connection, message: Any) -> None:
     pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 
-def receive(pipe: Connection) -> Any:
-    """What the other one of our own two processes has sent. EOFError or OSError when it is gone."""
-    return pickle.loads(pipe.recv_bytes())  # noqa: S301 - only we write there
-
-
 def serve(pipe: Connection, load: Load, max_batch: int, threads: int, number: int) -> None:
     """Load the model and run batches until the server closes the pipe or ends.
 
@@ -90,7 +85,7 @@ def _read(pipe: Connection, batches: "SimpleQueue[Batch | None]", loaded: thread
     latest = 0
     try:
         while True:
-            kind, batch, value = receive(pipe)
+            kind, batch, value = pipe.recv()
             if kind == "run":
                 boxes = [_Outbox(pipe, batch, index) for index in range(len(value))]
                 jobs = [make(**asked, loop=box, events=box) for (make, asked), box in zip(value, boxes, strict=True)]

@@ -59,14 +59,6 @@ class ServedModel:
             "image_sampler": self.pipeline.image_sampler,
         }
 
-    def seen(self, image: Image.Image) -> Image.Image:
-        """See `Views`."""
-        return self.views.seen(image)
-
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """See `Views`."""
-        return self.views.pixels(image)
-
     def run(self, jobs: Sequence[Job]) -> None:
         """Do jobs of one key together. A job that cannot be asked gets ("error", ApiError); the others are done."""
         first = jobs[0]

@@ -44,7 +44,7 @@ def add_pictures(app: FastAPI, service: Service) -> None:
         service.check_model(body.model)
 
         def pixels(go_on: Callable[[], None]) -> torch.Tensor:
-            (image,) = unpacked({"image": body.image}, service.settings, go_on, service.model.pixels)
+            (image,) = unpacked({"image": body.image}, service.settings, go_on, service.model.views.pixels)
             return image
 
         async def job() -> ReconstructJob:

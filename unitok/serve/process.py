@@ -15,11 +15,8 @@ from multiprocessing.util import Finalize
 from queue import SimpleQueue
 from typing import Any
 
-import torch
-from PIL import Image
-
 from unitok.core.errors import UserError
-from unitok.serve.child import Load, receive, send, serve
+from unitok.serve.child import Load, send, serve
 from unitok.serve.jobs import Job
 
 LOOK_SECONDS = 0.02  # how often it is looked whether clients of a batch have gone
@@ -48,7 +45,7 @@ class RemoteModel:
     def wait(self) -> None:
         """Until it can run; to be called before anything else. UserError where `load` raises it."""
         try:
-            refusal, self._facts, self.views = receive(self._pipe)
+            refusal, self._facts, self.views = self._pipe.recv()
         except (EOFError, OSError):
             refusal = self._ended()
         if refusal is not None:
@@ -63,14 +60,6 @@ class RemoteModel:
         """As of `ServedModel`."""
         return self._facts
 
-    def seen(self, image: Image.Image) -> Image.Image:
-        """As of `ServedModel`, in this process."""
-        return self.views.seen(image)
-
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """As of `ServedModel`, in this process."""
-        return self.views.pixels(image)
-
     def run(self, jobs: Sequence[Job]) -> None:
         """As of `ServedModel`; RuntimeError where that fails, or where the process has ended."""
         self._batch += 1
@@ -84,7 +73,7 @@ class RemoteModel:
                         send(self._pipe, ("cancel", self._batch, index))
                 if not self._pipe.poll(LOOK_SECONDS):
                     continue
-                batch, index, value = receive(self._pipe)
+                batch, index, value = self._pipe.recv()
                 if batch != self._batch:  # of one that was left by an error
                     continue
                 if index is not None:
@@ -127,8 +116,7 @@ class RemoteModels:
             self.kill()
             self.close()
             raise
-        first = self.models[0]
-        self.facts, self.seen, self.pixels = first.facts, first.seen, first.pixels
+        self.facts, self.views = self.models[0].facts, self.models[0].views
 
     @property
     def alive(self) -> bool:

@@ -30,6 +30,7 @@ _MAX_PASSED_OVER = 4  # batches of others that a job lets go before it
 class Runs(Protocol):
     """What the scheduler needs of a model."""
 
+    workers: int  # how many batches it runs at once
     alive: bool
 
     def run(self, jobs: Sequence[Job]) -> None: ...
@@ -51,9 +52,8 @@ class Scheduler:
         self.draining = self.gave_up = False
         self._lock = threading.Lock()
         self._arrived = asyncio.Event()
-        self._workers: int = getattr(model, "workers", 1)
         self._executor = ThreadPoolExecutor(
-            max_workers=self._workers,
+            max_workers=model.workers,
             thread_name_prefix="unitok-model",
             initializer=torch.set_num_threads,  # for its thread alone
             initargs=(settings.threads or torch.get_num_threads(),),
@@ -64,7 +64,7 @@ class Scheduler:
     def start(self) -> None:
         """Begin to work; to be called in the event loop."""
         self._loop = loop = asyncio.get_running_loop()
-        self._tasks = [loop.create_task(self._work()) for _ in range(self._workers)]
+        self._tasks = [loop.create_task(self._work()) for _ in range(self.model.workers)]
 
     def give_up(self) -> None:
         """Tell all who still wait that there will be no answer."""
@@ -184,7 +184,7 @@ class Scheduler:
         """Give others the time to come along, unless the batch is full already."""
         until = asyncio.get_running_loop().time() + self.settings.max_wait_ms / 1000
         while (left := until - asyncio.get_running_loop().time()) > 0:
-            if sum(job.weight for job in list(self.waiting)) >= self.settings.max_batch:
+            if sum(job.weight for job in self.waiting) >= self.settings.max_batch:
                 return
             await asyncio.sleep(min(left, 0.002))
 
@@ -199,14 +199,14 @@ class Scheduler:
             return batch
 
     def _next_batch(self) -> list[Job]:
+        if not self.waiting:
+            return []
         groups: dict[Hashable, list[Job]] = {}
         for job in self.waiting:
             groups.setdefault(job.key, []).append(job)
-        if not groups:
-            return []
-        overdue = max(self.waiting, key=lambda job: job.passed_over)  # of equal ones the oldest
-        if overdue.passed_over >= _MAX_PASSED_OVER:
-            group = groups[overdue.key]
+        oldest = self.waiting[0]
+        if oldest.passed_over >= _MAX_PASSED_OVER:
+            group = groups[oldest.key]
         else:
             group = max(groups.values(), key=lambda jobs: min(sum(job.weight for job in jobs), self.settings.max_batch))
         batch: list[Job] = []
@@ -216,8 +216,8 @@ class Scheduler:
                 continue
             batch.append(job)
             weight += job.weight
-        taken = set(map(id, batch))
-        self.waiting = deque(job for job in self.waiting if id(job) not in taken)
+        taken = set(batch)
+        self.waiting = deque(job for job in self.waiting if job not in taken)
         for job in self.waiting:
             job.passed_over += 1
         return batch
@@ -226,9 +226,9 @@ class Scheduler:
         """In the model's thread: batches, until nothing waits."""
         while batch := self._take():
             self._run(batch)
-            done = set(map(id, batch))
+            done = set(batch)
             with self._lock:
-                self.running = [job for job in self.running if id(job) not in done]
+                self.running = [job for job in self.running if job not in done]
 
     def _run(self, batch: list[Job]) -> None:
         """One batch. An error nobody foresaw costs the request that it is about, not those beside it: each is then run
