@@ -15,6 +15,8 @@ from unitok.serve.app import create_app
 from unitok.serve.server import Server
 from unitok.serve.settings import ServeSettings
 
+CHAT = "/v1/chat/completions"
+
 
 def data_url(image: Image.Image, kind: str = "PNG") -> str:
     buffer = io.BytesIO()
@@ -30,6 +32,11 @@ def question(text: str, *urls: str) -> list[dict[str, Any]]:
     """One user message; its images stand before the text."""
     images = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     return [{"role": "user", "content": [*images, {"type": "text", "text": text}]}]
+
+
+def chat(**changes: Any) -> tuple[str, dict[str, Any]]:
+    """Path and body of a short question to the model "tiny"."""
+    return CHAT, {"model": "tiny", "messages": [{"role": "user", "content": "red"}], "max_tokens": 3} | changes
 
 
 @contextmanager

@@ -1,34 +1,22 @@
-"""Where samples come from: img2dataset shards, LLaVA JSON, parquet, URLs, mixtures; and the batches made of them."""
+"""Where samples come from: img2dataset shards, LLaVA JSON, parquet, URLs."""
 
 import functools
 import http.server
 import importlib.util
-import io
 import json
 import pickle
 import re
 import threading
-from collections import Counter
 
-import numpy as np
 import pytest
-import torch
-import yaml
 from bad_inputs import encoded, picture
 from PIL import Image
 from test_data_bad import many, write_tar
-from torch.utils.data import DataLoader
 
 from unitok.cli import main
-from unitok.core.config import load_config
-from unitok.core.errors import ConfigError, DataError
-from unitok.core.rng import numpy_rng
-from unitok.core.runlog import read_log
+from unitok.core.errors import DataError
 from unitok.data.check import check_source
-from unitok.data.images import ImageBatches, ImageDataConfig
-from unitok.data.mixtures import MixtureSource
 from unitok.data.source import open_source
-from unitok.data.transforms import as_pixels, eval_transform, random_crop, released_train_transform, train_transform
 
 PNG, JPEG = encoded(picture(), "PNG"), encoded(picture(), "JPEG")
 
@@ -274,203 +262,3 @@ def test_urls_of_object_stores(cache, monkeypatch, capsys):
         assert main(["data", "check", spec]) == 2
         said = capsys.readouterr().err.splitlines()
         assert len(said) == 1 and re.search(message, said[0]), said
-
-
-# ---- mixtures
-
-SHARES = [
-    {"source": "shapes:train?num=7&size=32", "weight": 0.5, "name": "seven"},
-    {"source": "shapes:train?num=20&seed=1&size=32", "weight": 0.3},
-    {"source": "shapes:val?num=3&size=32", "weight": 0.2, "name": "three"},
-]
-
-
-def test_every_sample_of_a_member_has_its_turn(caplog):
-    """Whatever the epoch: the shares are exact, and no sample of a member comes twice more often than another."""
-    mixture = open_source([*SHARES], seed=3)
-    assert isinstance(mixture, MixtureSource) and len(mixture) == 30 and mixture.counts == [15, 9, 6]
-    seen = [Counter(), Counter(), Counter()]
-    for epoch in range(7):
-        members = Counter()
-        for index in range(30):
-            source, number = mixture.turn(index, epoch)
-            member = mixture.member(index)
-            assert source is mixture.parts[member]
-            members[member] += 1
-            seen[member][number] += 1
-        assert [members[k] for k in range(3)] == [15, 9, 6]
-        for part, counts in zip(mixture.parts, seen, strict=True):
-            times = [counts[n] for n in range(len(part))]
-            assert max(times) - min(times) <= 1
-    again = open_source([*SHARES], seed=3)
-    assert [again.turn(n, 6)[1] for n in range(29, -1, -1)] == [mixture.turn(n, 6)[1] for n in range(29, -1, -1)]
-    other = open_source([*SHARES], seed=4)
-    assert [other.turn(n, 6)[1] for n in range(30)] != [mixture.turn(n, 6)[1] for n in range(30)]
-    assert "seven 15 (2.14 passes)" in mixture.describe() and len(caplog.records) == 0
-
-
-def test_forms_of_a_mixture(tmp_path):
-    by_list = open_source([*SHARES])
-    text = "mix:" + ";".join(f"{share['weight']}={share['source']}" for share in SHARES)
-    (tmp_path / "mixture.yaml").write_text(yaml.safe_dump(SHARES))
-    for spec in (text, str(tmp_path / "mixture.yaml")):
-        found = open_source(spec)
-        assert found.counts == by_list.counts and [found.key(n) for n in range(30)] == [
-            by_list.key(n) for n in range(30)
-        ]
-    plain = open_source("mix:shapes:train?num=4;shapes:val?num=6")
-    assert plain.counts == [4, 6] and sorted(plain.turn(n, 5)[1] for n in range(4)) == [0, 1, 2, 3]
-    config = load_config(ImageDataConfig, None, ["source=[{source: a, weight: 2}, {source: b, weight: 1e-1}]"])
-    assert [share.weight for share in config.source] == [2, 0.1]
-    with pytest.raises(ConfigError, match="wieght"):
-        load_config(ImageDataConfig, None, ["source=[{source: a, wieght: 2}]"])
-    wrong = {
-        "mix:": "expected a list",
-        "mix:1=shapes:val?num=4;shapes:val?num=6": "all or none",
-        "mix:1=shapes:val?num=4;0=shapes:val?num=6": "greater than 0",
-        "mix:1=shapes:val?num=4;0.001=shapes:val?num=6": "gets no sample of 10",
-        "mix:1=nowhere": "'nowhere'",
-        str(tmp_path / "gone.yaml"): "cannot be read",
-    }
-    for spec, message in wrong.items():
-        with pytest.raises(DataError, match=message):
-            open_source(spec)
-
-
-def test_batches_of_a_mixture_do_not_depend_on_the_process(tmp_path):
-    config = ImageDataConfig(source=SHARES, augment="crop")
-    requests = [([29, 3, 17, 0], 0), ([5, 6, 7, 28], 4)]
-
-    class Loads(torch.utils.data.Dataset):
-        def __init__(self):
-            self.batches = ImageBatches(config, 32, seed=1)
-
-        def __getitem__(self, number):
-            return self.batches.load(*requests[number])
-
-        def __len__(self):
-            return len(requests)
-
-    expected = [Loads()[1], Loads()[0]][::-1]
-    for got, wanted in zip(DataLoader(Loads(), batch_size=None, num_workers=2), expected, strict=True):
-        assert torch.equal(got["pixels"], wanted["pixels"]) and got["captions"] == wanted["captions"]
-        assert torch.equal(got["sources"], wanted["sources"])
-    counts = Loads().batches.count_sources(expected[0], times=2)
-    assert {name: float(value) for name, value in counts.items()} == {
-        "samples/seven": 4,
-        "samples/shapes:train?num=20&seed=1&size=32": 2,
-        "samples/three": 2,
-    }
-
-
-def test_training_on_a_mixture_logs_where_samples_came_from(tmp_path, capsys):
-    from stages import COMMON, tokenizer_values
-
-    values = {**COMMON, **tokenizer_values(), "output_dir": str(tmp_path / "run"), "steps": 15, "log_every": 1}
-    values["data"] = {"source": SHARES}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
-    options = ["model.text_tower=null", "loss.contrastive=0", "loss.adversarial=0", "discriminator.enabled=false"]
-    options += ["engine.micro_batch_size=2", "engine.accumulation_steps=2"]
-    assert main(["train", "tokenizer", "--config", str(tmp_path / "config.yaml"), *options]) == 0, (
-        capsys.readouterr().err
-    )
-    records = read_log(tmp_path / "run" / "log.jsonl")
-    names = [name for name in records[0] if name.startswith("samples/")]
-    assert len(names) == 3 and all(sum(record[name] for name in names) == 4 for record in records)
-    totals = [sum(record[name] for record in records) for name in ("samples/seven", "samples/three")]
-    assert totals == [30, 12]  # two epochs of 30 samples
-
-
-def test_check_of_a_mixture(capsys):
-    assert main(["data", "check", "mix:3=shapes:val?num=4&size=32;1=shapes:train?num=6&size=32", "--limit", "5"]) == 0
-    out = capsys.readouterr().out
-    assert "num_samples            9" in out and "shapes:val?num=4&size=32: 4 samples, 8 an epoch" in out
-
-
-# ---- batches
-
-
-@pytest.mark.parametrize("augment", ["none", "crop", "released"])
-def test_batches_equal_single_transforms(tmp_path, augment):
-    """Bytes stacked and made floats at once are the floats of the transform, bit for bit."""
-    rng = np.random.default_rng(0)
-    sizes = [(40, 30), (64, 64), (33, 90), (16, 16)]
-    images = [Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)) for w, h in sizes]
-    write_tar(tmp_path / "a.tar", [(f"k{n}", {"png": encoded(image, "PNG")}) for n, image in enumerate(images)])
-    batches = ImageBatches(ImageDataConfig(source=str(tmp_path), augment=augment), 16, seed=5)
-    for epoch in (0, 3):
-        got = as_pixels(batches.load([2, 0, 3, 1], epoch)["pixels"])
-        assert got.dtype == torch.float32 and got.is_contiguous()
-        for row, index in enumerate([2, 0, 3, 1]):
-            draw = numpy_rng("augment", 5, epoch, f"k{index}")
-            wanted = {
-                "none": lambda image, _: eval_transform(image, 16),
-                "crop": lambda image, draw: train_transform(image, 16, draw),
-                "released": lambda image, draw: released_train_transform(image, 16, draw),
-            }[augment](images[index], draw)
-            assert torch.equal(got[row], wanted), (epoch, index)
-    floats = torch.rand(2, 3, 4, 4)
-    assert as_pixels(floats) is floats
-
-
-def test_draft_shows_nearly_the_same_crop(tmp_path):
-    """Of large JPEG files; small ones and other formats are not touched."""
-    y, x = np.mgrid[0:300, 0:400]
-    waves = np.stack([np.sin(x / 9), np.sin(y / 7), np.sin((x + y) / 15)], -1)
-    large = Image.fromarray(((waves + 1) * 127).astype(np.uint8))
-    samples = [
-        ("large", {"jpg": encoded(large, "JPEG")}),
-        ("small", {"jpg": encoded(large.resize((40, 30)), "JPEG")}),
-        ("png", {"png": encoded(large, "PNG")}),
-    ]
-    write_tar(tmp_path / "a.tar", samples)
-    with_draft, without = (
-        ImageBatches(ImageDataConfig(source=str(tmp_path), augment="crop", draft=draft), 32, seed=0)
-        for draft in (True, False)
-    )
-    for epoch in range(8):
-        ours, exact = (batches.load([0, 1, 2], epoch)["pixels"].float() for batches in (with_draft, without))
-        assert torch.equal(ours[1:], exact[1:])
-        difference = (ours[0] - exact[0]).abs()
-        assert 0 < difference.mean() < 4, epoch
-    shrunk = with_draft.source.read(0, lambda key: lambda width, height: 4)
-    assert shrunk.image.size == (100, 75) and shrunk.full_size == (400, 300)
-    assert random_crop(shrunk.image, 32, numpy_rng(0), full_size=shrunk.full_size).size == (32, 32)
-
-
-def test_input_benchmark_runs(tmp_path, capsys, monkeypatch):
-    from unitok.scripts import benchmark_input
-
-    monkeypatch.setattr(benchmark_input, "SIZES", ((96, 64),))
-    out = tmp_path / "figures.json"
-    assert (
-        benchmark_input.main(["--images", "6", "--repeats", "1", "--size", "32", "--batch", "4", "--out", str(out)])
-        == 0
-    )
-    row = json.loads(out.read_text())["rows"][0]
-    assert row["ratio"][benchmark_input.PLAIN] == 1.0 and len(row["images_per_second"]) == 5
-    assert "webdataset + torchvision" in capsys.readouterr().out
-    photo = Image.open(io.BytesIO(benchmark_input.photo(96, 64, numpy_rng(0))))
-    assert photo.size == (96, 64) and photo.format == "JPEG"
-
-
-@pytest.mark.slow
-def test_mixture_over_ranks_workers_and_a_kill(tmp_path):
-    """Two ranks log what one logs, members' counts included; killed and resumed with workers is straight."""
-    from equal_runs import check_equal
-    from ranks import run_ranks
-    from stages import COMMON, run_stage, tokenizer_values
-
-    values = {**COMMON, **tokenizer_values(), "output_dir": "unset", "steps": 10, "save_every": 4}
-    values["data"] = {"source": SHARES, "augment": "crop"}
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(values))
-    straight = run_ranks(1, run_stage, "tokenizer", file, tmp_path / "straight", 1)[0]
-    assert sum(record["samples/seven"] for record in straight) == pytest.approx(20, abs=4) and len(straight) == 10
-    check_equal(run_ranks(2, run_stage, "tokenizer", file, tmp_path / "two", 2)[0], straight)
-    run_ranks(1, run_stage, "tokenizer", file, tmp_path / "killed", 1, [], (6, 0), may_die=True)
-    resumed = run_stage("tokenizer", file, tmp_path / "killed", 1, ["num_workers=2"])  # a rank may have no children
-    assert [record["step"] for record in resumed] == list(range(1, 11))
-    for name in ("samples/seven", "samples/three"):
-        assert [record[name] for record in resumed] == [record[name] for record in straight]
-    check_equal(resumed, straight)

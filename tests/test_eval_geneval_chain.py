@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from geneval_folders import CASES, write_folder
 from PIL import Image
-from test_mllm_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError

@@ -140,7 +140,7 @@ def test_mistakes_are_named(run, tmp_path, capsys):
     (tmp_path / "other.txt").write_text("n01\nn02\n")
     with pytest.raises(DataError, match="in none of the 2 folders of data.classes"):
         [one for index in range(6) for one in ClassSource(run / "codes", tmp_path / "other.txt")[index].captions]
-    from test_mllm_pipeline import make_pipeline
+    from pipelines import make_pipeline
 
     with pytest.raises(UserError, match="has no class tokens"):
         count_classes(make_pipeline(tmp_path))

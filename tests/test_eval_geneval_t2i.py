@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pipelines import make_pipeline
 from test_eval_fidelity import TinyNetwork
-from test_mllm_pipeline import make_pipeline
 
 from unitok.cli import main
 from unitok.core.errors import DataError

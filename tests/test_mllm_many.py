@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from PIL import Image
-from test_mllm_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from unitok.core.errors import UserError
 from unitok.mllm.many import RECORD, generate_many, write_image

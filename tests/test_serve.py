@@ -5,8 +5,8 @@ import numpy as np
 import openai
 import pytest
 from PIL import Image
+from pipelines import make_pipeline, picture
 from serving import data_url, eventually, question, running, unpacked
-from test_mllm_pipeline import make_pipeline, picture
 
 from unitok.mllm.chat import TextSampling, generate_answers
 from unitok.mllm.session import answer_text, text_deltas

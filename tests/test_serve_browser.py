@@ -5,8 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pipelines import make_pipeline, picture
 from serving import running
-from test_mllm_pipeline import make_pipeline, picture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -171,7 +171,7 @@ def test_text_of_strangers_is_no_markup(server, open_page):
 def test_stop_ends_an_answer(server, open_page):
     from playwright.sync_api import expect
     from serving import eventually
-    from test_serve_errors import SlowModel
+    from test_serve_queue import SlowModel
 
     page, _ = open_page(server[0])
     scheduler = server[1].service.scheduler

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+from pipelines import make_pipeline
 from serving import eventually
-from test_mllm_pipeline import make_pipeline
 
 from unitok.cli import main as cli
 from unitok.core.errors import ConfigError

@@ -11,8 +11,8 @@ import openai
 import pytest
 import torch
 from PIL import Image
+from pipelines import make_pipeline, picture
 from serving import data_url, error_of, eventually, question, running
-from test_mllm_pipeline import make_pipeline, picture
 
 from unitok.serve import answers, content, model
 

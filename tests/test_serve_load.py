@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_mllm_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from unitok.scripts.load_test import Ask, main
 

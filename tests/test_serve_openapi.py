@@ -6,8 +6,8 @@ from decimal import Decimal
 
 import httpx
 import pytest
+from pipelines import make_pipeline
 from serving import running
-from test_mllm_pipeline import make_pipeline
 
 COUNTS = {"fast": 15, "thorough": 150}
 

@@ -12,8 +12,8 @@ from functools import partial
 import httpx
 import pytest
 import torch
+from pipelines import make_pipeline, picture
 from serving import eventually, question, running
-from test_mllm_pipeline import make_pipeline, picture
 
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_mllm_pipeline import make_pipeline, picture
+from pipelines import make_pipeline, picture
 
 from unitok import __version__
 from unitok.cli import main

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from test_mllm_pipeline import make_pipeline, picture
+from pipelines import make_pipeline, picture
 
 from unitok.cli import main
 from unitok.commands.chat import Conversation, converse

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_mllm_pipeline import make_pipeline
+from pipelines import make_pipeline
 
 from unitok.cli import main
 

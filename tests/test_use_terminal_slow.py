@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from test_mllm_pipeline import make_pipeline, picture
+from pipelines import make_pipeline, picture
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = [

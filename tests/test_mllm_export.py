@@ -1,0 +1,164 @@
+"""Export folders: what they hold, who can read them, and what can be wrong with one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+from pipelines import make_pipeline, picture
+from tiny import make_tokenizer
+from transformers import AutoModel, AutoModelForMultimodalLM, AutoProcessor
+
+from unitok.core.errors import CheckpointError, UserError
+from unitok.mllm.pipeline import UniTokPipeline
+from unitok.mllm.processor import UniTokProcessor
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_pipeline(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture(scope="module")
+def export(made, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "model"
+    made.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pipe(export):
+    return UniTokPipeline.from_pretrained(export, device="cpu")
+
+
+@pytest.fixture
+def copy(export, tmp_path):
+    """An export folder of one's own, to be damaged."""
+    return shutil.copytree(export, tmp_path / "copy")
+
+
+def test_ids_of_a_padded_vocabulary_are_no_text(pipe):
+    tokenizer = pipe.processor.tokenizer
+    known = tokenizer.encode("a red circle", add_special_tokens=False)
+    assert tokenizer.decode([*known, len(tokenizer) + 7], skip_special_tokens=True) == "a red circle"
+
+
+def test_an_export_without_its_text_model_or_processor(copy):
+    (copy / "tokenizer.model").unlink()
+    with pytest.raises(CheckpointError, match="has no tokenizer.model"):
+        UniTokPipeline.from_pretrained(copy)
+    (copy / "processor_config.json").unlink()
+    with pytest.raises(UserError, match="converted with its tokenizer.model"):
+        UniTokPipeline.from_pretrained(copy)
+
+
+def test_the_auto_classes_of_transformers_know_an_export(export, pipe):
+    processor, model = AutoProcessor.from_pretrained(export), AutoModelForMultimodalLM.from_pretrained(export)
+    assert type(processor) is UniTokProcessor and type(model) is type(pipe.model)
+    ours, theirs = model.state_dict(), pipe.model.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    image = Image.new("RGB", (40, 40), "red")
+    batches = [one("<image>\nwhat is this?", [image]) for one in (processor, pipe.processor)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in ("input_ids", "attention_mask", "pixels"))
+    assert type(AutoModel.from_pretrained(export)) is type(model)
+
+
+def test_the_processor_alone_goes_round(export, tmp_path):
+    AutoProcessor.from_pretrained(export).save_pretrained(tmp_path / "processor")
+    again, first = (AutoProcessor.from_pretrained(folder) for folder in (tmp_path / "processor", export))
+    assert type(again) is UniTokProcessor and again.config.to_dict() == first.config.to_dict()
+    batches = [one("<image>\nwhat is this?", [picture()]) for one in (again, first)]
+    assert all(torch.equal(batches[0][name], batches[1][name]) for name in batches[1])
+
+
+def test_fewer_bits_are_not_saved(export, tmp_path):
+    pipe = UniTokPipeline.from_pretrained(export, device="cpu", weights="int8")
+    with pytest.raises(UserError, match="int8 weights, which cannot be saved"):
+        pipe.save_pretrained(tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_an_export_holds_everything_and_no_more(export):
+    names = {path.name for path in export.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "processor_config.json"} <= names
+    assert {"tokenizer.model", "tokenizer_config.json", "visual_tokenizer"} <= names
+    assert (export / "visual_tokenizer" / "model.safetensors").is_file()
+    from safetensors import safe_open
+
+    with safe_open(export / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if name.startswith(("encoder", "decoder", "visual"))]  # noqa: SIM118
+
+
+def test_the_visual_tokenizer_is_loaded_when_needed_and_frozen(export):
+    pipe = UniTokPipeline.from_pretrained(str(export), device="cpu")
+    assert pipe._tokenizer is None
+    pipe.chat([{"role": "user", "content": "red"}], max_new_tokens=1)
+    assert pipe._tokenizer is None, "no image, no tokenizer"
+    pipe.generate_images("red")
+    assert not any(parameter.requires_grad for parameter in pipe.tokenizer.parameters())
+    assert not pipe.tokenizer.training and not pipe.model.training
+
+
+def test_folders_that_are_no_export(tmp_path, export, copy):
+    refused = [
+        (tmp_path / "nowhere", "no such"),
+        (tmp_path, "config.json"),
+        (export / "visual_tokenizer", "unitok_mllm"),
+    ]
+    for folder, message in refused:
+        with pytest.raises(UserError, match=message) as error:
+            UniTokPipeline.from_pretrained(folder)
+        assert "\n" not in str(error.value) and str(folder) in str(error.value)
+    shutil.rmtree(copy / "visual_tokenizer")
+    with pytest.raises(UserError, match="visual_tokenizer"):
+        UniTokPipeline.from_pretrained(copy)
+
+
+@pytest.mark.parametrize("part", [".", "visual_tokenizer"])
+def test_a_truncated_weights_file_is_refused(copy, part):
+    weights = copy / part / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match=part if part != "." else "copy") as error:
+        UniTokPipeline.from_pretrained(copy, device="cpu").tokenizer  # noqa: B018
+    assert "\n" not in str(error.value)
+
+
+def test_missing_weights_are_refused_by_name(copy):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(copy / "model.safetensors")
+    weights.pop("depth.norm.weight")
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"depth\.norm\.weight"):
+        UniTokPipeline.from_pretrained(copy, device="cpu")
+
+
+def test_weights_of_another_size_are_refused(copy):
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"visual_mlp_ratio": 3.0}))
+    with pytest.raises(CheckpointError) as error:
+        UniTokPipeline.from_pretrained(copy, device="cpu")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"num_codebooks": 2}, "num_codebooks"),
+        ({"codebook_size": 20}, "codebook_size"),
+        ({"image_size": 64}, "positions"),
+    ],
+)
+def test_a_tokenizer_whose_codes_mean_something_else_is_refused(copy, changes, name):
+    make_tokenizer(**changes).save_pretrained(copy / "visual_tokenizer")
+    pipe = UniTokPipeline.from_pretrained(copy, device="cpu")
+    with pytest.raises(UserError, match=name):
+        pipe.generate_images("red")
+
+
+def test_a_tokenizer_with_other_codebooks_is_refused(copy):
+    """Same sizes, other entries: every picture and every answer would be nonsense without a word."""
+    make_tokenizer(seed=5).save_pretrained(copy / "visual_tokenizer")
+    with pytest.raises(UserError, match="codebooks"):
+        UniTokPipeline.from_pretrained(copy, device="cpu").generate_images("red")
