@@ -109,7 +109,9 @@ class LPIPS(nn.Module):
         model = cls()
         with torch.no_grad():
             for index, (key, value) in enumerate(sorted(model.state_dict().items())):
-                noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(seed + index))
+                noise = torch.randn(
+                    value.shape, dtype=torch.float32, generator=torch.Generator().manual_seed(seed + index)
+                )
                 if value.dim() == 1:
                     noise *= 0.05
                 elif key.startswith("lins."):
