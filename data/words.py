@@ -160,7 +160,7 @@ def is_unicode(text: str) -> bool:
 
 
 def _question(item: Any, where: str) -> QA:
-    values = [item.get(name) for name in ("type", "question", "answer")] if isinstance(item, dict) else [None]
+    values = [item.get(name) for name in ("type", "question", "answer")] if isinstance(item, dict) else []
     if set(map(type, values)) == {str} and all(values):
         return QA(*values)
     raise SampleError(

@@ -11,11 +11,11 @@ import httpx
 import pytest
 from PIL import Image
 from pipelines import make_pipeline, picture
-from serving import chat, data_url, error_of, question, running
+from serving import CHAT, chat, data_url, error_of, question, running
 
 pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
 KEY = "a-key-of-tests"
-CHAT, IMAGES, RECONSTRUCT = "/v1/chat/completions", "/v1/images/generations", "/v1/tokenizer/reconstruct"
+IMAGES, RECONSTRUCT = "/v1/images/generations", "/v1/tokenizer/reconstruct"
 
 
 @pytest.fixture(scope="module")

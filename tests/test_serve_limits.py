@@ -12,11 +12,11 @@ import pytest
 import torch
 from PIL import Image
 from pipelines import make_pipeline, picture
-from serving import data_url, error_of, eventually, question, running
+from serving import CHAT, data_url, error_of, eventually, question, running
 
 from unitok.serve import answers, content, model
 
-CHAT, IMAGES, RECONSTRUCT = "/v1/chat/completions", "/v1/images/generations", "/v1/tokenizer/reconstruct"
+IMAGES, RECONSTRUCT = "/v1/images/generations", "/v1/tokenizer/reconstruct"
 
 
 @pytest.fixture(scope="module")

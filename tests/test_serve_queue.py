@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
 
 @pytest.fixture(scope="module")
 def pipe(tmp_path_factory):
-    pipe = make_pipeline(tmp_path_factory.mktemp("errors"))
+    pipe = make_pipeline(tmp_path_factory.mktemp("queue"))
     pipe.model.config.text_config.max_position_embeddings = 500
     return pipe
 

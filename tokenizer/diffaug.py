@@ -59,7 +59,7 @@ def gaussian_blur(images_B3HW: Tensor, strength: float) -> Tensor:
     radius = min(math.floor(3 * sigma), height - 1, width - 1)
     if radius < 1:
         return images_B3HW
-    distance = torch.arange(-radius, radius + 1, device=images_B3HW.device, dtype=torch.float32)
+    distance = torch.arange(-float(radius), radius + 1, device=images_B3HW.device)
     kernel = torch.exp2(-(distance / sigma).square())
     kernel = (kernel / kernel.sum()).to(images_B3HW.dtype).expand(channels, 1, -1)
     rows = F.pad(images_B3HW, (0, 0, radius, radius), mode="reflect")

@@ -76,6 +76,7 @@ def _describe(app: FastAPI, name: str) -> None:
 
 
 def _with_whole_limits(part: Any) -> Any:
+    """Whole numbers that became floats, as far as those hold them, are whole numbers again."""
     if isinstance(part, dict):
         return {name: _with_whole_limits(inner) for name, inner in part.items()}
     if isinstance(part, list):

@@ -24,7 +24,10 @@ Batch = tuple[int, list[Job]]
 
 
 def send(pipe: Connection, message: Any) -> None:
-    """Plain pickle: that of `Connection.send` puts tensors into shared memory, of which containers have little."""
+    """Plain pickle: that of `Connection.send` puts tensors into shared memory, of which containers have little.
+
+    It is read by `Connection.recv`; nobody but the server and its own processes has an end of such a pipe.
+    """
     pipe.send_bytes(pickle.dumps(message, protocol=pickle.HIGHEST_PROTOCOL))
 
 
