@@ -142,8 +142,13 @@ def test_two_hosts_are_one(
 def test_namespaces_are_gone_after_a_failure(hosts: list[str]) -> None:
     """A test that fails inside leaves neither namespace nor process behind."""
     with pytest.raises(RuntimeError), two_hosts("utfail") as names:
-        sleeper = subprocess.Popen(["ip", "netns", "exec", names[0], "sleep", "100"])
+        command = ["ip", "netns", "exec", names[0], "cat"]
+        echo = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
+        assert echo.stdin and echo.stdout
+        echo.stdin.write("inside\n")  # what answers has entered the namespace
+        assert echo.stdout.readline() == "inside\n"
         raise RuntimeError
-    assert sleeper.wait(timeout=10) == -signal.SIGKILL
+    with echo:
+        assert echo.wait(timeout=10) == -signal.SIGKILL
     listed = subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
     assert not any(name in listed for name in names)
