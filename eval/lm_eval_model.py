@@ -158,7 +158,8 @@ class UniTokLM(HFLM):
         out = []
         for request in requests:
             place = (request.task_name or "", request.doc_id or 0, request.idx)
-            out.append(torch_rng("lm-eval", self.seed, *place, seen[place]))
+            parts = ("lm-eval", self.seed, *place, seen[place])
+            out.append(torch_rng(*parts, device=self.pipeline.model.device))
             seen[place] += 1
         return out
 

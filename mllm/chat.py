@@ -60,9 +60,11 @@ class TextSampling:
         check_logits(logits_BV.amax(dim=-1))
         if not self.do_sample:
             return logits_BV.argmax(dim=-1)
-        probs_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p).softmax(dim=-1)
-        uniform_B = torch.cat([torch.rand(1, generator=generator) for generator in generators])
-        return draw(probs_BV, uniform_B.to(probs_BV.device))
+        logits_BV = filter_logits(logits_BV.float(), self.temperature, self.top_k, self.top_p)
+        uniform_BV = torch.empty_like(logits_BV)
+        for own, generator in zip(uniform_BV, generators, strict=True):
+            own.uniform_(generator=generator)
+        return draw(logits_BV, uniform_BV)
 
 
 class TextRows:
@@ -219,7 +221,7 @@ def generate_answers(
     seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
     if len(seeds) != len(prompts):
         raise UserError(f"{len(seeds)} seeds for {len(prompts)} conversations: give one seed per conversation")
-    generators = [torch_rng("answer", seed) for seed in seeds]
+    generators = [torch_rng("answer", seed, device=model.device) for seed in seeds]
     answers: list[list[int]] = [[] for _ in prompts]
     rows = TextRows(model, room=max_new_tokens)
     logits_BV = rows.start(prompts, pad_id)
@@ -266,7 +268,7 @@ class KeptConversation:
         seed: int = 0,
     ) -> Iterator[int]:
         """The new ids of one answer as they come, without `eos_id`. It may be left before its end."""
-        sampling, generator = sampling or TextSampling(), torch_rng("answer", seed)
+        sampling, generator = sampling or TextSampling(), torch_rng("answer", seed, device=self.model.device)
         known, images = self._rewind(prompt)
         more_images = prompt.codes is not None and len(prompt.codes) > images
         logits_1V = self._feed(list(prompt.ids[known:]), prompt.codes[images:] if more_images else None)

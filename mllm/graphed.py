@@ -42,6 +42,7 @@ class GraphedStepper:
     def next(self, codes_BK: Tensor, position: int) -> Tensor:
         with torch.cuda.device(self.device):
             self.codes_BK.copy_(codes_BK)
+            self.stepper.roll()
             self.graph.replay()
             return self.codes_BK.clone()
 

@@ -37,21 +37,25 @@ class PositionStepper:
         self.guidance = like.new_ones((), dtype=torch.float32)  # bf16 would round 7.3 to 7.3125
         self.place = torch.zeros(1, dtype=torch.long, device=like.device)
         self.slot = torch.zeros_like(self.place)
-        self.uniforms_LKB = torch.zeros(length, self.num_codebooks, self.images, device=like.device)
+        sizes = (self.images, self.num_codebooks, model.config.codebook_size)
+        self.uniform_BKV = torch.zeros(sizes, device=like.device)
         self.prompt_length, self.sampler = 0, None
 
     def start(self, prompts_RTD: Tensor, mask_RT: Tensor, sampler: CodeSampler, guidance_scale: float) -> Tensor:
         """Read the prompts; the codes `[B, K]` of the first position. NonFiniteError where the backbone is broken."""
         self.sampler = sampler if self.sampler is None else self.sampler.take(sampler)
         self.guidance.fill_(guidance_scale)
-        if sampler.do_sample:
-            uniforms_BN = sampler.uniforms(self.length * self.num_codebooks)
-            self.uniforms_LKB.copy_(uniforms_BN.t().reshape(self.uniforms_LKB.shape))
         self.prompt_length = mask_RT.shape[1]
         self.go_to(0)
         hidden_RD = self.backbone.start(prompts_RTD, mask_RT)
         check_logits(hidden_RD)  # here on every device: later positions are not looked at one by one
-        return self._choose(hidden_RD, self.uniforms_LKB[0])
+        self.roll()
+        return self._choose(hidden_RD)
+
+    def roll(self) -> None:
+        """New random numbers for the next position, in the tensor that a recorded step reads."""
+        if self.sampler.do_sample:
+            self.sampler.fill_(self.uniform_BKV)
 
     def go_to(self, position: int) -> None:
         """Make `position` the one whose codes the next step reads."""
@@ -61,6 +65,7 @@ class PositionStepper:
     def next(self, codes_BK: Tensor, position: int) -> Tensor:
         """The codes `[B, K]` of the position after `position`, whose codes are given."""
         ends = (self.length, self.slots) if self.static else (position + 1, self.prompt_length + position + 1)
+        self.roll()
         return self.step(codes_BK, *ends)
 
     def step(self, codes_BK: Tensor, place_end: int, slot_end: int) -> Tensor:
@@ -71,9 +76,9 @@ class PositionStepper:
         hidden_RD = self.backbone(inputs_RD, slot_end - 1 if counted else self.slot, slot_end)
         self.place.add_(1)
         self.slot.add_(1)
-        return self._choose(hidden_RD, self.uniforms_LKB.index_select(0, self.place)[0])
+        return self._choose(hidden_RD)
 
-    def _choose(self, hidden_RD: Tensor, uniforms_KB: Tensor) -> Tensor:
+    def _choose(self, hidden_RD: Tensor) -> Tensor:
         """The K codes `[B, K]` of one position, one after the other through the depth transformer.
 
         On a CPU NonFiniteError for those of a broken model; elsewhere every look would wait for the device.
@@ -84,7 +89,7 @@ class PositionStepper:
             if self.guided:
                 conditional, unconditional = logits.chunk(2)
                 logits = torch.lerp(unconditional.float(), conditional.float(), self.guidance)
-            code_B, largest_B = self.sampler.choose(logits, index, uniforms_KB[index])
+            code_B, largest_B = self.sampler.choose(logits, index, self.uniform_BKV[:, index])
             codes.append(code_B)
             largest.append(largest_B)
             inputs = torch.cat([code_B, code_B]) if self.guided else code_B

@@ -9,6 +9,7 @@ from tiny import BOI, BOS, PAD, make_mllm
 from torch import nn
 
 from unitok.core.errors import DataError, UserError
+from unitok.core.rng import torch_rng
 from unitok.eval.plain_sampling import plain_codes
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm import backbone_steps as backbone_module
@@ -177,6 +178,7 @@ def test_static_steps_equal_growing_ones(settings, cache):
         for _ in range(2):  # a kept stepper serves the next call as well
             columns = [stepper.start(model.embed(ids, None), mask, CodeSampler(seeds, **settings), 3.0)]
             for _ in range(length - 1):
+                stepper.roll()
                 columns.append(step(columns[-1], length, 64))
             assert torch.equal(torch.stack(columns, dim=-1), expected)
 
@@ -254,15 +256,36 @@ def test_settings_of_each_image_are_its_own():
 def test_draws_of_an_image_do_not_depend_on_how_many_are_taken_at_once():
     options = (True, 1.0, 0, 1.0)
     one, other = CodeSampler([3, 4], *options), CodeSampler([4], *options)
-    whole = one.uniforms(3000)
-    assert torch.equal(torch.cat([other.uniforms(count) for count in (1, 999, 2000)], dim=1), whole[1:])
+    whole, parts = torch.empty(2, 3000), [torch.empty(1, count) for count in (1, 999, 2000)]
+    one.fill_(whole)
+    for part in parts:
+        other.fill_(part)
+    assert torch.equal(torch.cat(parts, dim=1), whole[1:])
     assert 0 <= whole.min() and whole.max() < 1 and abs(whole.mean() - 0.5) < 0.02
 
 
-def test_draw_by_hand():
-    probs = torch.tensor([[0.25, 0.0, 0.5, 0.25, 0.0]])
-    for uniform, entry in ((0.0, 0), (0.2499, 0), (0.25, 2), (0.7499, 2), (0.75, 3), (0.99999994, 3)):
-        assert draw(probs, torch.tensor([uniform])).item() == entry
+def test_entries_are_drawn_as_often_as_their_probabilities_say():
+    logits = torch.randn(37, generator=torch_rng("logits")).where(torch.arange(37) % 5 != 0, -torch.inf)
+    uniform = torch.rand(40000, 37, generator=torch_rng("uniform"))
+    uniform[0], uniform[1, 1] = 0.0, 1 - 2.0**-24  # the ends of what `rand` gives
+    counts = draw(logits.expand(40000, -1), uniform).bincount(minlength=37)
+    expected = 40000 * logits.softmax(dim=-1)
+    assert counts[::5].sum() == 0
+    assert ((counts - expected).square() / expected.clamp(min=1e-9))[expected > 0].sum() < 66  # 28 free: p > 1e-4
+
+
+def test_a_draw_does_not_depend_on_rounding():
+    """Of 4096 entries, with differences as large as other orders of summing make them after guidance."""
+    generator = torch_rng("rounding")
+    logits, uniform = (make(500, 4096, generator=generator) for make in (torch.randn, torch.rand))
+    other = logits + 3e-6 * torch.randn(500, 4096, generator=generator)
+    assert (draw(logits, uniform) != draw(other, uniform)).sum() == 0
+
+
+def test_nothing_is_filtered_beside_a_filtered_row():
+    logits = 5 * torch.randn(2, 4096, generator=torch_rng("beside"))
+    filtered = filter_logits(logits, 1.0, torch.tensor([[0], [7]]), torch.tensor([[1.0], [0.5]]))
+    assert torch.equal(filtered[0], logits[0]) and filtered[1].isfinite().sum() < 8
 
 
 def test_filters_do_not_depend_on_the_order_of_entries():

@@ -99,7 +99,7 @@ def test_only_what_is_streamed_comes_in_pieces(remote):
 
 
 def test_clients_that_have_gone_stop_their_work(remote):
-    long = {"max_new_tokens": 900, "n": 4, "sampling": {"do_sample": True, "temperature": 5.0}}
+    long = {"max_new_tokens": 900, "n": 4}  # the likeliest answer of this model has no end
     events, took = run(remote, question("red"), cancel_after=0.3, **long)
     assert took < 5 and all(kind == "delta" for kind, _ in events[0])
     (again,), _ = run(remote, question("red"))
@@ -126,7 +126,7 @@ def test_the_end_of_the_process_ends_the_server(folder):
     try:
         with running(model, name="model") as (address, server):
             asked = []
-            body = {"model": "model", "messages": question("red"), "max_tokens": 500, "n": 4, "temperature": 5.0}
+            body = {"model": "model", "messages": question("red"), "max_tokens": 500, "n": 4, "temperature": 0}
             thread = threading.Thread(target=lambda: asked.append(httpx.post(address + CHAT, json=body, timeout=60)))
             thread.start()
             eventually(lambda: server.service.scheduler.running)

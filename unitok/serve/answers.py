@@ -106,7 +106,7 @@ def answer_rows(model: UniTokMLLM, rows: Sequence[Row], eos_id: int | None, pad_
 
     An answer depends on its own prompt, settings and seed alone, as with `generate_answers`.
     """
-    generators = {id(row): torch_rng("answer", row.seed) for row in rows}
+    generators = {id(row): torch_rng("answer", row.seed, device=model.device) for row in rows}
     held = TextRows(model, room=max(row.max_new_tokens for row in rows))
     logits_BV = held.start([row.prompt for row in rows], pad_id)
     live = list(rows)
