@@ -43,8 +43,9 @@ class CodeGenerationMixin:
         after them; logits are `uncond + scale * (cond - uncond)` and both rows continue with the same code.
         `depth_temperature`: of all codes of a position but the first (None: `temperature`). Temperatures, top-k and
         top-p are one number, or one for each image.
-        `seeds`: one per image; the same seed gives the same image whatever else is in the batch. None is 0 to B - 1:
-        like everything here, it does not depend on a global generator.
+        `seeds`: one per image; the same seed gives the same image whatever else is in the batch, as long as no two
+        codes are as good as equal: rounding depends on the batch. None is 0 to B - 1: like everything here, it does not
+        depend on a global generator.
         `on_position(done, num_positions)` is called after every position; on a GPU the call waits for it to be done.
         `graph`: compile a position's step and replay it as a CUDA graph, which takes a minute or more at the first call
         of these sizes (None: on a GPU, where the backbone's layers are Llama's).

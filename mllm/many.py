@@ -21,9 +21,11 @@ import unitok
 from unitok.core.distributed import is_distributed, rank, world_size
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline, seeds_of
+from unitok.tokenizer.extract import Share
 
 RECORD = "unitok"  # text entry of a PNG that says how it was made
 _DIGITS = 5
+_HEAD = 64  # numbers of each weight that a fingerprint reads
 # What PIL raises for files that are no image, cut off, or damaged in their middle.
 _UNREADABLE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -46,7 +48,7 @@ def generate_many(
     """One PNG per prompt, named by its index or as `names` say; the paths of all, those of other ranks included.
 
     Image i gets the seed `seed + i` (or `seed[i]`), so it is the same whatever the batches and ranks. Every rank (of a
-    process group, or of `torchrun` by RANK and WORLD_SIZE) makes each n-th image. What is there already is left as it
+    process group, or of torchrun, deepspeed or srun) makes each n-th image. What is there already is left as it
     is.
 
     Args:
@@ -106,25 +108,28 @@ def image_records(
         "settings": pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None},
         "precision": str(pipeline.model.dtype).removeprefix("torch."),
         "weights": pipeline.model.weight_kind,
+        "embedder_cache": pipeline.model.config.embedder_cache,
         "model": fingerprint(pipeline),  # last: rounded weights have another one
     }
     return [{"prompt": prompt, "seed": seed, **common} for prompt, seed in zip(prompts, seeds, strict=True)]
 
 
 def own_share() -> tuple[int, int]:
-    """This process's number and how many there are: of the process group, or as `torchrun` says."""
+    """This process's number and how many there are: as of the process group or the launcher."""
     if is_distributed():
         return rank(), world_size()
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share = Share.of_launcher()
+    return share.rank, share.world_size
 
 
 def fingerprint(pipeline: UniTokPipeline) -> str:
-    """Tells one trained model from another by some of its weights: norms and the first row of the code head, and of
-    the visual tokenizer all vectors (norms, biases)."""
-    depth, digest = pipeline.model.depth, hashlib.blake2b(digest_size=8)
-    visual = [weight for weight in pipeline.tokenizer.state_dict().values() if weight.dim() == 1]
-    for weight in (depth.norm.weight, depth.layers[0].input_layernorm.weight, depth.head.weight[0, 0], *visual):
-        digest.update(weight.detach().float().cpu().numpy().tobytes())
+    """Tells one trained model from another by the first numbers of each of its weights, and of the visual tokenizer's.
+    Rounded weights (8 and 4 bits) are passed over."""
+    digest = hashlib.blake2b(digest_size=8)
+    for part in (pipeline.model, pipeline.tokenizer):
+        plain = [weight for weight in part.state_dict().values() if type(weight) is Tensor]
+        heads = [weight.flatten()[:_HEAD].float().cpu() for weight in plain]
+        digest.update(torch.cat(heads).numpy().tobytes())
     return digest.hexdigest()
 
 

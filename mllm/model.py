@@ -16,7 +16,7 @@ from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from unitok.core.engine import whole_parameters
-from unitok.core.errors import DataError, UserError
+from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.core.pretrained import readable_weights
 from unitok.mllm.configuration import IGNORE, UniTokMLLMConfig
 from unitok.mllm.cross_entropy import TextHead
@@ -25,6 +25,7 @@ from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
 from unitok.mllm.losses import LossMixin
 from unitok.mllm.quantize import refuse_quantized
+from unitok.mllm.shards import open_shards
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
 from unitok.tokenizer.quantizer import check_codes
@@ -239,8 +240,10 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
             attentions=outputs.attentions,
         )
 
-    def prepare_inputs_for_generation(self, input_ids: Tensor, codes: Tensor | None = None, **kwargs: Any) -> dict:
-        inputs = super().prepare_inputs_for_generation(input_ids, **kwargs)
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, codes: Tensor | None = None, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict:
+        inputs = super().prepare_inputs_for_generation(input_ids, inputs_embeds=inputs_embeds, **kwargs)
         if inputs.get("input_ids") is not None and inputs["input_ids"].shape[1] == input_ids.shape[1]:
             inputs["codes"] = codes  # the first pass holds the whole prompt; later ones only new text
         return inputs
@@ -282,15 +285,18 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, *args: Any, **kwargs: Any) -> "UniTokMLLM":
-        """As transformers does; `image_sampler` of generation_config.json, which it would drop, is kept, and
-        damaged weights are a CheckpointError."""
+        """As transformers does; `image_sampler` of generation_config.json, which it would drop, is kept, and damaged
+        weights, or shards that are not what their index says, are a CheckpointError."""
+        folder = Path(pretrained_model_name_or_path)
+        if folder.is_dir() and not kwargs.keys() & {"state_dict", "subfolder", "variant", "gguf_file"}:
+            open_shards(folder)  # transformers takes a key from whatever shard has it
         with readable_weights(pretrained_model_name_or_path):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        settings_file = Path(pretrained_model_name_or_path) / "generation_config.json"
+        settings_file = folder / "generation_config.json"
         settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
         if "image_sampler" in settings:
-            model.generation_config.image_sampler = settings["image_sampler"]
+            model.generation_config.image_sampler = _checked_sampler(settings["image_sampler"], settings_file)
         return loaded
 
     @classmethod
@@ -308,6 +314,16 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         from unitok.mllm.official import load_official
 
         return load_official(folder, tokenizer, dtype)
+
+
+def _checked_sampler(settings: Any, file: Path) -> dict[str, Any]:
+    """Settings of `generate_codes`; CheckpointError for anything else."""
+    known = {"guidance_scale", "do_sample", "temperature", "depth_temperature", "top_k", "top_p"}
+    if not isinstance(settings, dict) or settings.keys() - known:
+        raise CheckpointError(
+            f"{file}: image_sampler is {settings!r}; expected an object of {', '.join(sorted(known))}"
+        )
+    return settings
 
 
 def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:

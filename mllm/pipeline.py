@@ -119,10 +119,10 @@ class UniTokPipeline:
         """One PIL image per prompt.
 
         `seed`: one number (image i gets seed + i) or one per prompt; the same prompt and seed give the same image
-        whatever the batch (see `decode`). Sampler settings default to the export's generation_config.json;
-        `do_sample=False` takes the likeliest codes, whatever the seed. `on_position` is called after each image
-        position of a batch, with how many are done of how many. `graph`: see `generate_codes`; False on a GPU saves the
-        minute of compiling where only a few images are made.
+        whatever the batch, but for rounding (see `generate_codes` and `decode`). Sampler settings default to the
+        export's generation_config.json; `do_sample=False` takes the likeliest codes, whatever the seed. `on_position`
+        is called after each image position of a batch, with how many are done of how many. `graph`: see
+        `generate_codes`; False on a GPU saves the minute of compiling where only a few images are made.
         """
         if batch_size < 1:
             raise UserError(f"batch_size={batch_size}: expected at least 1")

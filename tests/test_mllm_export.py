@@ -124,6 +124,47 @@ def test_a_truncated_weights_file_is_refused(copy, part):
     assert "\n" not in str(error.value)
 
 
+def test_shards_that_are_not_what_their_index_says_are_refused(export, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = UniTokPipeline.from_pretrained(export, device="cpu").model
+    for number, message in enumerate(("holds", "missing", "weight_map")):
+        folder = shutil.copytree(export, tmp_path / str(number))
+        (folder / "model.safetensors").unlink()
+        model.save_pretrained(folder, max_shard_size="40KB")
+        if number == 0:
+            assert UniTokPipeline.from_pretrained(folder, device="cpu").model is not None
+        shards, index = sorted(folder.glob("model-*.safetensors")), folder / "model.safetensors.index.json"
+        if message == "holds":  # a key that the index gives to another shard
+            own, key = load_file(shards[1]), next(iter(load_file(shards[0])))
+            save_file(own | {key: torch.zeros_like(load_file(shards[0])[key])}, shards[1], metadata={"format": "pt"})
+        elif message == "missing":
+            shards[1].unlink()
+        else:
+            index.write_text(json.dumps({"weight_map": {}}))
+        with pytest.raises(CheckpointError) as error:
+            UniTokPipeline.from_pretrained(folder, device="cpu")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("settings", [5, {"top_q": 5}])
+def test_an_unknown_sampler_is_refused(copy, settings):
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_sampler": settings}))
+    with pytest.raises(CheckpointError, match="image_sampler is .*expected an object of"):
+        UniTokPipeline.from_pretrained(copy, device="cpu")
+
+
+def test_generate_goes_on_from_vectors(pipe):
+    ids = torch.tensor([[1, 20, 21, 22]])
+    options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    with torch.no_grad():
+        vectors = pipe.model.embed(ids, None)
+        by_vectors = pipe.model.generate(inputs_embeds=vectors, attention_mask=torch.ones_like(ids), **options)
+        by_ids = pipe.model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options)
+    assert torch.equal(by_vectors, by_ids[:, 4:])
+
+
 def test_missing_weights_are_refused_by_name(copy):
     from safetensors.torch import load_file, save_file
 

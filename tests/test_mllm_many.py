@@ -11,7 +11,7 @@ from PIL import Image
 from pipelines import make_pipeline
 
 from unitok.core.errors import UserError
-from unitok.mllm.many import RECORD, generate_many, write_image
+from unitok.mllm.many import RECORD, generate_many, own_share, write_image
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.quantize import quantize_weights
 
@@ -61,6 +61,25 @@ def test_ranks_share_the_work(pipe, expected, tmp_path, monkeypatch):
             pipe, PROMPTS, tmp_path, seed=3, on_image=lambda index, _, rank=rank: made[rank].append(index)
         )
     assert made == {1: [1, 3], 0: [0, 2, 4]} and contents(paths) == expected
+
+
+@pytest.mark.parametrize(
+    ("variables", "share"),
+    [
+        ({"RANK": "1"}, (0, 1)),
+        ({"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, (2, 3)),
+        ({"RANK": "1", "WORLD_SIZE": "2", "SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "3"}, (1, 2)),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, None),
+    ],
+)
+def test_the_share_is_what_the_launcher_says(variables, share, monkeypatch):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if share is not None:
+        assert own_share() == share
+        return
+    with pytest.raises(UserError, match="rank 3 of 2"):
+        own_share()
 
 
 def test_an_interrupted_run_goes_on(pipe, expected, tmp_path):
@@ -116,13 +135,20 @@ def test_whether_to_record_graphs_is_passed_on(pipe, tmp_path):
 
 def test_another_models_images_and_other_files_are_kept(pipe, tmp_path):
     paths = generate_many(pipe, PROMPTS[:1], tmp_path)
-    with torch.no_grad():
-        pipe.model.depth.head.weight.add_(1e-3)
-        try:
-            with pytest.raises(UserError, match="was made with model"):
-                generate_many(pipe, PROMPTS, tmp_path)
-        finally:
-            pipe.model.depth.head.weight.sub_(1e-3)
+    model = pipe.model
+    for weight in (model.depth.head.weight, model.lm_head.weight, model.embedder.mlp[1].weight):
+        before = weight.detach().clone()
+        with torch.no_grad():
+            weight.add_(1e-3)
+            try:
+                with pytest.raises(UserError, match="was made with model"):
+                    generate_many(pipe, PROMPTS, tmp_path)
+            finally:
+                weight.copy_(before)
+    model.config.embedder_cache = "released"
+    with pytest.raises(UserError, match="was made with embedder_cache consistent, now it is released"):
+        generate_many(pipe, PROMPTS, tmp_path)
+    model.config.embedder_cache = "consistent"
     Image.new("RGB", (4, 4)).save(paths[0])
     with pytest.raises(UserError, match="not made by this command"):
         generate_many(pipe, PROMPTS, tmp_path)

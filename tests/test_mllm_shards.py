@@ -81,7 +81,7 @@ def test_from_pretrained_names_a_truncated_shard(tmp_path):
     make_mllm().save_pretrained(tmp_path, max_shard_size="40KB")
     assert torch.is_tensor(UniTokMLLM.from_pretrained(tmp_path).lm_head.weight)
     _truncated(tmp_path)
-    with pytest.raises(CheckpointError, match=f"{re.escape(str(tmp_path))}: damaged weights file"):
+    with pytest.raises(CheckpointError, match=rf"{re.escape(str(tmp_path))}.*-00002-.*: damaged"):
         UniTokMLLM.from_pretrained(tmp_path)
 
 

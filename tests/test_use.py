@@ -65,6 +65,7 @@ def test_a_png_says_how_it_was_made(model, pipe, here, capsys):
         "settings": {"guidance_scale": 3.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95},
         "precision": "float32",
         "weights": None,
+        "embedder_cache": "consistent",
         "model": fingerprint(pipe),
     }
     (again,) = pipe.generate_images(record["prompt"], seed=record["seed"], **record["settings"])
