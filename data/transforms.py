@@ -22,6 +22,7 @@ RELEASED_PREPROCESS = {
     "vae_val": (1.125, Image.Resampling.LANCZOS),  # reconstruction measures (rFID) during training
     "clip_val": (1.0, Image.Resampling.BICUBIC),  # zero-shot classification
 }
+PREPROCESS = ("plain", "padded", *RELEASED_PREPROCESS)
 # An image decoded at a part of its size keeps at least so many times the pixels that a crop needs. At 1.25 crops of two
 # photographs differ by 2.4 of 255 levels on average (35 dB) from those of the whole image.
 DRAFT_SURPLUS = 1.25
@@ -31,10 +32,20 @@ VQA_BACKGROUND = (122, 116, 104)  # what the released chat pads images with: CLI
 def eval_transform(image: Image.Image, size: int, preprocess: str = "plain") -> torch.Tensor:
     """Shorter side to `size`, centre crop; an image of that size is not touched. [3, size, size]
 
-    `preprocess` names one of RELEASED_PREPROCESS instead, for the numbers of the released tokenizer.
+    `preprocess` names one of RELEASED_PREPROCESS instead, for the numbers of the released tokenizer, or "padded", as
+    the released chat does.
     """
+    if preprocess == "padded":
+        return padded_transform(image, size)
     image = to_rgb(image)
     return to_pixels(centred(image, size)) if preprocess == "plain" else _released(image, size, preprocess)
+
+
+def reduced(image: Image.Image, size: int, preprocess: str = "plain") -> Image.Image:
+    """A small image of which `eval_transform` gives the same pixels, for those who keep it a while."""
+    if preprocess in RELEASED_PREPROCESS:
+        return _shorter_side(to_rgb(image), size, preprocess)
+    return to_pil(eval_transform(image, size, preprocess))
 
 
 def centred(image: Image.Image, size: int) -> Image.Image:
@@ -49,7 +60,7 @@ def _released(image: Image.Image, size: int, preprocess: str) -> torch.Tensor:
     from torchvision.transforms import functional as tv
 
     if preprocess not in RELEASED_PREPROCESS:
-        known = ", ".join(("plain", *RELEASED_PREPROCESS))
+        known = ", ".join(PREPROCESS)
         raise UserError(f"preprocess={preprocess!r}: expected one of {known}")
     return tv.to_tensor(tv.center_crop(_shorter_side(image, size, preprocess), size)) * 2 - 1
 

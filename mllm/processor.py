@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from PIL import Image
@@ -14,13 +14,12 @@ from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.core.pretrained import read_json
 from unitok.data.conversations import BEGIN_IMAGE, END_IMAGE, IMAGE_MARK, Turn
 from unitok.data.sentencepieces import load_sentencepiece
-from unitok.data.transforms import eval_transform, load_image, padded_transform
+from unitok.data.transforms import PREPROCESS, eval_transform, load_image
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.sequence import Sequence, SequenceBuilder, chat_template, pad_left
 
 PROCESSOR_FILE = "processor_config.json"
 TEXT_MODEL_FILE = "tokenizer.model"
-ImagePreprocess = Literal["plain", "padded"]
 _SPACE = "\u2581"  # sentencepiece's sign for a space
 _LLAMA_TOKENIZERS = ("LlamaTokenizer", "LlamaTokenizerFast")
 
@@ -90,16 +89,12 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def chat_transform(image: Image.Image, size: int, preprocess: ImagePreprocess) -> torch.Tensor:
-    """`[3, size, size]` in [-1, 1]: a picture of a conversation as the model sees it."""
-    return padded_transform(image, size) if preprocess == "padded" else eval_transform(image, size)
-
-
 class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
-    `image_preprocess` of chat images: "plain" crops the middle square; "padded" adds borders, as the released model
-    expects. `truncate_pixels`: drawn images get the next lower of 256 values, as the released scripts save them.
+    `image_preprocess` of chat images, one of `unitok.data.transforms.PREPROCESS`: that of the codes that the model was
+    trained on; "padded" adds borders, as the released model expects. `truncate_pixels`: drawn images get the next lower
+    of 256 values, as the released scripts save them.
 
     `processor(text, images)` expands every `<image>` of the text to what the chat layout puts there and returns
     `input_ids`, `attention_mask` (left-padded) and `pixels` `[I, 3, H, W]`.
@@ -110,12 +105,11 @@ class UniTokProcessor:
         tokenizer: PreTrainedTokenizerBase,
         config: UniTokMLLMConfig,
         image_size: int,
-        image_preprocess: ImagePreprocess = "plain",
+        image_preprocess: str = "plain",
         truncate_pixels: bool = False,
     ) -> None:
-        if image_preprocess not in get_args(ImagePreprocess):
-            expected = " or ".join(map(repr, get_args(ImagePreprocess)))
-            raise CheckpointError(f"image_preprocess={image_preprocess!r}: expected {expected}")
+        if image_preprocess not in PREPROCESS:
+            raise CheckpointError(f"image_preprocess={image_preprocess!r}: expected one of {', '.join(PREPROCESS)}")
         self.tokenizer, self.config = tokenizer, config
         self.image_size, self.image_preprocess, self.truncate_pixels = image_size, image_preprocess, truncate_pixels
         self.builder = SequenceBuilder(config, tokenizer)
@@ -158,7 +152,7 @@ class UniTokProcessor:
 
     def pixels(self, images: list[Image.Image]) -> torch.Tensor:
         """`[I, 3, H, W]` in [-1, 1] at the tokenizer's image size."""
-        return torch.stack([chat_transform(image, self.image_size, self.image_preprocess) for image in images])
+        return torch.stack([eval_transform(image, self.image_size, self.image_preprocess) for image in images])
 
     def chat_prompt(self, messages: list[dict[str, Any]]) -> tuple[list[int], list[Image.Image]]:
         """Ids of a conversation that ends with a user turn, and its images in order of appearance."""

@@ -8,6 +8,7 @@ from PIL import Image
 from pipelines import make_pipeline, picture
 from serving import data_url, eventually, question, running, unpacked
 
+from unitok.data.transforms import PREPROCESS, eval_transform
 from unitok.mllm.chat import TextSampling, generate_answers
 from unitok.mllm.session import answer_text, text_deltas
 from unitok.serve.answers import Row, TextStream, answer_rows
@@ -118,10 +119,15 @@ def test_pictures_are_the_pipelines(pipe, client):
     assert answer.usage.output_tokens == 3 * pipe.model.config.num_image_positions
 
 
-def test_a_large_picture_is_seen_as_the_pipeline_sees_it(pipe, client):
+@pytest.mark.parametrize("preprocess", PREPROCESS)
+def test_a_large_picture_is_seen_as_the_pipeline_sees_it(pipe, preprocess, monkeypatch):
     """It is scaled down while its request waits, which must not change what the model sees."""
+    monkeypatch.setattr(pipe.processor, "image_preprocess", preprocess)
     image = Image.effect_noise((301, 200), 60).convert("RGB")
-    assert np.array_equal(*(pipe.processor.pixels([one]).numpy() for one in (image, client_seen(pipe, image))))
+    seen = client_seen(pipe, image)
+    assert max(seen.size) < 60 and np.array_equal(*(pipe.processor.pixels([one]).numpy() for one in (image, seen)))
+    expected = eval_transform(image, pipe.processor.image_size, preprocess)
+    assert np.array_equal(pipe.processor.pixels([image])[0].numpy(), expected.numpy())
 
 
 def client_seen(pipe, image):

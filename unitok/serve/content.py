@@ -12,8 +12,7 @@ from PIL import Image, UnidentifiedImageError
 
 from unitok.core.errors import UserError
 from unitok.data.conversations import MARKS
-from unitok.data.transforms import decode_image, eval_transform, to_pil
-from unitok.mllm.processor import ImagePreprocess, chat_transform
+from unitok.data.transforms import decode_image, eval_transform, reduced
 from unitok.serve.errors import bad
 from unitok.serve.schemas import AnyMessage, ImagePart
 from unitok.serve.settings import ServeSettings
@@ -33,12 +32,12 @@ class Views:
     """How a model sees pictures: its size, and how those of chats and those of the tokenizer are brought to it."""
 
     size: int
-    chat: ImagePreprocess
-    own: ImagePreprocess
+    chat: str
+    own: str
 
     def seen(self, image: Image.Image) -> Image.Image:
-        """The picture as chats see it, in the model's size: a large one is not kept while its request waits."""
-        return to_pil(chat_transform(image, self.size, self.chat))
+        """The picture as chats see it: a large one is not kept while its request waits."""
+        return reduced(image, self.size, self.chat)
 
     def pixels(self, image: Image.Image) -> "torch.Tensor":
         """The picture as the visual tokenizer's own evaluation sees it, `[3, H, W]`."""
