@@ -1,7 +1,7 @@
-"""The backbone for one new position at a time, with keys and values in tensors of fixed size.
+"""The backbone for one new position at a time.
 
 Two ways with the same results up to rounding: `LlamaSteps` for layers that are Llama's in all that matters, and
-`GenericSteps`, which calls the backbone with transformers' static cache and serves every other family.
+`GenericSteps`, which calls the backbone with a cache of transformers and serves every other family.
 
 R rows, T prompt length, S slots (prompt and image positions), D width, d channels per head.
 """
@@ -10,7 +10,7 @@ import logging
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
@@ -19,7 +19,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 
 _LOGGER = logging.getLogger(__name__)
-_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 POSITIONS_AT_ONCE = 256  # of prompts read together on a CPU
 # Kinds of rotary embedding whose angle at a position does not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
@@ -27,8 +27,8 @@ _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
 
 def why_generic(backbone: PreTrainedModel, slots: int) -> str | None:
     """What keeps `LlamaSteps` from serving this backbone; None when it does."""
-    if type(backbone) not in _LIKE_LLAMA:
-        return f"{type(backbone).__name__} is not one of {', '.join(kind.__name__ for kind in _LIKE_LLAMA)}"
+    if type(backbone) not in LIKE_LLAMA:
+        return f"{type(backbone).__name__} is not one of {', '.join(kind.__name__ for kind in LIKE_LLAMA)}"
     window = getattr(backbone.config, "sliding_window", None)
     if window is not None and window < slots:
         return f"its attention window of {window} is shorter than the sequence of {slots}"
@@ -56,7 +56,7 @@ def count_positions(mask_RS: Tensor) -> Tensor:
 
 
 class GenericSteps:
-    """Every decoder of transformers."""
+    """Every decoder of transformers; keys and values in tensors of fixed size, if its family can have them so."""
 
     graphable = False
 
@@ -65,7 +65,9 @@ class GenericSteps:
 
     def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the prompts; the last hidden state `[R, D]`."""
-        self.cache = StaticCache(config=self.backbone.config, max_cache_len=self.slots)
+        config = self.backbone.config
+        self.fixed = self.backbone._can_compile_fullgraph
+        self.cache = StaticCache(config, max_cache_len=self.slots) if self.fixed else DynamicCache(config=config)
         self.mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - mask_RT.shape[1])], dim=1)
         self.positions_RS = count_positions(self.mask_RS)
         return self._run(inputs_RTD, self.positions_RS[:, : mask_RT.shape[1]])
@@ -74,9 +76,10 @@ class GenericSteps:
         return self._run(x_RD.unsqueeze(1), self.positions_RS.index_select(1, slot))
 
     def _run(self, inputs_RTD: Tensor, positions_RT: Tensor) -> Tensor:
+        end = self.slots if self.fixed else self.cache.get_seq_length() + inputs_RTD.shape[1]
         outputs = self.backbone(
             inputs_embeds=inputs_RTD,
-            attention_mask=self.mask_RS,
+            attention_mask=self.mask_RS[:, :end],
             position_ids=positions_RT,
             past_key_values=self.cache,
             use_cache=True,
