@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from unitok.core.errors import UserError
 from unitok.core.onednn import wide_products
 from unitok.core.rng import torch_rng
-from unitok.mllm.backbone_steps import LIKE_LLAMA, POSITIONS_AT_ONCE, LlamaSteps, why_generic
+from unitok.mllm.backbone_steps import LIKE_LLAMA, POSITIONS_AT_ONCE, LlamaSteps, check_steps, why_generic
 from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.sampler import check_filter, check_logits, check_temperature, draw, filter_logits
@@ -69,6 +69,7 @@ class TextRows:
     """Rows of ids inside the backbone: their keys and values, and which positions are not padding."""
 
     def __init__(self, model: UniTokMLLM, room: int) -> None:
+        check_steps(model.backbone)
         self.model = model
         self.mask_BT: Tensor | None = None  # True for what is no padding; None before the first pass
         self.padded = False

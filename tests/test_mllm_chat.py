@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.speed_chat import BASELINE, ChatWork, answer_speed, generated, random_prompts, recomputed, together
-from unitok.mllm.backbone_steps import LlamaSteps
+from unitok.mllm.backbone_steps import LlamaSteps, check_steps
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
 from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.session import answer_text, text_deltas
@@ -145,6 +145,7 @@ SLOT_COUNTERS = {
 def test_no_padding_behind_what_is_shared_where_slots_are_counted(family, monkeypatch):
     """Distances of these come from slots: beginnings are shared by questions of one length alone."""
     model = make_mllm(text={"model_type": family} | SLOT_COUNTERS[family], depth_intermediate_size=40)
+    check_steps(model.backbone)  # once; not to be counted
     codes = random_codes(model.config, 1, L)
     begin = [BOS, *range(20, 45), *range(20, 45), *PICTURE]
     odd = [Prompt(begin + rest, codes) for rest in ([20], [21, 22, 23, 24], [25, 26])]
