@@ -14,11 +14,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError
 from unitok.core.pretrained import load_model_folder
 from unitok.data.conversations import MARKS, Turn
-from unitok.mllm import UniTokMLLM, UniTokProcessor
+from unitok.mllm import UniTokMLLM, UniTokProcessor, backbone
+from unitok.mllm.backbone import backbone_places, load_model
 from unitok.mllm.backbone_steps import _differences, check_steps
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
 from unitok.mllm.chat import Prompt, generate_answers
 from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer, special_ids
+from unitok.mllm.shards import load_sharded
 from unitok.mllm.start import prepare_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -33,10 +35,10 @@ def folders(tmp_path_factory):
 
 def built(folder, tmp_path, **changes):
     """Text tokenizer and model as a run makes them."""
-    backbone = BackboneConfig(path=str(folder)) if not changes else BackboneConfig(**changes)
-    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
+    given = BackboneConfig(path=str(folder)) if not changes else BackboneConfig(**changes)
+    text_tokenizer = build_text_tokenizer(given, lambda: TEXTS, [], tmp_path)
     torch.manual_seed(0)
-    return text_tokenizer, build_model(SETTINGS, backbone, text_tokenizer, make_tokenizer())
+    return text_tokenizer, build_model(SETTINGS, given, text_tokenizer, make_tokenizer())
 
 
 @every_family
@@ -72,6 +74,46 @@ def test_a_pretrained_backbone_says_the_same(family, folders, tmp_path):
             assert not bool(parameter.any()), name
         else:
             assert 0.01 < float(parameter.std()) < 0.03, name
+
+
+OTHER_PIECES = {
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+        "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
+    "gpt_neox": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_PIECES)
+def test_what_is_stored_in_other_pieces_finds_its_place(family, tmp_path):
+    """Every number of a folder of transformers' own, and of an export."""
+    config = AutoConfig.for_model(family, **(SIZES | OTHER_PIECES[family] | {"vocab_size": 50}))
+    source = roughen(AutoModelForCausalLM.from_config(config))
+    source.save_pretrained(tmp_path / "backbone", max_shard_size="20KB")
+    model = UniTokMLLM(mllm_config(text=config.to_dict(), depth_intermediate_size=40))
+    places, ignored = backbone_places(config)
+    load_sharded(model, tmp_path / "backbone", places, ignored=ignored)
+    own = source.state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith(("backbone.", "lm_head.")):
+            assert torch.equal(value, own[name.replace("backbone.", source.base_model_prefix + ".")]), name
+    model.save_pretrained(tmp_path / "export")
+    again = load_model(tmp_path / "export").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_pieces_that_are_no_rows_are_refused(monkeypatch):
+    """Not read into a wrong place: here a family whose matrices are stored the other way round."""
+    turned = lambda model, numbers: {name: value.flip(0) for name, value in numbers.items()}  # noqa: E731
+    monkeypatch.setattr(backbone, "revert_weight_conversion", turned)
+    with pytest.raises(ConfigError, match="a llama is stored in pieces that cannot be read one by one .*another"):
+        backbone_places(AutoConfig.for_model("llama", **SIZES))
 
 
 @pytest.mark.parametrize("extra", [1, 3])
@@ -235,9 +277,9 @@ def test_a_family_without_a_number_of_positions(tmp_path):
     sizes = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
     with pytest.raises(ConfigError, match="depth_intermediate_size is not set: .*a bloom does not have"):
         built(None, tmp_path, config=sizes)
-    settings, backbone = SETTINGS.model_copy(update={"depth_intermediate_size": 40}), BackboneConfig(config=sizes)
-    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
-    model = build_model(settings, backbone, text_tokenizer, make_tokenizer())
+    settings, given = SETTINGS.model_copy(update={"depth_intermediate_size": 40}), BackboneConfig(config=sizes)
+    text_tokenizer = build_text_tokenizer(given, lambda: TEXTS, [], tmp_path)
+    model = build_model(settings, given, text_tokenizer, make_tokenizer())
     assert model(input_ids=torch.arange(9)[None] + 7).logits.shape == (1, 9, len(text_tokenizer))
     with pytest.raises(ConfigError, match="unknown key 'backbone.config.max_position_embeddings' for bloom"):
         built(None, tmp_path, config=sizes | {"max_position_embeddings": 64})
