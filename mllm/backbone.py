@@ -4,12 +4,15 @@ One code path for all families: the class that transformers has for the folder's
 files, and its tensors are copied into our backbone and text head, shard by shard, also into partitioned ones.
 """
 
+import math
+from bisect import bisect_right
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.initialization import no_init_weights
 from transformers.models.auto.modeling_auto import MODEL_MAPPING
 
@@ -100,7 +103,7 @@ def load_model(folder: str | Path, engine: EngineConfig | None = None) -> UniTok
         return model
     check_model_folder(folder, UniTokMLLMConfig.model_type)
     model = empty_model(UniTokMLLMConfig.from_pretrained(folder), engine)
-    load_sharded(model, folder)
+    load_sharded(model, folder, {key: [place] for key, place in stored_places(model).items()})
     return model
 
 
@@ -124,20 +127,63 @@ def backbone_places(source: Any) -> tuple[dict[str, list[Place]], tuple[str, ...
     embedding, head = (_name_of(whole, part) for part in (whole.get_input_embeddings(), whole.get_output_embeddings()))
     prefix, rows = whole.base_model_prefix + ".", slice(0, source.vocab_size)
     places: dict[str, list[Place]] = {}
-    for key in whole.state_dict():
-        if key == f"{head}.weight":
+    keys: dict[str, str] = {}
+    for key, (name, part) in stored_places(whole).items():
+        keys[name] = key
+        if name == f"{head}.weight":
             places[key] = [Place("lm_head.weight", rows)]
-        elif key.startswith(prefix):
-            name = "backbone." + key.removeprefix(prefix)
-            places[key] = [Place(name, rows if key == f"{embedding}.weight" else None)]
+        elif name.startswith(prefix):
+            part = rows if name == f"{embedding}.weight" else part
+            places[key] = [Place("backbone." + name.removeprefix(prefix), part)]
         else:
             raise ConfigError(
-                f"a {source.model_type} has {key}, for which this model has no place; give another backbone"
+                f"a {source.model_type} has {name}, for which this model has no place; give another backbone"
             )
     if not getattr(source, "tie_word_embeddings", False):
         return places, RECOMPUTED
-    places[f"{embedding}.weight"] += places.pop(f"{head}.weight")
-    return places, (*RECOMPUTED, f"{head}.weight")
+    places[keys[f"{embedding}.weight"]] += places.pop(keys[f"{head}.weight"])
+    return places, (*RECOMPUTED, keys[f"{head}.weight"])
+
+
+def stored_places(model: PreTrainedModel) -> dict[str, Place]:
+    """Where each tensor goes that transformers writes of `model`: some families are stored under other names and in
+    other pieces than those of their modules (experts one by one).
+
+    Found by numbers, one for each row of each tensor, which transformers takes apart as if they were the weights.
+    ConfigError where a piece is not rows that follow on one another.
+    """
+    shapes, starts, numbers = {}, [], {}
+    count = 0
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        shapes[name] = shape = tuple(getattr(tensor, "ds_shape", tensor.shape))
+        rows = (*shape[:-1], 1) if len(shape) > 1 else shape
+        starts.append(count)
+        count += math.prod(rows)
+        numbers[name] = torch.arange(starts[-1], count).view(rows)
+    names, places = list(shapes), {}
+    for key, found in revert_weight_conversion(model, numbers).items():
+        if found.numel() == 0:
+            places[key] = Place(key)
+            continue
+        first = int(found.flatten()[0])
+        index = bisect_right(starts, first) - 1
+        place = _place(names[index], shapes[names[index]], first - starts[index], found.shape)
+        given = numbers[place.name]
+        if not torch.equal(place.of(given), found):
+            raise ConfigError(
+                f"a {model.config.model_type} is stored in pieces that cannot be read one by one ({key} of "
+                f"{place.name}); give another backbone"
+            )
+        places[key] = place
+    return places
+
+
+def _place(name: str, shape: tuple[int, ...], first: int, piece: tuple[int, ...]) -> Place:
+    """The place of a piece of rows in a tensor of this shape, the `first` of which is known."""
+    if len(piece) == len(shape):
+        return Place(name, None if piece[:-1] == shape[:-1] else slice(first, first + piece[0]))
+    outer, inner = divmod(first, shape[1])
+    return Place(name, outer if piece[0] == shape[1] else (outer, slice(inner, inner + piece[0])))
 
 
 def _name_of(model: nn.Module, part: nn.Module) -> str:

@@ -1,34 +1,39 @@
-"""The backbone for one new position at a time, with keys and values in tensors of fixed size.
+"""The backbone for one new position at a time.
 
 Two ways with the same results up to rounding: `LlamaSteps` for layers that are Llama's in all that matters, and
-`GenericSteps`, which calls the backbone with transformers' static cache and serves every other family.
+`GenericSteps`, which calls the backbone with a cache of transformers and serves every other family.
 
 R rows, T prompt length, S slots (prompt and image positions), D width, d channels per head.
 """
 
 import logging
+import math
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, StaticCache
+from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.models.llama.modeling_llama import LlamaModel
 from transformers.models.mistral.modeling_mistral import MistralModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Model
 
+from unitok.core.errors import ConfigError
 from unitok.mllm.decoder_steps import DecoderSteps, LayerParts, rotation, rotation_of_all
 
 _LOGGER = logging.getLogger(__name__)
-_LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
+LIKE_LLAMA = (LlamaModel, MistralModel, Qwen2Model, Qwen3Model)
 POSITIONS_AT_ONCE = 256  # of prompts read together on a CPU
 # Kinds of rotary embedding whose angle at a position does not depend on how long the sequence has become.
 _FIXED_ROPE = ("default", "linear", "llama3", "yarn")
+_CHECKED: WeakSet[PreTrainedModel] = WeakSet()  # backbones that `check_steps` has found good
+_LENGTH, _PADDING, _STEPS = 8, 2, 2  # of its sequences; what it reads step by step
 
 
 def why_generic(backbone: PreTrainedModel, slots: int) -> str | None:
     """What keeps `LlamaSteps` from serving this backbone; None when it does."""
-    if type(backbone) not in _LIKE_LLAMA:
-        return f"{type(backbone).__name__} is not one of {', '.join(kind.__name__ for kind in _LIKE_LLAMA)}"
+    if type(backbone) not in LIKE_LLAMA:
+        return f"{type(backbone).__name__} is not one of {', '.join(kind.__name__ for kind in LIKE_LLAMA)}"
     window = getattr(backbone.config, "sliding_window", None)
     if window is not None and window < slots:
         return f"its attention window of {window} is shorter than the sequence of {slots}"
@@ -46,6 +51,7 @@ def backbone_steps(backbone: PreTrainedModel, rows: int, slots: int, like: Tenso
     reason = why_generic(backbone, slots)
     if reason is None:
         return LlamaSteps(backbone, rows, slots, like)
+    check_steps(backbone)
     _LOGGER.info("image positions go through the backbone's own forward pass: %s", reason)
     return GenericSteps(backbone, slots)
 
@@ -56,16 +62,20 @@ def count_positions(mask_RS: Tensor) -> Tensor:
 
 
 class GenericSteps:
-    """Every decoder of transformers."""
+    """Every decoder of transformers; keys and values in tensors of fixed size, if its family can have them so."""
 
     graphable = False
 
-    def __init__(self, backbone: PreTrainedModel, slots: int) -> None:
+    def __init__(self, backbone: PreTrainedModel, slots: int, fixed: bool = True) -> None:
         self.backbone, self.slots = backbone, slots
+        # layers that are no attention take the mask for one of the positions given, which is then shorter
+        attention = all("attention" in kind for kind in getattr(backbone.config, "layer_types", None) or ())
+        self.fixed = fixed and attention and backbone._can_compile_fullgraph
 
     def start(self, inputs_RTD: Tensor, mask_RT: Tensor) -> Tensor:
         """Read the prompts; the last hidden state `[R, D]`."""
-        self.cache = StaticCache(config=self.backbone.config, max_cache_len=self.slots)
+        config = self.backbone.config
+        self.cache = StaticCache(config, max_cache_len=self.slots) if self.fixed else DynamicCache(config=config)
         self.mask_RS = torch.cat([mask_RT, mask_RT.new_ones(mask_RT.shape[0], self.slots - mask_RT.shape[1])], dim=1)
         self.positions_RS = count_positions(self.mask_RS)
         return self._run(inputs_RTD, self.positions_RS[:, : mask_RT.shape[1]])
@@ -74,14 +84,88 @@ class GenericSteps:
         return self._run(x_RD.unsqueeze(1), self.positions_RS.index_select(1, slot))
 
     def _run(self, inputs_RTD: Tensor, positions_RT: Tensor) -> Tensor:
+        end = self.slots if self.fixed else self.cache.get_seq_length() + inputs_RTD.shape[1]
         outputs = self.backbone(
             inputs_embeds=inputs_RTD,
-            attention_mask=self.mask_RS,
+            attention_mask=self.mask_RS[:, :end],
             position_ids=positions_RT,
             past_key_values=self.cache,
             use_cache=True,
         )
         return outputs.last_hidden_state[:, -1]
+
+
+def check_steps(backbone: PreTrainedModel) -> None:
+    """ConfigError unless left-padded steps with a cache give the hidden states of plain full passes, in which no
+    position sees what stands behind it.
+
+    Once for each backbone, with a handful of positions; not for families that are known, nor where weights are in parts
+    on other ranks or not in memory.
+    """
+    parameters = list(backbone.parameters())
+    if isinstance(backbone, LIKE_LLAMA) or backbone in _CHECKED:
+        return
+    if any(hasattr(one, "ds_id") or one.is_meta for one in parameters):
+        return
+    refusal = f"a backbone of model_type={backbone.config.model_type} cannot be sampled from"
+    advice = "give another decoder-only model, such as llama"
+    training = backbone.training
+    backbone.eval()  # no dropout
+    try:
+        differences = _differences(backbone)
+    except torch.OutOfMemoryError:
+        raise
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{refusal}: its forward pass fails ({type(error).__name__}: {reason}); {advice}") from error
+    finally:
+        backbone.train(training)
+    if any(map(math.isnan, differences.values())):
+        return  # broken weights, which the sampler names
+    # elsewhere products may be rounded to fewer bits, and then now and then another expert is chosen
+    exact = all(one.device.type == "cpu" and one.dtype == torch.float32 for one in parameters)
+    exact = exact and not any(hasattr(one, "__tensor_flatten__") for one in parameters)  # of fewer bits
+    for what, difference in differences.items():
+        if not difference < (1e-3 if exact else 0.1):
+            raise ConfigError(f"{refusal}: {what} (hidden states differ by {difference:.2g} of their size); {advice}")
+    _CHECKED.add(backbone)
+
+
+@torch.no_grad()
+def _differences(backbone: PreTrainedModel) -> dict[str, float]:
+    """How far hidden states are from those that they should be, by what would then be wrong."""
+    embedding, prompt = backbone.get_input_embeddings(), _LENGTH - _STEPS
+    size = embedding.num_embeddings
+    ids_RT = torch.randint(size, (2, _LENGTH), generator=torch.Generator().manual_seed(0))
+    other_1T = ids_RT[:1].clone()
+    other_1T[:, prompt:] = (other_1T[:, prompt:] + 1) % size
+    with torch.autocast(embedding.weight.device.type, enabled=False):
+        inputs_RTD = embedding(torch.cat([ids_RT, other_1T]).to(embedding.weight.device))
+        full_RTD = backbone(inputs_embeds=inputs_RTD.clone(), use_cache=False).last_hidden_state
+        width = backbone.config.hidden_size
+        if {inputs_RTD.shape[-1], full_RTD.shape[-1]} != {width}:
+            raise ValueError(f"hidden_size={width}, but it reads {inputs_RTD.shape[-1]} and gives {full_RTD.shape[-1]}")
+        wrong = {"positions see those behind them": _difference(full_RTD[2:, :prompt], full_RTD[:1, :prompt])}
+        # the second row stands in the same slots, its first positions at the place of padding
+        inputs_RTD = torch.stack([inputs_RTD[0], inputs_RTD[1].roll(_PADDING, dims=0)])
+        wanted_RTD = torch.stack([full_RTD[0, prompt - 1 :], full_RTD[1, prompt - 1 - _PADDING : -_PADDING]])
+        mask_RT = torch.ones(2, prompt, dtype=torch.long, device=inputs_RTD.device)
+        mask_RT[1, :_PADDING] = 0
+        ways = [GenericSteps(backbone, _LENGTH, fixed) for fixed in (True, False)]  # of images, and of text
+        for steps in ways if ways[0].fixed else ways[1:]:
+            given_RTD = inputs_RTD.clone()  # some families scale them in place
+            found = [steps.start(given_RTD[:, :prompt], mask_RT)]
+            for slot in range(prompt, _LENGTH):
+                found.append(steps(given_RTD[:, slot], torch.tensor([slot], device=mask_RT.device), slot + 1))
+            far = _difference(torch.stack(found, dim=1), wanted_RTD)
+            wrong[f"steps with {type(steps.cache).__name__} do not give what a full pass gives"] = far
+    return wrong
+
+
+def _difference(found_RTD: Tensor, wanted_RTD: Tensor) -> float:
+    """In parts of their size, of a usual position of the worst row."""
+    lengths_RT = (found_RTD - wanted_RTD).float().norm(dim=-1) / wanted_RTD.float().norm(dim=-1).clamp(min=1e-12)
+    return float(lengths_RT.median(dim=-1).values.max())
 
 
 class LlamaSteps:

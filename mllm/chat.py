@@ -17,7 +17,7 @@ from transformers.cache_utils import DynamicLayer
 from unitok.core.errors import UserError
 from unitok.core.onednn import wide_products
 from unitok.core.rng import torch_rng
-from unitok.mllm.backbone_steps import POSITIONS_AT_ONCE, LlamaSteps, why_generic
+from unitok.mllm.backbone_steps import LIKE_LLAMA, POSITIONS_AT_ONCE, LlamaSteps, check_steps, why_generic
 from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.sampler import check_filter, check_logits, check_temperature, draw, filter_logits
@@ -71,6 +71,7 @@ class TextRows:
     """Rows of ids inside the backbone: their keys and values, and which positions are not padding."""
 
     def __init__(self, model: UniTokMLLM, room: int) -> None:
+        check_steps(model.backbone)
         self.model = model
         self.mask_BT: Tensor | None = None  # True for what is no padding; None before the first pass
         self.padded = False
@@ -78,6 +79,8 @@ class TextRows:
         # Layers of another kind (sliding windows) stay what they are.
         self.cache.layers = [GrowingLayer(room) if type(one) is DynamicLayer else one for one in self.cache.layers]
         self.plain = all(isinstance(one, GrowingLayer) for one in self.cache.layers)
+        # Padding within a row counts in a sliding window, and wherever a family takes distances from slots.
+        self.gaps = self.plain and isinstance(model.backbone, LIKE_LLAMA)
         self.room, self.steps = room, None  # `LlamaSteps` in place of the cache, from `start` on, where they serve
         self._suppressed = torch.tensor(model.suppressed_ids(), dtype=torch.long, device=model.device)
 
@@ -88,8 +91,9 @@ class TextRows:
         system prompt: what is shared goes through the backbone once.
         """
         beginnings, owners = shared_beginnings(prompts, self.model.config.image_token_id)
-        # Padding between a beginning and its rest would count in a sliding window.
-        apart = len(beginnings) == len(prompts) or not self.plain
+        cuts = [len(beginnings[owner].ids) for owner in owners]
+        rests = [Prompt(prompt.ids[cut:]) for prompt, cut in zip(prompts, cuts, strict=True)]
+        apart = len(beginnings) == len(prompts) or not self._may_follow(rests)
         lengths = [[len(one.ids) for one in group] for group in (prompts, beginnings)]
         slots = self.room + max(lengths[0]) + (0 if apart else max(lengths[1]))
         if self.plain and why_generic(self.model.backbone, slots) is None:
@@ -99,14 +103,17 @@ class TextRows:
             return self._feed_with_shared_text(prompts, pad_id)
         self._feed_with_shared_text(beginnings, pad_id)
         self.select(owners)
-        lengths = [len(beginnings[owner].ids) for owner in owners]
-        rests = [Prompt(prompt.ids[length:]) for prompt, length in zip(prompts, lengths, strict=True)]
         return self._feed_padded(rests, pad_id)
+
+    def _may_follow(self, rests: Sequence[Prompt]) -> bool:
+        """Whether these may be fed behind what is shared, also where shorter ones get padding in between."""
+        return self.gaps or (self.plain and len({len(rest.ids) for rest in rests}) == 1)
 
     def _feed_with_shared_text(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
         """The first pass: of the text that all prompts begin with, before their pictures, one row is enough."""
         length = shared_text([prompt.ids for prompt in prompts], self.model.config.image_token_id)
-        if not self.plain or length * (len(prompts) - 1) < LEAST_SAVED:
+        rests = [Prompt(prompt.ids[length:], prompt.codes) for prompt in prompts]
+        if not self._may_follow(rests) or length * (len(prompts) - 1) < LEAST_SAVED:
             return self._feed_padded(prompts, pad_id)
         self._feed_padded([Prompt(prompts[0].ids[:length])], pad_id)
         if self.steps is None:
@@ -114,7 +121,7 @@ class TextRows:
         else:
             self.steps.spread(length)
             self.mask_BT = self.mask_BT.expand(len(prompts), -1)
-        return self._feed_padded([Prompt(prompt.ids[length:], prompt.codes) for prompt in prompts], pad_id)
+        return self._feed_padded(rests, pad_id)
 
     def _feed_padded(self, prompts: Sequence[Prompt], pad_id: int) -> Tensor:
         input_ids, mask_BT = (one.to(self.model.device) for one in pad_left([one.ids for one in prompts], pad_id))

@@ -5,7 +5,6 @@ reads one tensor at a time, and the others receive their parts of it.
 """
 
 import json
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,10 +32,10 @@ _DTYPES = {
 
 
 class Place(NamedTuple):
-    """Where a stored tensor goes: the model's own tensor, or a part of its first dimension."""
+    """Where a stored tensor goes: the model's own tensor, or a part of it, whose numbers follow on one another."""
 
     name: str
-    part: int | slice | None = None
+    part: int | slice | tuple[int, slice] | None = None
 
     def of(self, tensor: Tensor) -> Tensor:
         """The place itself, a view."""
@@ -44,8 +43,7 @@ class Place(NamedTuple):
 
     def first_of(self, shape: Sequence[int]) -> int:
         """Which number of a tensor of this shape, counted through, is the place's first one."""
-        rows = range(shape[0])[self.part] if self.part is not None else 0
-        return (rows if isinstance(rows, int) else rows.start) * math.prod(shape[1:])
+        return self.of(torch.empty(shape, device="meta")).storage_offset()
 
 
 @dataclass

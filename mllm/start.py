@@ -8,6 +8,7 @@ import torch
 from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError
 from unitok.mllm.backbone import load_model
+from unitok.mllm.backbone_steps import check_steps
 from unitok.mllm.cross_entropy import choose_method
 from unitok.mllm.lora import add_adapters
 from unitok.mllm.model import UniTokMLLM
@@ -34,7 +35,11 @@ def load_start(folder: str | Path, visual: UniTok, engine: EngineConfig) -> tupl
 
 
 def prepare_model(model: UniTokMLLM, config: MllmTrainConfig, device: torch.device) -> None:
-    """Adapters, what trains, attention, cross-entropy and checkpointing as the settings say."""
+    """Adapters, what trains, attention, cross-entropy and checkpointing as the settings say.
+
+    ConfigError for settings that do not fit the model, and for a backbone that could not be sampled from.
+    """
+    check_steps(model.backbone)
     visual_input = model.config.visual_input
     if visual_input != "codes" and config.data.mixture.text_to_image > 0:
         raise ConfigError(

@@ -30,6 +30,8 @@ FAMILIES = {
     "phi3": ("bpe", 5, {"model_type": "phi3", "pad_token_id": 0}),
     "gemma": ("bpe", 0, {"model_type": "gemma", "head_dim": 8, "tie_word_embeddings": True}),
     "gemma3": ("bpe", 0, {"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": True}),
+    # stored expert by expert, under other names than those of its modules
+    "mixtral": ("sentencepiece", 0, {"model_type": "mixtral", "num_local_experts": 4}),
 }
 
 

@@ -8,15 +8,20 @@ import torch
 from backbones import FAMILIES, SIZES, byte_level_tokenizer, make_folder
 from PIL import Image
 from stages import run_stage, write_configs
-from tiny import TEXTS, make_tokenizer
+from tiny import BOI, BOS, EOS, PAD, TEXTS, make_tokenizer, mllm_config, roughen
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from unitok.core.errors import CheckpointError, ConfigError
+from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError
 from unitok.core.pretrained import load_model_folder
 from unitok.data.conversations import MARKS, Turn
-from unitok.mllm import UniTokMLLM, UniTokProcessor
+from unitok.mllm import UniTokMLLM, UniTokProcessor, backbone
+from unitok.mllm.backbone import backbone_places, load_model
+from unitok.mllm.backbone_steps import _differences, check_steps
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model, build_text_tokenizer
+from unitok.mllm.chat import Prompt, generate_answers
 from unitok.mllm.processor import UniTokTextTokenizer, load_text_tokenizer, special_ids
+from unitok.mllm.shards import load_sharded
+from unitok.mllm.start import prepare_model
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 SETTINGS = UniTokMLLMSettings(visual_width=24, visual_num_heads=2, visual_mlp_ratio=1.5, depth_num_layers=1)
@@ -30,10 +35,10 @@ def folders(tmp_path_factory):
 
 def built(folder, tmp_path, **changes):
     """Text tokenizer and model as a run makes them."""
-    backbone = BackboneConfig(path=str(folder)) if not changes else BackboneConfig(**changes)
-    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
+    given = BackboneConfig(path=str(folder)) if not changes else BackboneConfig(**changes)
+    text_tokenizer = build_text_tokenizer(given, lambda: TEXTS, [], tmp_path)
     torch.manual_seed(0)
-    return text_tokenizer, build_model(SETTINGS, backbone, text_tokenizer, make_tokenizer())
+    return text_tokenizer, build_model(SETTINGS, given, text_tokenizer, make_tokenizer())
 
 
 @every_family
@@ -69,6 +74,46 @@ def test_a_pretrained_backbone_says_the_same(family, folders, tmp_path):
             assert not bool(parameter.any()), name
         else:
             assert 0.01 < float(parameter.std()) < 0.03, name
+
+
+OTHER_PIECES = {
+    "deepseek_v3": {
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "kv_lora_rank": 8,
+        "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "moe_intermediate_size": 16,
+        "first_k_dense_replace": 1, "num_key_value_heads": 4,
+    },
+    "gpt_neox": {},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "phimoe": {"num_local_experts": 4},
+    "qwen2_moe": {"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16},
+    "qwen3_moe": {"num_experts": 4, "moe_intermediate_size": 16, "head_dim": 8},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHER_PIECES)
+def test_what_is_stored_in_other_pieces_finds_its_place(family, tmp_path):
+    """Every number of a folder of transformers' own, and of an export."""
+    config = AutoConfig.for_model(family, **(SIZES | OTHER_PIECES[family] | {"vocab_size": 50}))
+    source = roughen(AutoModelForCausalLM.from_config(config))
+    source.save_pretrained(tmp_path / "backbone", max_shard_size="20KB")
+    model = UniTokMLLM(mllm_config(text=config.to_dict(), depth_intermediate_size=40))
+    places, ignored = backbone_places(config)
+    load_sharded(model, tmp_path / "backbone", places, ignored=ignored)
+    own = source.state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith(("backbone.", "lm_head.")):
+            assert torch.equal(value, own[name.replace("backbone.", source.base_model_prefix + ".")]), name
+    model.save_pretrained(tmp_path / "export")
+    again = load_model(tmp_path / "export").state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+
+
+def test_pieces_that_are_no_rows_are_refused(monkeypatch):
+    """Not read into a wrong place: here a family whose matrices are stored the other way round."""
+    turned = lambda model, numbers: {name: value.flip(0) for name, value in numbers.items()}  # noqa: E731
+    monkeypatch.setattr(backbone, "revert_weight_conversion", turned)
+    with pytest.raises(ConfigError, match="a llama is stored in pieces that cannot be read one by one .*another"):
+        backbone_places(AutoConfig.for_model("llama", **SIZES))
 
 
 @pytest.mark.parametrize("extra", [1, 3])
@@ -156,14 +201,85 @@ def test_backbones_that_carry_a_state_are_refused(family, tmp_path):
         built(None, tmp_path, config={"model_type": family, "hidden_size": 32})
 
 
+MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+UNSAMPLED = {
+    "bert": ({}, "positions see those behind them .hidden states differ by"),
+    "roberta": ({"is_decoder": True}, "steps with DynamicCache do not give what a full pass gives"),
+    "openai-gpt": ({"n_embd": 32, "n_layer": 2, "n_head": 4}, "steps with DynamicCache do not give"),
+    "minimax": ({"head_dim": 8, "num_local_experts": 2}, "its forward pass fails .ValueError: MiniMax uses cache of"),
+    "opt": ({"ffn_dim": 40, "word_embed_proj_dim": 16, "do_layer_norm_before": False}, "it reads 16 and gives 16"),
+}
+SAMPLED = {
+    "bert": {"is_decoder": True},
+    "ctrl": {"n_embd": 32, "dff": 40, "n_layer": 2, "n_head": 4},
+    "falcon": {"alibi": True},
+    "gemma2": {"head_dim": 8, "sliding_window": 4},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "lfm2": {"full_attn_idxs": [1]},
+    "mixtral": MOE | {"sliding_window": 4},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+}
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["new", "trained"])
+@pytest.mark.parametrize("family", UNSAMPLED)
+def test_backbones_whose_steps_differ_from_training_are_refused(family, scale):
+    """At the start of training and at the first sampling, not only where logits happen to be far off."""
+    settings, reason = UNSAMPLED[family]
+    torch.manual_seed(0)
+    text = {"model_type": family} | settings
+    model = roughen(UniTokMLLM(mllm_config(text=text, depth_intermediate_size=40)), scale).train()
+    message = f"^a backbone of model_type={family} cannot be sampled from: .*{reason}.*such as llama$"
+    with pytest.raises(ConfigError, match=message):
+        prepare_model(model, None, torch.device("cpu"))
+    assert all(module.training for module in model.modules())
+    with pytest.raises(ConfigError, match=message):
+        model.eval().generate_codes(torch.tensor([[BOS, BOI]]))
+    with pytest.raises(ConfigError, match=message):
+        generate_answers(model, [Prompt([BOS, 20])], EOS, PAD)
+
+
+@pytest.mark.parametrize("scale", [1.0, 6.0], ids=["new", "trained"])
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_backbones_that_can_be_sampled_from_are_looked_at_once(scale, precision, monkeypatch):
+    for family, settings in SAMPLED.items():
+        torch.manual_seed(0)
+        text = {"model_type": family} | settings
+        model = roughen(UniTokMLLM(mllm_config(text=text, depth_intermediate_size=40)), scale).to(precision)
+        differences = _differences(model.backbone.eval())
+        assert max(differences.values()) < (1e-5 if precision == torch.float32 else 0.02), (family, differences)
+        check_steps(model.backbone)
+        with monkeypatch.context() as patch:
+            patch.setattr(model.backbone, "forward", None)
+            check_steps(model.backbone)
+
+
+def test_broken_weights_are_no_fault_of_the_family():
+    model = UniTokMLLM(mllm_config(text={"model_type": "gpt2"}, depth_intermediate_size=40))
+    torch.nn.init.constant_(model.get_input_embeddings().weight, torch.nan)
+    check_steps(model.backbone)
+    with pytest.raises(NonFiniteError):
+        model.eval().generate_codes(torch.tensor([[BOS, BOI]]))
+
+
+def test_backbones_whose_weights_are_elsewhere_are_not_looked_at():
+    """In parts on other ranks, where a pass of one rank alone would wait for ever; or not in memory."""
+    text = {"model_type": "bert"}
+    model = UniTokMLLM(mllm_config(text=text, depth_intermediate_size=40))
+    next(model.backbone.parameters()).ds_id = 0
+    check_steps(model.backbone)
+    with torch.device("meta"):
+        check_steps(UniTokMLLM(mllm_config(text=text, depth_intermediate_size=40)).backbone)
+
+
 def test_a_family_without_a_number_of_positions(tmp_path):
     """Only what its configuration knows is set for it; what a user says wrongly is still named."""
     sizes = {"model_type": "bloom", "hidden_size": 32, "n_layer": 2, "n_head": 4}
     with pytest.raises(ConfigError, match="depth_intermediate_size is not set: .*a bloom does not have"):
         built(None, tmp_path, config=sizes)
-    settings, backbone = SETTINGS.model_copy(update={"depth_intermediate_size": 40}), BackboneConfig(config=sizes)
-    text_tokenizer = build_text_tokenizer(backbone, lambda: TEXTS, [], tmp_path)
-    model = build_model(settings, backbone, text_tokenizer, make_tokenizer())
+    settings, given = SETTINGS.model_copy(update={"depth_intermediate_size": 40}), BackboneConfig(config=sizes)
+    text_tokenizer = build_text_tokenizer(given, lambda: TEXTS, [], tmp_path)
+    model = build_model(settings, given, text_tokenizer, make_tokenizer())
     assert model(input_ids=torch.arange(9)[None] + 7).logits.shape == (1, 9, len(text_tokenizer))
     with pytest.raises(ConfigError, match="unknown key 'backbone.config.max_position_embeddings' for bloom"):
         built(None, tmp_path, config=sizes | {"max_position_embeddings": 64})

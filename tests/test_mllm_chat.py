@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from unitok.core.errors import DataError, UserError
 from unitok.eval.speed_chat import BASELINE, ChatWork, answer_speed, generated, random_prompts, recomputed, together
-from unitok.mllm.backbone_steps import LlamaSteps
+from unitok.mllm.backbone_steps import LlamaSteps, check_steps
 from unitok.mllm.chat import KeptConversation, Prompt, TextSampling, generate_answers
 from unitok.mllm.growing_cache import GrowingLayer
 from unitok.mllm.session import answer_text, text_deltas
@@ -133,6 +133,31 @@ def test_a_system_prompt_goes_through_once(changes, same_picture, monkeypatch):
         shapes.clear()
         assert together(model, prompts[:2], NEW) == expected[:2]
         assert shapes[0] != (1, len(system)), "a pass of its own must save something"
+
+
+SLOT_COUNTERS = {
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 256},
+    "gpt_neo": {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]], "window_size": 4},
+}
+
+
+@pytest.mark.parametrize("family", SLOT_COUNTERS)
+def test_no_padding_behind_what_is_shared_where_slots_are_counted(family, monkeypatch):
+    """Distances of these come from slots: beginnings are shared by questions of one length alone."""
+    model = make_mllm(text={"model_type": family} | SLOT_COUNTERS[family], depth_intermediate_size=40)
+    check_steps(model.backbone)  # once; not to be counted
+    codes = random_codes(model.config, 1, L)
+    begin = [BOS, *range(20, 45), *range(20, 45), *PICTURE]
+    odd = [Prompt(begin + rest, codes) for rest in ([20], [21, 22, 23, 24], [25, 26])]
+    odd += [Prompt(begin[:-L] + rest) for rest in ([27], [28, 29, 30])]
+    even = [Prompt(begin + rest, codes) for rest in ([20, 21], [22, 23], [24, 25])]
+    for prompts, first in ((odd, (5, len(begin) + 4)), (even, (1, len(begin)))):
+        expected = recomputed(model, prompts, NEW)
+        assert len({tuple(answer) for answer in expected}) > 2
+        with monkeypatch.context() as patch:
+            shapes = count_fed(model, patch)
+            assert together(model, prompts, NEW) == expected
+        assert shapes[0] == first
 
 
 def test_answers_never_hold_an_image_mark():

@@ -58,6 +58,10 @@ FAMILIES = {
     "qwen3": {"model_type": "qwen3", "head_dim": 12},
     "mistral, short window": {"model_type": "mistral", "sliding_window": 4},
     "gemma2": {"model_type": "gemma2", "head_dim": 8, "sliding_window": 4},
+    "gpt_neo, short window": {
+        "model_type": "gpt_neo", "num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+    },
     "dynamic rope": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 500.0, "factor": 2.0}},
 }  # fmt: skip
 FAST = {"llama", "llama3 rope", "mistral", "qwen2", "qwen3"}
@@ -89,7 +93,7 @@ def test_engine_equals_the_plain_loop(shape):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_equals_the_plain_loop(family, caplog):
     """Fast steps where the layers are Llama's, else the backbone's own forward pass, which the log says."""
-    model = make_mllm(text=FAMILIES[family], num_image_positions=10)
+    model = make_mllm(text=FAMILIES[family], num_image_positions=10, depth_intermediate_size=40)
     with caplog.at_level(logging.INFO, "unitok"):
         for settings in SETTINGS[:2]:
             compare(model, PROMPTS, 3.0, settings, "consistent")

@@ -66,6 +66,14 @@ def test_shards_and_their_parts(folder):
     assert torch.equal(wide.bias[:4], wanted.first.bias) and torch.equal(wide.bias[5:], wanted.first.bias)
 
 
+def test_a_place_knows_its_first_number():
+    """Of an expert's second half, say: ZeRO 3 has the tensor in parts, and counts."""
+    numbers = torch.arange(24).view(2, 4, 3)
+    for part in (None, 1, slice(1, 2), (1, slice(2, 4))):
+        place = Place("weight", part)
+        assert place.first_of(numbers.shape) == int(place.of(numbers).flatten()[0])
+
+
 def test_the_stored_type_holds_every_number(folder, tmp_path):
     assert stored_dtype(open_shards(folder)) == torch.float32
     (tmp_path / "half").mkdir()
@@ -172,9 +180,10 @@ def _load_partitioned(folder, out):
 
 
 @pytest.mark.slow
-def test_an_export_in_parts_is_the_export(tmp_path):
-    """Buffers too, on every rank."""
-    model = make_mllm()
+@pytest.mark.parametrize("text", [{}, {"model_type": "mixtral", "num_local_experts": 3}], ids=["llama", "mixtral"])
+def test_an_export_in_parts_is_the_export(text, tmp_path):
+    """Buffers too, on every rank; of experts, which are stored one by one, their parts."""
+    model = make_mllm(text=text)
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     for state in run_ranks(2, _load_partitioned, tmp_path, tmp_path):
         assert state.keys() == model.state_dict().keys()
