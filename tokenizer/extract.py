@@ -15,6 +15,7 @@ import torch.utils.data
 
 from unitok.core.errors import ConfigError, UserError
 from unitok.core.sampling import loader_deaths
+from unitok.data.bad import SourceError, patiently
 from unitok.data.code_units import (
     UNIT_SIZE,
     CodeFolder,
@@ -122,21 +123,27 @@ def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
 
 class _Images(torch.utils.data.Dataset):
     """Images of a source ready for the encoder: (sample without its image, pixels), or (key, why it failed). Where
-    there is no image to be read, None are the pixels."""
+    there is no image to be read, None are the pixels. An error that ends the job is given, not raised: torch would make
+    a traceback of what a worker raises."""
 
     def __init__(self, source: Source, image_size: int, preprocess: str) -> None:
         self.source, self.image_size, self.preprocess = source, image_size, preprocess
 
-    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor | None] | Failure:
-        empty = torch.zeros(0, dtype=torch.int64)
+    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor | None] | Failure | SourceError:
         try:
-            if index >= len(self.source):
-                key, said = self.source.key(index), self.source.read_words(index)
-                return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
-            found = self.source.read(index)
-            pixels = eval_transform(found.image, self.image_size, self.preprocess)
+            return patiently(lambda: self._read(index), lambda: self.source.place(index))
+        except SourceError as error:
+            return error
         except (UserError, OSError) as error:
             return self.source.key(index), " ".join(str(error).split())
+
+    def _read(self, index: int) -> tuple[CodeSample, torch.Tensor | None]:
+        empty = torch.zeros(0, dtype=torch.int64)
+        if index >= len(self.source):
+            key, said = self.source.key(index), self.source.read_words(index)
+            return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
+        found = self.source.read(index)
+        pixels = eval_transform(found.image, self.image_size, self.preprocess)
         words = (found.captions, found.questions, found.conversations, found.meta)
         return CodeSample(found.key, empty, *words), pixels
 
@@ -155,6 +162,8 @@ class _Job:
 
         def samples() -> Iterator[CodeSample]:
             for batch in self._batches(unit):
+                for error in (item for item in batch if isinstance(item, SourceError)):
+                    raise error
                 good = [item for item in batch if isinstance(item[0], CodeSample)]
                 for key, reason in (item for item in batch if not isinstance(item[0], CodeSample)):
                     _LOGGER.warning("%s: sample %s left out: %s", self.source.name, key, reason)
