@@ -8,10 +8,10 @@ from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
 from unitok.core.errors import DataError
-from unitok.data import bad, decoding
+from unitok.data import bad, decoding, shard_index
 from unitok.data.bad import SourceError
 from unitok.data.check import check_source
-from unitok.data.shards import write_shards
+from unitok.data.shards import write_shard, write_shards
 from unitok.data.source import open_source
 from unitok.tokenizer.extract import extract_codes
 
@@ -123,3 +123,31 @@ def test_a_parquet_file_that_cannot_be_read_now_is_not_broken(tmp_path, monkeypa
     left = 99
     with pytest.raises(DataError, match=r"a.parquet: .*errno 5"):
         open_source(tmp_path / "a.parquet", max_bad_fraction=1.0)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_a_shard_that_changes_while_it_is_open_ends_the_run(tokenizer, tmp_path, monkeypatch, indexed):
+    """At its old places it holds pieces of other captions."""
+    if not indexed:  # neither beside the shards nor in the cache folder
+        monkeypatch.setattr(shard_index, "_writable_file", lambda folder: None)
+    fill_folder(tmp_path / "images", count=1)
+    image = (tmp_path / "images" / "im0.png").read_bytes()
+    lines = [{"__key__": f"{n}", "png": image, "txt": f"caption of number {n}"} for n in range(3)]
+    (shard,) = write_shards(lines, tmp_path / "shards")
+    source = open_source(shard, max_bad_fraction=1.0)
+    assert source[0].captions == ["caption of number 0"]
+    write_shard([line | {"__key__": f"x{n}", "png": image + b"more"} for n, line in enumerate(lines)], shard)
+    for read in (
+        lambda: source[1],
+        lambda: source.words(1),
+        lambda: extract_codes(tokenizer, source, tmp_path / "out", 2, progress=False),
+    ):
+        with pytest.raises(SourceError, match=r"shard-00000.tar has changed since it was indexed .*; leave"):
+            read()
+    assert not source.bad and not list((tmp_path / "out").glob("codes-*"))
+    again = open_source(shard)
+    stat = shard.stat()
+    os.utime(shard, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))  # only the time tells
+    with pytest.raises(SourceError, match="has changed"):
+        again.words(0)
+    assert open_source(shard).words(0).captions == ["caption of number 0"]
