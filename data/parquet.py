@@ -14,7 +14,7 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError, is_of_the_file, patiently
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.paths import matching_files, printable
+from unitok.data.paths import file_stamp, matching_files, printable
 from unitok.data.samples import Source
 from unitok.data.urls import is_url, local_files
 from unitok.data.words import Words, words_from_json
@@ -66,6 +66,10 @@ class ParquetSource(Source):
         group, row = self._place(index)
         file, number = self._groups[group]
         return f"{self.files[file]}: row {row} of group {number}"
+
+    def stamp(self, index: int) -> bytes:
+        """Of images that stand beside the file, only their paths' file tells."""
+        return super().stamp(index) + file_stamp(self.files[self._groups[self._place(index)[0]][0]])
 
     def _place(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._ends, index, side="right"))

@@ -25,7 +25,7 @@ from unitok.data.code_units import (
     known_failures,
     units_of,
 )
-from unitok.data.codes import LATENT_WIDTH, CodeSample
+from unitok.data.codes import LATENT_WIDTH, PREPROCESS, CodeSample
 from unitok.data.source import Source
 from unitok.data.transforms import eval_transform
 from unitok.tokenizer.model import UniTok
@@ -117,6 +117,7 @@ def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "image_size": config.image_size,
         "num_positions": config.num_positions,
+        PREPROCESS: config.preprocess,
     }
     return header | ({LATENT_WIDTH: config.code_width} if latents else {})
 
