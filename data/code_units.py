@@ -153,7 +153,7 @@ class CodeFolder:
             write_json(tar.with_suffix(".json"), said)
             whole.replace(tar)
         except OSError as error:
-            raise DataError(f"{tar} cannot be written ({error.strerror or error}); what is complete stays") from None
+            raise not_written(tar, error) from None
         finally:
             whole.unlink(missing_ok=True)
         return said
@@ -193,9 +193,10 @@ class CodeFolder:
             raise DataError(f"{self.out}: none of {samples} images could be encoded")
         try:
             write_json(self.out / HEADER_FILE, {**self.fields, **totals, **text_only_field(text_only)})
-        except FileNotFoundError:  # another process finishes too, and has just cleaned up after its equal header
-            if not (self.out / HEADER_FILE).is_file():
-                raise
+        except OSError as error:
+            # another process may finish too, and has then just cleaned up after its equal header
+            if not (isinstance(error, FileNotFoundError) and (self.out / HEADER_FILE).is_file()):
+                raise not_written(self.out / HEADER_FILE, error) from None
         for pattern in (".*codes-*.tmp", f".{HEADER_FILE}.*.tmp"):  # of processes that were killed
             for path in self.out.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -210,6 +211,11 @@ class CodeFolder:
     @staticmethod
     def _is_whole(tar: Path, said: dict[str, Any]) -> bool:
         return tar.is_file() and tar.stat().st_size == said["bytes"]
+
+
+def not_written(path: Path, error: OSError) -> DataError:
+    """What is said where the disk does not take a file of the folder, as it is full."""
+    return DataError(f"{path} cannot be written ({error.strerror or error}); what is complete stays")
 
 
 def check_failures(out: Path, failed: int, total: int, max_bad_fraction: float) -> None:

@@ -102,8 +102,12 @@ def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a small file of the folder, which appears when it is complete."""
     temporary = temporary_name(path)
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 from test_data_sources import fill_folder
@@ -151,3 +152,45 @@ def test_a_shard_that_changes_while_it_is_open_ends_the_run(tokenizer, tmp_path,
     with pytest.raises(SourceError, match="has changed"):
         again.words(0)
     assert open_source(shard).words(0).captions == ["caption of number 0"]
+
+
+@pytest.mark.parametrize("full,left", [("header.json", {"extract-rank0.jsonl"}), ("extract-rank0.jsonl", set())])
+def test_a_disk_that_fills_at_the_log_or_the_header_is_told_in_one_line(
+    sources, tokenizer, tmp_path, monkeypatch, full, left
+):
+    """Half of what is written still finds room; the same command goes on."""
+    opened = Path.open
+
+    def opening(path, mode="r", *given, **named):
+        stream = opened(path, mode, *given, **named)
+        if full not in path.name or "r" in mode:
+            return stream
+        write = stream.write
+
+        def fill(text):
+            write(text[: len(text) // 2])
+            stream.flush()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        class Full:
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                stream.close()
+
+            def write(self, text):
+                return fill(text)
+
+        return Full()
+
+    source, out = open_source(sources / "folder"), tmp_path / "out"
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "open", opening)
+        with pytest.raises(DataError, match=rf"{full} cannot be written \(No space left on device\); what is complete"):
+            extract_codes(tokenizer, source, out, 2, progress=False)
+    files = {path.name: path.stat().st_size for path in out.iterdir()}
+    assert {name for name, size in files.items() if size} == {"codes-00000.tar", "codes-00000.json", *left}
+    assert files.keys() <= {"codes-00000.tar", "codes-00000.json", "extract-rank0.jsonl"}
+    extract_codes(tokenizer, source, out, 2, progress=False)
+    assert (out / "header.json").is_file()

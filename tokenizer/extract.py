@@ -1,5 +1,6 @@
 """From images to code shards: what stage two trains on."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -23,6 +24,7 @@ from unitok.data.code_units import (
     Unit,
     check_failures,
     known_failures,
+    not_written,
     units_of,
 )
 from unitok.data.codes import LATENT_WIDTH, PREPROCESS, CodeSample
@@ -238,6 +240,16 @@ class ProgressLog:
             "images_per_s": round(said["count"] / max(seconds, 1e-9), 2),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        with self._path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        self._write(json.dumps(record) + "\n")
         return said
+
+    def _write(self, line: str) -> None:
+        """One line, or nothing where the disk is full."""
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as log:
+                log.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the file may not even have been made
+                os.truncate(self._path, before)
+            raise not_written(self._path, error) from None
