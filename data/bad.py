@@ -1,6 +1,8 @@
 """What readers of samples do about bad ones: leave them out, name them, count them, and stop when they are many."""
 
+import errno
 import logging
+import time
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -10,6 +12,11 @@ from unitok.core.errors import DataError, UserError
 
 _LOGGER = logging.getLogger(__name__)
 T = TypeVar("T")
+# What the system says of a file itself; PIL and pyarrow say no number of files that are broken. All else passes, or is
+# the machine's.
+_OF_THE_FILE = ("ENOENT", "ENOTDIR", "EISDIR", "ELOOP", "ENAMETOOLONG", "EINVAL", "EACCES", "EPERM")
+_OF_THE_FILE_NUMBERS = frozenset({None, *(getattr(errno, name) for name in _OF_THE_FILE)})
+_PAUSES = (0.1, 0.5, 2.0)  # seconds before what may pass is tried again
 
 
 class SampleError(DataError):
@@ -18,6 +25,38 @@ class SampleError(DataError):
     def __init__(self, message: str, kind: str = "other") -> None:
         super().__init__(message)
         self.kind = kind
+
+
+class SourceError(DataError):
+    """A source cannot be read, which is no sample's fault: the run ends, and no other sample stands in."""
+
+
+def is_of_the_file(error: OSError) -> bool:
+    """Whether an error says something about the file that was asked for, and will again; if not, the disk, the network
+    or the machine failed."""
+    return error.errno in _OF_THE_FILE_NUMBERS
+
+
+def patiently(read: Callable[[], T], place: Callable[[], str]) -> T:
+    """`read()`; again, after pauses, where it fails for a reason that may pass.
+
+    Raises:
+        SourceError: it failed every time; names `place()`, the file and the reason.
+    """
+    for pause in (*_PAUSES, None):
+        try:
+            return read()
+        except OSError as error:
+            if is_of_the_file(error):
+                raise
+            if pause is None:
+                file = "" if error.filename is None else f"{error.filename}: "
+                raise SourceError(
+                    f"{place()}: {file}{error.strerror} (errno {error.errno}), {len(_PAUSES) + 1} times; the disk, the "
+                    "network or the machine fails, not the sample: put it right and give the same command again"
+                ) from None
+            time.sleep(pause)
+    raise AssertionError(_PAUSES)
 
 
 def kind_of(error: Exception) -> str:
@@ -52,7 +91,7 @@ class BadSamples:
         return self.key(index)
 
     def first_good(self, index: int, read: Callable[[int], T], always_bad: bool = True) -> T:
-        """`read(index)`, or of the next index for which it raises neither UserError nor OSError.
+        """`read(index)`, or of the next index for which it raises neither UserError nor OSError. SourceErrors pass.
 
         always_bad: what was bad once is not read again. False if it depends on more than the index (an epoch's task).
         Raises DataError when too many samples are bad.
@@ -63,7 +102,9 @@ class BadSamples:
                 continue
             self._num_read += 1
             try:
-                return read(candidate)
+                return patiently(lambda candidate=candidate: read(candidate), lambda at=candidate: self.place(at))
+            except SourceError:
+                raise
             except (UserError, OSError) as error:
                 if candidate not in self.bad:
                     self._report_bad(candidate, error)

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from unitok.core.errors import UserError
-from unitok.data.bad import kind_of
+from unitok.data.bad import SourceError, kind_of, patiently
 from unitok.data.samples import Sample, Source
 from unitok.data.source import open_source
 from unitok.data.words import Words
@@ -110,8 +110,11 @@ def _indices(source: Source, limit: int | None) -> Iterator[int]:
 
 def _count_sample(source: Source, index: int, report: SourceReport, counts: _Counts) -> None:
     has_image = index < len(source)
+    read = source.read if has_image else source.read_words
     try:
-        sample = source.read(index) if has_image else source.read_words(index)
+        sample = patiently(lambda: read(index), lambda: source.place(index))
+    except SourceError:
+        raise
     except (UserError, OSError) as error:
         _note_bad(report, counts, source.place(index), str(error), kind_of(error))
         return

@@ -15,15 +15,18 @@ from typing import Any
 import numpy as np
 
 from unitok.core.errors import DataError
+from unitok.data.bad import SourceError, patiently
 from unitok.data.codes import (
     HEADER_FILE,
     TEXT_ONLY,
+    UNSAID,
     CodeSample,
     code_record,
     header_fields,
     text_only_field,
     write_json,
 )
+from unitok.data.paths import file_stamp
 from unitok.data.shards import reader_of, temporary_name, write_shard
 from unitok.data.source import Source
 from unitok.data.words import load_json_object, text_of
@@ -58,17 +61,20 @@ def units_of(source: Source, size: int = UNIT_SIZE) -> list[Unit]:
 
 
 def input_of(source: Source, unit: Unit) -> str:
-    """A name for what a unit reads that changes with it: keys, and of a shard the places and sizes of all members."""
+    """A name for what a unit reads that changes with it: of a shard, its file and the places and sizes of all members;
+    else what `Source.stamp` says of each sample."""
     digest = hashlib.blake2b(digest_size=8)
     reader = reader_of(source)
     if reader is None or unit.shard is None:
         for index in range(unit.start, unit.stop):
-            digest.update(source.key(index).encode("utf-8", "surrogatepass") + b"\0")
+            stamp = patiently(lambda index=index: source.stamp(index), lambda index=index: source.place(index))
+            digest.update(stamp + b"\0")
         return f"{Path(source.name).name}[{unit.start}:{unit.stop}] {digest.hexdigest()}"
-    table = reader.table(unit.shard)
+    table, path = reader.table(unit.shard), reader.paths[unit.shard]
+    digest.update(patiently(lambda: file_stamp(path), lambda: str(path)))
     for array in (table.starts, table.key_ends, table.members["block"], table.members["size"], table.keys):
         digest.update(array.tobytes())
-    return f"{reader.paths[unit.shard].name} {digest.hexdigest()}"
+    return f"{path.name} {digest.hexdigest()}"
 
 
 def known_failures(source: Source, unit: Unit) -> list[Failure]:
@@ -107,10 +113,11 @@ class CodeFolder:
             if tar.exists():
                 raise DataError(f"{tar} stands there without its {unit.name}.json; give another --out")
             return None
-        for name, value in {**self.fields, "input": input_of(source, unit)}.items():
-            if said.get(name) != value:
+        found = UNSAID | said
+        for name, value in {**UNSAID, **self.fields, "input": input_of(source, unit)}.items():
+            if found.get(name) != value:
                 raise DataError(
-                    f"{self.out / unit.name}.json: {name} is {said.get(name)!r}, this run has {value!r}; remove the "
+                    f"{self.out / unit.name}.json: {name} is {found.get(name)!r}, this run has {value!r}; remove the "
                     "folder or give another --out"
                 )
         return said if self._is_whole(tar, said) else None
@@ -118,15 +125,25 @@ class CodeFolder:
     def write(
         self, unit: Unit, source: Source, samples: Iterable[CodeSample], failures: list[Failure]
     ) -> dict[str, Any]:
-        """Writes a unit. `failures` may grow while `samples` are taken. Killed at any moment, it is made again."""
+        """Writes a unit. `failures` may grow while `samples` are taken. Killed at any moment, it is made again.
+
+        Raises:
+            SourceError: what it was made from changed meanwhile.
+        """
         tar = self.out / f"{unit.name}.tar"
         whole = temporary_name(tar)
         (self.out / HEADER_FILE).unlink(missing_ok=True)  # of a source that has grown since
+        read = input_of(source, unit)
         try:
             count = write_shard(self._records(unit, samples), whole)
+            if input_of(source, unit) != read:
+                raise SourceError(
+                    f"{source.name}: samples {unit.start} to {unit.stop - 1} changed while they were encoded; leave "
+                    "them alone meanwhile, and give the same command again"
+                )
             said = {
                 **self.fields,
-                "input": input_of(source, unit),
+                "input": read,
                 "samples": unit.stop - unit.start,
                 "count": count,
                 "bytes": whole.stat().st_size,
@@ -136,7 +153,7 @@ class CodeFolder:
             write_json(tar.with_suffix(".json"), said)
             whole.replace(tar)
         except OSError as error:
-            raise DataError(f"{tar} cannot be written ({error.strerror or error}); what is complete stays") from None
+            raise not_written(tar, error) from None
         finally:
             whole.unlink(missing_ok=True)
         return said
@@ -176,9 +193,10 @@ class CodeFolder:
             raise DataError(f"{self.out}: none of {samples} images could be encoded")
         try:
             write_json(self.out / HEADER_FILE, {**self.fields, **totals, **text_only_field(text_only)})
-        except FileNotFoundError:  # another process finishes too, and has just cleaned up after its equal header
-            if not (self.out / HEADER_FILE).is_file():
-                raise
+        except OSError as error:
+            # another process may finish too, and has then just cleaned up after its equal header
+            if not (isinstance(error, FileNotFoundError) and (self.out / HEADER_FILE).is_file()):
+                raise not_written(self.out / HEADER_FILE, error) from None
         for pattern in (".*codes-*.tmp", f".{HEADER_FILE}.*.tmp"):  # of processes that were killed
             for path in self.out.glob(pattern):
                 path.unlink(missing_ok=True)
@@ -193,6 +211,11 @@ class CodeFolder:
     @staticmethod
     def _is_whole(tar: Path, said: dict[str, Any]) -> bool:
         return tar.is_file() and tar.stat().st_size == said["bytes"]
+
+
+def not_written(path: Path, error: OSError) -> DataError:
+    """What is said where the disk does not take a file of the folder, as it is full."""
+    return DataError(f"{path} cannot be written ({error.strerror or error}); what is complete stays")
 
 
 def check_failures(out: Path, failed: int, total: int, max_bad_fraction: float) -> None:

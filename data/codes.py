@@ -31,6 +31,8 @@ FORMAT_VERSION = 1
 HEADER_FILE = "header.json"
 HEADER_FIELDS = ("tokenizer", "num_codebooks", "codebook_size", "image_size", "num_positions")
 LATENT_WIDTH = "latent_width"  # a further field of shards with latents: their C
+PREPROCESS = "preprocess"  # how images became pixels
+UNSAID = {PREPROCESS: "plain", LATENT_WIDTH: None}  # what a header means that lacks these
 TEXT_ONLY = "text_only"  # of a folder with conversations without an image: how many
 LATENTS = "latents.npy"
 
@@ -62,7 +64,7 @@ def write_codes(
 
     Args:
         header: HEADER_FIELDS: "tokenizer" (fingerprint of the weights), "num_codebooks", "codebook_size",
-            "image_size", "num_positions"; with latents also LATENT_WIDTH.
+            "image_size", "num_positions"; with latents also LATENT_WIDTH; PREPROCESS where it is not "plain".
 
     Raises:
         DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
@@ -93,15 +95,19 @@ def header_fields(header: Mapping[str, Any]) -> dict[str, Any]:
     missing = [name for name in HEADER_FIELDS if name not in header]
     if missing:
         raise DataError(f"the header of code shards lacks {', '.join(missing)}; expected {', '.join(HEADER_FIELDS)}")
-    names = [*HEADER_FIELDS, *([LATENT_WIDTH] if LATENT_WIDTH in header else [])]
+    names = [*HEADER_FIELDS, *(name for name in UNSAID if name in header)]
     return {"format_version": FORMAT_VERSION, **{name: header[name] for name in names}}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a small file of the folder, which appears when it is complete."""
     temporary = temporary_name(path)
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 def code_record(sample: CodeSample, header: Mapping[str, Any], number: int) -> dict[str, Any]:
@@ -179,7 +185,7 @@ class CodeSource(BadSamples):
                     f"{value!r}; encode the images again with it (unitok data codes)"
                 )
         for one, header in zip(folders, headers, strict=True):
-            for name in (*HEADER_FIELDS, LATENT_WIDTH):
+            for name in (*HEADER_FIELDS, *UNSAID):
                 if header.get(name) != headers[0].get(name):
                     raise DataError(
                         f"{one}: {name} is {header.get(name)!r}, in {folders[0]} it is {headers[0].get(name)!r}; codes "
@@ -274,4 +280,4 @@ def _load_header(folder: Path) -> dict[str, Any]:
             f"{path}: format_version {header.get('format_version')!r}, missing {missing}; this version reads "
             f"{FORMAT_VERSION}: encode the images again"
         )
-    return header
+    return {PREPROCESS: UNSAID[PREPROCESS], **header}

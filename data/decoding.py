@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from unitok.data.bad import SampleError
+from unitok.data.bad import SampleError, is_of_the_file
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 RARE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "pgm")  # read as well
@@ -57,13 +57,15 @@ class Decoded(NamedTuple):
 
 
 def read_file(path: Path | str) -> bytes:
-    """The bytes of an image file; SampleError naming it when it is missing or no file."""
+    """The bytes of an image file; SampleError naming it when it is missing or no file, OSError when the disk fails."""
     path = Path(path)
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
             raise OSError(None, "it is not a file")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a path with a null byte
+        if isinstance(error, OSError) and not is_of_the_file(error):
+            raise
         reason = getattr(error, "strerror", None) or error
         message = f"cannot read image {str(path)!r}: {reason}; give an existing image file"
         raise SampleError(message, "missing image") from None

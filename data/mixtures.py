@@ -125,6 +125,10 @@ class MixtureSource(Mixed[Source], Source):
         source, number = self.turn(index, 0)
         return source.place(number)
 
+    def stamp(self, index: int) -> bytes:
+        source, number = self.turn(index, 0)
+        return source.stamp(number)
+
     def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
         source, number = self.turn(index, 0)
         return source.read(number, shrink_of)

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from unitok.core.errors import DataError
-from unitok.data.bad import SampleError
+from unitok.data.bad import SampleError, is_of_the_file, patiently
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.paths import matching_files, printable
+from unitok.data.paths import file_stamp, matching_files, printable
 from unitok.data.samples import Source
 from unitok.data.urls import is_url, local_files
 from unitok.data.words import Words, words_from_json
@@ -67,6 +67,10 @@ class ParquetSource(Source):
         file, number = self._groups[group]
         return f"{self.files[file]}: row {row} of group {number}"
 
+    def stamp(self, index: int) -> bytes:
+        """Of images that stand beside the file, only their paths' file tells."""
+        return super().stamp(index) + file_stamp(self.files[self._groups[self._place(index)[0]][0]])
+
     def _place(self, index: int) -> tuple[int, int]:
         group = int(np.searchsorted(self._ends, index, side="right"))
         return group, index - (int(self._ends[group - 1]) if group else 0)
@@ -99,6 +103,8 @@ class ParquetSource(Source):
             columns = [name for name in file.schema_arrow.names if name in (self.image_column, *_WORDS)]
             table = file.read_row_group(of_file, columns=columns)
         except (pa.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and not is_of_the_file(error):
+                raise
             what = " ".join(str(error).split())[:200]
             raise SampleError(f"{self.place(index)} cannot be read ({what}); write the file again", "file") from None
         if len(self._kept) >= _KEPT_GROUPS:
@@ -142,7 +148,7 @@ def _row_groups(file: Path) -> list[int] | str:
     import pyarrow as pa
 
     try:
-        metadata = _open(file).metadata
+        metadata = patiently(lambda: _open(file).metadata, lambda: str(file))
         return [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
     except (pa.ArrowException, OSError) as error:
         return f"is not a whole parquet file ({' '.join(str(error).split())[:200]}); copy or write it again"

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unitok.core.errors import DataError
+from unitok.data.bad import is_of_the_file
 
 
 def printable(name: str) -> str:
@@ -40,6 +41,19 @@ def expand_braces(spec: str) -> list[str]:
         return list(braceexpand.braceexpand(spec))
     except braceexpand.UnbalancedBracesError:
         raise DataError(f"{spec}: a brace has no partner; expected a pattern such as part-{{00..09}}.tar") from None
+
+
+def file_stamp(path: Path) -> bytes:
+    """What changes when a file is written anew: its size and time of change; of no file, that it is none."""
+    try:
+        found = os.stat(path)
+    except ValueError:  # a null byte
+        return b"none"
+    except OSError as error:
+        if not is_of_the_file(error):
+            raise
+        return b"none"
+    return f"{found.st_size} {found.st_mtime_ns}".encode()
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, bool]]:

@@ -18,7 +18,7 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.paths import printable
+from unitok.data.paths import file_stamp, printable
 from unitok.data.samples import Source
 from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
@@ -70,6 +70,14 @@ class RecordSource(Source):
         usable = isinstance(name, int) or (isinstance(name, str) and is_unicode(name))
         return str(name) if usable else f"{printable(self.path.stem)}-{self._number(index):06d}"
 
+    def stamp(self, index: int) -> bytes:
+        line = self._line(self._number(index))
+        try:
+            path = self._image_path(self._image_name(index), index)
+        except SampleError:  # also of conversations without an image
+            return line
+        return line + file_stamp(path)
+
     def place(self, index: int) -> str:
         return f"{self.path}: record {self._number(index)}"
 
@@ -81,10 +89,13 @@ class RecordSource(Source):
         return words_from_json(self._record(index), self.place(index), has_image=index < len(self))
 
     def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
+        return self._load(self._image_path(self._image_name(index), index), shrink)
+
+    def _image_name(self, index: int) -> str:
         name = self._record(index).get("image")
         if not isinstance(name, str) or not name:
             raise SampleError(f"{self.place(index)} has no image path; expected a string under image", "missing image")
-        return self._load(self._image_path(name, index), shrink)
+        return name
 
     def _image_path(self, name: str, index: int) -> Path:
         if self.images is None:

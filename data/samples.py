@@ -59,6 +59,10 @@ class Source(BadSamples, ABC):
         image = self._read_image(index, shrink_of(key) if shrink_of else None)
         return Sample(**vars(words), key=key, image=image.image, full_size=image.full_size)
 
+    def stamp(self, index: int) -> bytes:
+        """What changes when sample `index` does, told without reading its image: the key, and of files the time."""
+        return self.key(index).encode("utf-8", "surrogatepass")
+
     def __getitem__(self, index: int) -> Sample:
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {self.name}, which has {len(self)}")

@@ -16,6 +16,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
 from pathlib import Path
@@ -54,13 +55,14 @@ class IndexFile:
 
     def table(self, row: int) -> TarTable:
         """The table of one shard, as views of the file."""
-        _, _, start, samples, members, key_bytes = self.rows[row].tolist()
+        size, mtime, start, samples, members, key_bytes = self.rows[row].tolist()
         sizes = (4 * (samples + 1), 4 * (samples + 1), MEMBER.itemsize * members, key_bytes)
         ends = np.cumsum([start, *sizes])
         parts = [self._bytes[a:b] for a, b in zip(ends[:-1], ends[1:], strict=True)]
         name = self.names[row]
         arrays = [part.view(kind) for part, kind in zip(parts, ("<u4", "<u4", MEMBER, np.uint8), strict=True)]
-        return TarTable(*arrays, self.extensions, self.problems.get(name, ""), self.bad.get(name, {}))
+        notes = (self.problems.get(name, ""), self.bad.get(name, {}))
+        return TarTable(*arrays, self.extensions, *notes, stat=(size, mtime))
 
 
 Place = tuple[IndexFile, int] | TarTable  # row of an index file; or the table itself, where no file can be written
@@ -96,7 +98,9 @@ def _index_folder(folder: Path, names: list[str], processes: int) -> dict[str, P
     target = _writable_file(folder)
     if target is None:
         _LOGGER.warning("neither %s nor the cache folder can be written; its shards are read at every start", folder)
-        return {name: (index, row) for name, row in rows.items() if index is not None} | dict(tables)
+        return {name: (index, row) for name, row in rows.items() if index is not None} | {
+            name: replace(table, stat=stats[name]) for name, table in tables
+        }
     entries = ((name, stats[name], table) for name, table in tables)
     kept = () if index is None else _kept(index, folder, set(missing))
     written = _write(*target, chain(kept, entries))

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unitok.core.errors import DataError
+from unitok.data.bad import SourceError
 from unitok.data.paths import matching_files
 from unitok.data.shard_index import index_shards
 from unitok.data.tar_table import TarTable
@@ -152,6 +153,7 @@ class ShardReader:
     Raises:
         DataError: no shard is found or none holds a sample; with "raise" also where one is not a whole tar file or
             holds a key twice.
+        SourceError: in reading: the shard was written anew since it was indexed.
     """
 
     def __init__(self, spec: Path | str | Sequence[Path | str], on_bad: Literal["raise", "skip"] = "raise") -> None:
@@ -222,15 +224,27 @@ class ShardReader:
     def read(self, index: int, names: Iterable[str] | None = None) -> dict[str, bytes]:
         """The members of sample `index`; only those called `names`, where given."""
         shard, number = self._shard(index)
+        table = self.table(shard)
         wanted = None if names is None else set(names)
         out = {}
         with open(self.paths[shard], "rb", buffering=0) as stream:
-            for name, offset, size in self.table(shard).members_of(number):
+            self._check_unchanged(self.paths[shard], table, os.fstat(stream.fileno()))
+            for name, offset, size in table.members_of(number):
                 if wanted is None or name in wanted:
                     out[name] = os.pread(stream.fileno(), size, offset)
                     if len(out[name]) != size:
-                        raise DataError(f"{self.paths[shard]} is shorter than it was; copy or write it again")
+                        raise SourceError(f"{self.paths[shard]} is shorter than it was; copy or write it again")
         return out
+
+    @staticmethod
+    def _check_unchanged(path: Path, table: TarTable, found: os.stat_result) -> None:
+        """What stands where in a shard holds for the file that was indexed alone: at its places, another one has pieces
+        of other samples."""
+        if table.stat is not None and (found.st_size, found.st_mtime_ns) != table.stat:
+            raise SourceError(
+                f"{path} has changed since it was indexed ({found.st_size} bytes, it had {table.stat[0]}); leave "
+                "shards alone while they are read, and give the same command again"
+            )
 
 
 def reader_of(source: Any) -> ShardReader | None:

@@ -22,7 +22,7 @@ from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
-from unitok.data.paths import printable, walk
+from unitok.data.paths import file_stamp, printable, walk
 from unitok.data.records import open_records
 from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
@@ -111,6 +111,9 @@ class ShardSource(Source):
         shard = self.reader.paths[int(np.searchsorted(self._ends, index, side="right"))]
         return f"{shard}:{self.key(index)}"
 
+    def stamp(self, index: int) -> bytes:
+        return super().stamp(index) + str(self.reader.place(index)[0].stat).encode()
+
     def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
         members = self.reader.read(index, (*_IMAGES, "txt", "json"))  # all in one go
         words, key = self._words_in(members, index), self.key(index)
@@ -167,9 +170,17 @@ class FolderSource(Source):
     def key(self, index: int) -> str:
         return printable(self.files[index].relative_to(self.folder).with_suffix("").as_posix())
 
+    def stamp(self, index: int) -> bytes:
+        stamps = map(file_stamp, (self.files[index], *self._beside(index)))
+        return b"\0".join((super().stamp(index), *stamps))
+
+    def _beside(self, index: int) -> list[Path]:
+        """Where a sample's txt and json are, if there are such."""
+        return [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
+
     def _read_words(self, index: int) -> Words:
-        beside = [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
-        return parse_words(*(path.read_bytes() if path.is_file() else None for path in beside), str(self.files[index]))
+        beside = (path.read_bytes() if path.is_file() else None for path in self._beside(index))
+        return parse_words(*beside, str(self.files[index]))
 
     def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
         return self._load(self.files[index], shrink)

@@ -26,6 +26,7 @@ class TarTable:
 
     starts: uint32 [n + 1], sample i has members[starts[i]:starts[i + 1]]. key_ends: uint32 [n + 1], likewise in `keys`.
     members: MEMBER [m], `name` a number in `extensions`. keys: uint8, UTF-8 without separators.
+    stat: size and time of change (in nanoseconds) that the shard had before it was read; where that is known.
     problem: why the shard is no whole tar ("" if it is). bad: key -> why a sample of that key is left out; of further
     ones of the same key "KEY #3" and so on.
     """
@@ -37,6 +38,7 @@ class TarTable:
     extensions: list[str]
     problem: str = ""
     bad: dict[str, str] = field(default_factory=dict)
+    stat: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1

@@ -11,6 +11,7 @@ import pytest
 
 from unitok.core.errors import DataError
 from unitok.data import shard_index
+from unitok.data.bad import SourceError
 from unitok.data.shard_index import INDEX_FILE, index_shards
 from unitok.data.shards import ShardReader, write_shards
 from unitok.data.tar_table import scan
@@ -201,11 +202,11 @@ def test_nothing_readable_is_an_error_in_any_case(tmp_path):
         ShardReader([shards["b"], shards["c"]], on_bad="skip")
 
 
-def test_a_shard_cut_after_opening_is_a_bad_sample(tmp_path):
+def test_a_shard_cut_after_opening_is_an_error(tmp_path):
     (path,) = write_shards(samples(10), tmp_path / "a", 10)
     reader = ShardReader(path)
     path.write_bytes(path.read_bytes()[:2000])
-    with pytest.raises(DataError, match="shorter"):
+    with pytest.raises(SourceError, match="has changed since it was indexed .2000 bytes, it had 30720"):
         reader[9]
     with pytest.raises(IndexError):
         reader[10]

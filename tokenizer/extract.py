@@ -1,5 +1,6 @@
 """From images to code shards: what stage two trains on."""
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -15,6 +16,7 @@ import torch.utils.data
 
 from unitok.core.errors import ConfigError, UserError
 from unitok.core.sampling import loader_deaths
+from unitok.data.bad import SourceError, patiently
 from unitok.data.code_units import (
     UNIT_SIZE,
     CodeFolder,
@@ -22,9 +24,10 @@ from unitok.data.code_units import (
     Unit,
     check_failures,
     known_failures,
+    not_written,
     units_of,
 )
-from unitok.data.codes import LATENT_WIDTH, CodeSample
+from unitok.data.codes import LATENT_WIDTH, PREPROCESS, CodeSample
 from unitok.data.source import Source
 from unitok.data.transforms import eval_transform
 from unitok.tokenizer.model import UniTok
@@ -116,27 +119,34 @@ def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "image_size": config.image_size,
         "num_positions": config.num_positions,
+        PREPROCESS: config.preprocess,
     }
     return header | ({LATENT_WIDTH: config.code_width} if latents else {})
 
 
 class _Images(torch.utils.data.Dataset):
     """Images of a source ready for the encoder: (sample without its image, pixels), or (key, why it failed). Where
-    there is no image to be read, None are the pixels."""
+    there is no image to be read, None are the pixels. An error that ends the job is given, not raised: torch would make
+    a traceback of what a worker raises."""
 
     def __init__(self, source: Source, image_size: int, preprocess: str) -> None:
         self.source, self.image_size, self.preprocess = source, image_size, preprocess
 
-    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor | None] | Failure:
-        empty = torch.zeros(0, dtype=torch.int64)
+    def __getitem__(self, index: int) -> tuple[CodeSample, torch.Tensor | None] | Failure | SourceError:
         try:
-            if index >= len(self.source):
-                key, said = self.source.key(index), self.source.read_words(index)
-                return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
-            found = self.source.read(index)
-            pixels = eval_transform(found.image, self.image_size, self.preprocess)
+            return patiently(lambda: self._read(index), lambda: self.source.place(index))
+        except SourceError as error:
+            return error
         except (UserError, OSError) as error:
             return self.source.key(index), " ".join(str(error).split())
+
+    def _read(self, index: int) -> tuple[CodeSample, torch.Tensor | None]:
+        empty = torch.zeros(0, dtype=torch.int64)
+        if index >= len(self.source):
+            key, said = self.source.key(index), self.source.read_words(index)
+            return CodeSample(key, empty, [], [], said.conversations, said.meta, has_image=False), None
+        found = self.source.read(index)
+        pixels = eval_transform(found.image, self.image_size, self.preprocess)
         words = (found.captions, found.questions, found.conversations, found.meta)
         return CodeSample(found.key, empty, *words), pixels
 
@@ -155,6 +165,8 @@ class _Job:
 
         def samples() -> Iterator[CodeSample]:
             for batch in self._batches(unit):
+                for error in (item for item in batch if isinstance(item, SourceError)):
+                    raise error
                 good = [item for item in batch if isinstance(item[0], CodeSample)]
                 for key, reason in (item for item in batch if not isinstance(item[0], CodeSample)):
                     _LOGGER.warning("%s: sample %s left out: %s", self.source.name, key, reason)
@@ -228,6 +240,16 @@ class ProgressLog:
             "images_per_s": round(said["count"] / max(seconds, 1e-9), 2),
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         }
-        with self._path.open("a", encoding="utf-8") as log:
-            log.write(json.dumps(record) + "\n")
+        self._write(json.dumps(record) + "\n")
         return said
+
+    def _write(self, line: str) -> None:
+        """One line, or nothing where the disk is full."""
+        before = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a", encoding="utf-8") as log:
+                log.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):  # the file may not even have been made
+                os.truncate(self._path, before)
+            raise not_written(self._path, error) from None
