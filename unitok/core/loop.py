@@ -259,6 +259,7 @@ def _save(run: Run) -> None:
         "metrics": run.metrics,
         "skipped": asdict(run.skipped),
         "bad": run.bad.state(),
+        "started_from": run.started_from,
         "extra_state": run.task.extra_state(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
