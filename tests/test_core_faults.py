@@ -243,6 +243,21 @@ def test_the_samples_are_named(tmp_path: Path, policy: str) -> None:
     ]  # fmt: skip
 
 
+def test_the_samples_that_are_named_are_those_of_the_batch(tmp_path: Path) -> None:
+    """A task may have read others than were drawn, where those are bad."""
+
+    class StandIns(Infinite):
+        def batch_keys(self, batch: Any, indices: list[int], epoch: int) -> list[str]:
+            return [f"read {float(x[0])}" for x in batch[0]]
+
+    task, order = StandIns({2: "nan"}), SampleOrder(50, 0)
+    run_toy(task, tmp_path, steps=3, non_finite="skip")
+    (only,) = json.loads((tmp_path / "non_finite" / "step_3.json").read_text())["ranks"]
+    for number, batch in enumerate(only["micro_batches"]):
+        loaded = task.load_batch(*order.micro_batch(2 * 8 + 4 * number, 4, 0))
+        assert batch["keys"] == task.batch_keys(loaded, [], 0)
+
+
 def test_too_many_skipped_steps_are_an_error(tmp_path: Path) -> None:
     settings = {"steps": 10, "non_finite": "skip", "save_every": 1}
     with pytest.raises(NonFiniteError, match=r"step 7: .* the 2\. in a row and 3\. .*non_finite_limit=1"):

@@ -122,7 +122,7 @@ def _take_steps(
         if infinite is None:
             rates = _update(run)
         else:
-            _message(run, stop_or_skip(run, order, sums, infinite, buffers))
+            _message(run, stop_or_skip(run, order, micro_batches, sums, infinite, buffers))
             metrics, rates = {}, {}
         if config.non_finite == "skip":
             rates["skipped"] = run.skipped.total
