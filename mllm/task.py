@@ -49,6 +49,7 @@ class Loaded(NamedTuple):
     sequence: Sequence
     bad: bool = False
     input_codes: Tensor | None = None
+    key: str = ""  # of the sample that was read
 
 
 class _LossForward(nn.Module):
@@ -187,6 +188,7 @@ class MllmTask(Task):
         """One batch, right-padded or packed; what each place is used for depends on (seed, epoch, index) alone."""
         loaded = [self._load(*self.place(index, epoch)) for index in indices]
         kinds, places = self._count(indices, loaded), self._places(indices, loaded)
+        keys = [one.key for one in loaded]  # in the order of `indices`
         sequences = [one.sequence for one in loaded]
         if self.config.data.pack:
             rows = first_fit_decreasing([len(one.ids) for one in sequences], self.config.data.max_length)
@@ -207,6 +209,7 @@ class MllmTask(Task):
             "learn_image": torch.tensor(learn_image, dtype=torch.bool),
             "kinds": kinds,
             "places": places,
+            "keys": keys,
         }
 
     def _input_codes(self, loaded: list[Loaded]) -> dict[str, Tensor]:
@@ -250,7 +253,7 @@ class MllmTask(Task):
     def _document(self, number: int, part: int) -> Loaded:
         length = self.config.data.max_length
         used, sequence = self.texts.first_good(number, lambda n: (n, self.builder.text(self.texts[n], length, part)))
-        return Loaded("text", self._no_images, sequence, bad=used != number)
+        return Loaded("text", self._no_images, sequence, bad=used != number, key=f"text {used}")
 
     def _read(self, number: int, epoch: int, source: CodeSource | None = None, place: int | None = None) -> Loaded:
         """Sample `number` and what is learnt from it; DataError when it is bad. What is drawn depends on its `place` in
@@ -261,13 +264,13 @@ class MllmTask(Task):
         except TooLongError as error:
             raise SampleError(f"{sample.key} is {error}", "too long") from None
         if not sequence.learn_image:
-            return Loaded(kind, self._no_images, sequence)
+            return Loaded(kind, self._no_images, sequence, key=sample.key)
         image = sample.latents.T if self.continuous else sample.codes
         images = image.expand(len(sequence.learn_image), *image.shape)
         if kind != "text_to_image" or not self.config.data.code_noise:
-            return Loaded(kind, images, sequence)
+            return Loaded(kind, images, sequence, key=sample.key)
         rng = numpy_rng("code noise", self.config.seed, epoch, number if place is None else place)
-        return Loaded(kind, images, sequence, input_codes=self._with_noise(image, rng)[None])
+        return Loaded(kind, images, sequence, input_codes=self._with_noise(image, rng)[None], key=sample.key)
 
     def _with_noise(self, codes_KL: Tensor, rng: Any) -> Tensor:
         """Random codes in place of those of some positions."""
@@ -313,6 +316,9 @@ class MllmTask(Task):
         """Keys of the encoded images; a place that a document takes is "text N"."""
         return [self._key(*self.place(index, epoch)) for index in indices]
 
+    def batch_keys(self, batch: dict[str, Any], indices: list[int], epoch: int) -> list[str]:
+        return batch["keys"]
+
     def _key(self, index: int, epoch: int) -> str:
         turn = None if self.text_order is None else self.text_order.turn(index, epoch)
         if turn is not None:
@@ -346,7 +352,7 @@ class MllmTask(Task):
         self, engines: dict[str, Any], batch: dict[str, Any], micro_index: int, step: int
     ) -> dict[str, Tensor]:
         engine, counts, config = engines["mllm"], self._counts, self.config
-        inputs = {name: value for name, value in batch.items() if name not in ("kinds", "places")}
+        inputs = {name: value for name, value in batch.items() if name not in ("kinds", "places", "keys")}
         sums = engine(**{name: value.to(engine.device) for name, value in inputs.items()})
         per_id, per_code = counts["parts"] / counts["text"], counts["parts"] / counts["image"]
         text, image, image_z = sums.text * per_id, sums.image * per_code, sums.image_z * per_code

@@ -167,7 +167,7 @@ class Soak:
         for number in range(kills):
             output = self.out / f"{unit.name} kill {number + 1}.txt"
             process = self.start(unit, folder, output)
-            way = "all" if unit.ranks == 0 else ways[number]
+            way = ways[number] if unit.ranks else ("all", "term")[number % 2]
             if not self._wait_for(unit, process, folder, goals[number], early=way == "early"):
                 unit.faults.append(f"ended with {process.poll()} before kill {number + 1}: see {output}")
                 return
@@ -212,10 +212,9 @@ class Soak:
         unit.longest_end = max(unit.longest_end, round(time.monotonic() - started, 1))
         end_group(process)
         text = output.read_text()
-        if way == "term" and (
-            f"stopped at step {last_step(self.out / 'killed' / unit.name / 'log.jsonl')}" not in text
-            or (unit.ranks == 1 and code != EXIT_RESUME)
-        ):
+        folder = self.out / "killed" / unit.name
+        message = f"stopped at step {last_step(folder / 'log.jsonl')}" if unit.ranks else "the same command goes on"
+        if way == "term" and (message not in text or (unit.ranks < 2 and code != EXIT_RESUME)):
             unit.faults.append(f"SIGTERM: exit code {code}, or no message: see {output}")
         if way == "one" and len(ranks) > 1 and f"rank {victim} is gone" not in text:
             unit.faults.append(f"no message says that rank {victim} is gone: see {output}")

@@ -24,8 +24,9 @@ SRUN = STAND_IN + (
 PYTHON = STAND_IN + (
     'printf "%s\\n" "RANK=$RANK $LOCAL_RANK $WORLD_SIZE $MASTER_ADDR $MASTER_PORT" >> "$SAID"\n'
     "[[ -z ${RANK_WAITS:-} ]] && exit ${CODE:-0}\n"
-    # a rank that saves when it is told to end; the signal goes to the script above it too
-    "trap 'exit 75' TERM\nkill -TERM -- -$(ps -o pgid= $$ | tr -d ' ')\nsleep 1\n"
+    # a rank that ends with that code when it is told to; the signal goes to the script above it too
+    'trap "exit $RANK_WAITS" TERM\n'
+    "kill -TERM -- -$(ps -o pgid= $$ | tr -d ' ')\nsleep 1\n"
 )
 SCONTROL = STAND_IN + '[[ $1 == show ]] && printf "node-0\\nnode-1\\n"\nexit 0\n'
 
@@ -122,9 +123,10 @@ def test_torchrun_options_are_those_of_torch():
     assert (parsed.nnodes, parsed.node_rank, parsed.training_script) == ("4", 2, "scripts/train_mllm.py")
 
 
-@pytest.mark.parametrize(("ended", "requeued"), [("0", False), ("75", True), ("2", False)])
+@pytest.mark.parametrize(("ended", "requeued"), [("0", False), ("75", True), ("2", False), ("143", False)])
 def test_slurm_ranks_and_requeue(tmp_path, ended, requeued):
-    """Ranks get the names that a launcher sets; only a run that saved and wants to go on returns to the queue."""
+    """Ranks get the names that a launcher sets; only a run that saved and wants to go on returns to the queue. srun's
+    SIGTERM after another rank's failure (143) is none."""
     slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node-[0-1]", "SLURM_SUBMIT_DIR": str(ROOT), "CODE": ended}
     code, said, errors = run(tmp_path, "slurm.sbatch", "pretrain", **slurm)
     assert code == int(ended), errors
@@ -132,12 +134,14 @@ def test_slurm_ranks_and_requeue(tmp_path, ended, requeued):
     assert ("requeue" in said) == requeued and (not requeued or said[-2:] == ["requeue", "41"])
 
 
-def test_slurm_script_outlives_a_signal_that_its_ranks_hear(tmp_path):
-    """SIGTERM to the whole process group, as a preemption sends it: the rank ends by its handler, the job goes back."""
-    slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n", "SLURM_SUBMIT_DIR": str(ROOT), "RANK_WAITS": "1"}
-    code, said, errors = run(tmp_path, "slurm.sbatch", "pretrain", **slurm)
-    assert code == 75, errors
-    assert said[-2:] == ["requeue", "41"]
+@pytest.mark.parametrize(("stage", "ended", "together"), [("pretrain", 75, 1), ("pretrain", 143, 1), ("codes", 75, 0)])
+def test_slurm_script_outlives_a_signal_that_its_ranks_hear(tmp_path, stage, ended, together):
+    """SIGTERM to the whole process group, as a preemption sends it: the rank ends by its handler, or while it imports
+    without one (143), and the job goes back. Ranks of extraction do not end with one that fails."""
+    slurm = {"SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "n", "SLURM_SUBMIT_DIR": str(ROOT), "RANK_WAITS": str(ended)}
+    code, said, errors = run(tmp_path, "slurm.sbatch", stage, **slurm)
+    assert code == ended, errors
+    assert said[-2:] == ["requeue", "41"] and f"--kill-on-bad-exit={together}" in said
 
 
 def test_kubernetes_job():

@@ -242,6 +242,31 @@ def test_stage_one_over_two_ranks_meets_the_limit(tmp_path: Path, quick: None) -
     assert [(record["read"], record["bad"]) for record in log] == [(8, 0), (16, 2), (24, 2)]
 
 
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_batch_of_stage_one_names_what_it_has_read(tmp_path: Path, mixed: bool) -> None:
+    """The picture's colour tells which one it was: of a bad sample, its stand-in."""
+    from unitok.core.config import load_config
+    from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig
+
+    names = []
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        for number in range(8):
+            names.append(f"{folder}{number}")
+            Image.new("RGB", (32, 32), (10 * len(names), 0, 0)).save(tmp_path / folder / f"{names[-1]}.png")
+        for number in (1, 2, 7):
+            (tmp_path / folder / f"{folder}{number}.png").write_bytes(b"no image")
+    source = [{"source": str(tmp_path / folder), "weight": 1} for folder in "ab"] if mixed else str(tmp_path / "a")
+    file = stage_one(tmp_path, source, data={"max_bad_fraction": 0.9})
+    task = TokenizerTask(load_config(TokenizerTrainConfig, file, []))
+    for epoch in (0, 1):
+        indices = list(range(task.num_samples))
+        batch = task.load_batch(indices, epoch)
+        read = [names[round(float(pixels[0].float().mean()) / 10) - 1] for pixels in batch["pixels"]]
+        assert [Path(key).stem for key in task.batch_keys(batch, indices, epoch)] == read
+        assert not {name[1] for name in read} & set("127")
+
+
 def _train(file: Path) -> Any:
     from unitok.core.config import load_config
     from unitok.tokenizer.task import TokenizerTask, TokenizerTrainConfig

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
 import resource
+import shutil
 import signal
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,7 @@ from ranks import run_ranks
 from torch import nn
 
 from unitok import cli
-from unitok.core import checkpoint, launch, watchdog
+from unitok.core import checkpoint, launch, reshard, watchdog
 from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError, RankLostError, StoppedError
 from unitok.core.optim import lr_at, parameter_groups
 from unitok.core.runlog import RunLog, read_log
@@ -240,6 +243,21 @@ def test_the_samples_are_named(tmp_path: Path, policy: str) -> None:
     ]  # fmt: skip
 
 
+def test_the_samples_that_are_named_are_those_of_the_batch(tmp_path: Path) -> None:
+    """A task may have read others than were drawn, where those are bad."""
+
+    class StandIns(Infinite):
+        def batch_keys(self, batch: Any, indices: list[int], epoch: int) -> list[str]:
+            return [f"read {float(x[0])}" for x in batch[0]]
+
+    task, order = StandIns({2: "nan"}), SampleOrder(50, 0)
+    run_toy(task, tmp_path, steps=3, non_finite="skip")
+    (only,) = json.loads((tmp_path / "non_finite" / "step_3.json").read_text())["ranks"]
+    for number, batch in enumerate(only["micro_batches"]):
+        loaded = task.load_batch(*order.micro_batch(2 * 8 + 4 * number, 4, 0))
+        assert batch["keys"] == task.batch_keys(loaded, [], 0)
+
+
 def test_too_many_skipped_steps_are_an_error(tmp_path: Path) -> None:
     settings = {"steps": 10, "non_finite": "skip", "save_every": 1}
     with pytest.raises(NonFiniteError, match=r"step 7: .* the 2\. in a row and 3\. .*non_finite_limit=1"):
@@ -357,6 +375,58 @@ def test_universal_needs_a_whole_checkpoint_and_a_new_folder(
     assert cli.main(["checkpoint", "universal", str(source), str(tmp_path / "another")]) == 2
     assert "step_4 is corrupt" in capsys.readouterr().err
     assert {path.name for path in tmp_path.iterdir()} == {"run", "universal", "branch"}
+
+
+def test_a_universal_checkpoint_holds_nothing_that_happens_to_lie_there(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies that a killed process left in the checkpoint are no networks; of folders above only a run's is taken."""
+    run_toy(ToyTask(), tmp_path / "run", steps=2)
+    source = tmp_path / "run" / "checkpoints" / "step_2"
+    (source / ".universal_x" / "state").mkdir(parents=True)
+    (tmp_path / "run" / "toy.model").write_text("of the run")
+    assert cli.main(["checkpoint", "universal", str(source), str(tmp_path / "out")]) == 0
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "net", "net.ema.safetensors", "state.json", "COMPLETE.json", "run"
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == {"toy.model", "config.yaml"}
+    for place in ("moved/ck", "moved/checkpoints"):  # a folder of a run has its config.yaml
+        moved = tmp_path / place / "step_2"
+        shutil.copytree(source, moved)
+        (tmp_path / "moved" / "other.bin").write_bytes(b"x")
+        assert cli.main(["checkpoint", "universal", str(moved), str(tmp_path / place / "out")]) == 0
+        assert not list((tmp_path / place / "out" / "run").iterdir())
+        assert f"{moved} is not in RUN/checkpoints: a text model that its run made is not copied" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "RuntimeError: [enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598",
+        "OSError: [Errno 28] No space left on device",
+    ],
+)
+def test_a_full_disk_while_converting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    def converter(command: list[str], **_: Any) -> subprocess.CompletedProcess:
+        return subprocess.CompletedProcess(command, 1, "", f"Traceback\n  more\n{line}\n")
+
+    monkeypatch.setattr(reshard.subprocess, "run", converter)
+    said = reshard.convert(tmp_path, tmp_path / "copy", lambda *_: None)
+    assert re.fullmatch(rf"writing .*copy failed, \d+ MiB are free there \(.*full\?\): {re.escape(line)}", said)
+    line = "KeyError: 'x'"
+    assert reshard.convert(tmp_path, tmp_path / "copy", lambda *_: None) == line
+
+
+def test_copies_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the next process that converts the checkpoint; one that another process reads at the moment stays."""
+    monkeypatch.setattr(reshard, "convert", lambda *_: "")
+    for name in (".universal_left", ".universal_right"):
+        (tmp_path / name / "state").mkdir(parents=True)
+    with reshard.universal_copy(tmp_path / "net" / "state", lambda *_: None) as copy:
+        assert [path.name for path in tmp_path.iterdir()] == [copy.name]
+        with reshard.universal_copy(tmp_path / "net" / "state", lambda *_: None) as other:
+            assert {path.name for path in tmp_path.iterdir()} == {copy.name, other.name}
+    assert not list(tmp_path.iterdir())
 
 
 # ---- exit codes, waiting share

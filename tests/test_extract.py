@@ -278,8 +278,13 @@ def names(folder: Path) -> set[str]:
 
 
 ATTEMPT = """
-import io, pathlib, shutil, sys, tarfile, time
+import io, os, pathlib, shutil, signal, sys, tarfile, time
 folder, way = pathlib.Path(sys.argv[1]), sys.argv[2]
+def stop(*_):
+    print("stopped; the same command goes on", file=sys.stderr, flush=True)
+    os._exit(75)
+if way != "deaf":
+    signal.signal(signal.SIGTERM, stop)
 if way == "refuses" and folder.exists():
     sys.exit(2)
 if way == "anew" and folder.exists():
@@ -301,6 +306,7 @@ for number in range(24):
         ("goes on", None),
         ("anew", "complete before a kill, and made again: codes-00000"),
         ("refuses", "ended with 2 before"),
+        ("deaf", "SIGTERM: exit code -15, or no message"),
     ],
 )
 def test_the_soak_sees_whether_an_extraction_goes_on(tmp_path, way, fault):
@@ -373,6 +379,38 @@ def test_a_killed_worker_is_told_in_one_line(tokenizer, shards, tmp_path):
     with pytest.raises(WorkerLostError, match="a worker that loads data is gone .*; the same command") as caught:
         extract_codes(tokenizer, source, tmp_path, 2, progress=False, num_workers=2)
     assert caught.value.exit_code == 75 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("moment", ["eval_transform", "write_json"])
+def test_sigterm_ends_it_tidily(tokenizer, shards, expected, tmp_path, monkeypatch, capsys, moment):
+    """With 75, without a temporary file, and the sample that was being read is none that failed."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    module = {"eval_transform": "unitok.tokenizer.extract", "write_json": "unitok.data.code_units"}[moment]
+    original, calls = getattr(sys.modules[module], moment), []
+
+    def signalled(*args):
+        calls.append(args)
+        if len(calls) in (4, 5):  # and once more while it tidies up, as launchers do
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    command = ["data", "codes", "--tokenizer", str(tmp_path / "tokenizer"), "--shards", str(shards)]
+    command += ["--out", str(tmp_path / "out"), "--batch-size", "3"]
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGCHLD)]
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{module}.{moment}", signalled)
+        try:
+            assert main(command) == 75
+        finally:
+            for number, handler in zip((signal.SIGTERM, signal.SIGCHLD), before, strict=True):
+                signal.signal(number, handler)
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said == f"unitok: error: extraction to {tmp_path / 'out'} was stopped; complete shards stay, the same " + (
+        "command goes on"
+    )
+    assert not list((tmp_path / "out").glob(".*.tmp")) and not (tmp_path / "out" / "header.json").exists()
+    assert main(command) == 0 and signal.getsignal(signal.SIGTERM) == before[0]
+    assert made(tmp_path / "out") == expected
 
 
 @pytest.mark.slow

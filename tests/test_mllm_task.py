@@ -56,9 +56,13 @@ def test_bad_samples_are_left_out_and_named(
     assert re.search(r"train-0-000005 is too long: image, question and an id of what is learnt do not fit", text)
     assert set(task.source.bad) == {WORDLESS, WORDY}
     assert [task.places(batch).tolist() for batch in batches] == [[[5, 2]], [[5, 2]]]
+    indices = list(range(WORDLESS - 1, WORDY + 2))
+    read = [f"train-0-{number:06d}" for number in (2, 4, 4, 6, 6)]  # not what was drawn: two stand in
+    assert task.batch_keys(batches[0], indices, 0) == read != task.sample_keys(indices, 0)
     fresh = built(files, tmp_path / "two", "data.max_bad_fraction=0.1")
     batches.append(fresh.load_batch(list(range(WORDLESS - 1, WORDY + 2)), 0))
     for batch in batches[1:]:
+        assert batch.pop("keys") == read
         assert all(torch.equal(batch[name], batches[0][name]) for name in batch)
     alone = fresh.load_batch([WORDLESS + 1], 0)["input_ids"][0]
     for row in (1, 2):  # the sample without words has become the one after it
@@ -114,6 +118,7 @@ def test_noise_is_read_and_never_learnt(files: dict[str, Path], tmp_path: Path) 
     for epoch in range(3):
         batch, without = (one.load_batch(list(range(6, 20)), epoch) for one in (task, plain))
         assert "input_codes" not in without
+        assert batch["keys"] == without.pop("keys")
         assert all(torch.equal(batch[name], without[name]) for name in without)
         again = task.load_batch(list(range(6, 20)), epoch)["input_codes"]
         assert torch.equal(batch["input_codes"], again)

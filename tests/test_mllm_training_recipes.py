@@ -360,7 +360,7 @@ def test_the_loss_is_the_formula(folder: Path, tmp_path: Path, pack: str, weight
     task.prepare_step([batch], 0)
     metrics = task.micro_step({"mllm": PlainEngine(model)}, batch, 0, 0)
     with torch.no_grad():
-        sums = model(**{name: value for name, value in batch.items() if name not in ("kinds", "places")})
+        sums = model(**{name: value for name, value in batch.items() if name not in ("kinds", "places", "keys")})
         image = (sums.image + weight * sums.image_z) / sums.num_image
         text, n, m = sums.text / sums.num_text, sums.num_image, sums.num_text
         expected = (n * image + m * text) / (n + m) if normalisation == "tokens" else (image + text) / 2

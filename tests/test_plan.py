@@ -223,6 +223,8 @@ def test_hardware_names_and_peaks():
         (["--config", "mllm/shapes.yaml", "--gpus", "0"], "--gpus 0: expected at least 1"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--mfu", "40"], "--mfu 40.0: expected a share of the peak"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--price", "-1"], "--price -1.0: expected dollars"),
+        (["--config", "mllm/shapes.yaml", "--gpus", "1", "--price", "nan"], "--price nan: expected dollars"),
+        (["--config", "mllm/shapes.yaml", "--gpus", "1", "--price", "inf"], "a finite number of at least 0"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--chat-ids", "0"], "--chat-ids 0: expected at least 2"),
         (["--config", "mllm/bench.yaml", "--gpus", "1"], "configuration of a speed measurement"),
         (["--config", "nowhere.yaml", "--gpus", "1"], "neither a file nor a packaged one"),
@@ -235,6 +237,22 @@ def test_hardware_names_and_peaks():
 )
 def test_errors(options, message, capsys):
     assert main(["plan", *options]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"steps: [1\n", "is not valid YAML"),
+        (b"steps: !!int x\n", "is not valid YAML"),
+        (b"\xff\xfe\xfd", "is not valid YAML"),
+        (b"- steps\n", "holds a list; expected keys and values"),
+    ],
+)
+def test_a_file_that_is_no_configuration(content, message, tmp_path, capsys):
+    (tmp_path / "x.yaml").write_bytes(content)
+    assert main(["plan", "--config", str(tmp_path / "x.yaml"), "--gpus", "1"]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
 

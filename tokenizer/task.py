@@ -141,6 +141,7 @@ class TokenizerTask(Task):
     def load_batch(self, indices: list[int], epoch: int) -> dict[str, Any]:
         batch = self.batches.load(indices, epoch)
         batch["places"] = self._places(indices, epoch)
+        batch["keys"] = [self._read_key(*self.place(index, epoch)) for index in indices]
         if self.model is not None and self.config.loss.contrastive > 0:  # in a loader's worker, where there is one
             batch["text_ids"] = self.model.tokenize_text(batch["captions"])
         return batch
@@ -158,6 +159,16 @@ class TokenizerTask(Task):
     def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
         turns = (self.batches.source.turn(*self.place(index, epoch)) for index in indices)
         return [source.key(number) for source, number in turns]
+
+    def batch_keys(self, batch: dict[str, Any], indices: list[int], epoch: int) -> list[str]:
+        return batch["keys"]
+
+    def _read_key(self, index: int, epoch: int) -> str:
+        """Of a sample that has been loaded here: as `_places`."""
+        source, number = self.batches.source.turn(index, epoch)
+        while number in source.bad:
+            number = (number + 1) % len(source)
+        return source.key(number)
 
     def prepare_step(self, batches: list[Any], step: int) -> None:
         """Stage one's losses are means over equally large batches: no counts are needed."""

@@ -8,10 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import yaml
 from torch import nn
 
-from unitok.core.config import config_path, load_config
+from unitok.core.config import config_path, load_config, read_yaml
 from unitok.core.engine import EngineConfig
 from unitok.core.errors import ConfigError
 from unitok.core.run import TrainConfig
@@ -202,8 +201,7 @@ def _buckets(
 
 def stage_of(file: Path | str, overrides: list[str]) -> TrainConfig:
     """The checked configuration in `file`, of whichever stage it is; ConfigError where it is of none."""
-    text = yaml.safe_load(config_path(file).read_text(encoding="utf-8"))
-    keys = set(text) if isinstance(text, dict) else set()
+    keys = set(read_yaml(config_path(file)))
     second = keys & (set(MllmTrainConfig.model_fields) - set(TokenizerTrainConfig.model_fields))
     if keys & {"text_config", "sampling", "training"}:
         raise ConfigError(f"{file} is the configuration of a speed measurement; expected one of a training stage")

@@ -45,6 +45,7 @@ def codes(arguments: argparse.Namespace) -> int:
     """Encode a source to code shards; of several processes each does its part."""
     from unitok.core.distributed import inference_device
     from unitok.core.pretrained import load_model_folder
+    from unitok.core.signals import stopped_by_sigterm
     from unitok.data.code_units import UNIT_SIZE
     from unitok.data.shards import reader_of
     from unitok.data.source import open_source
@@ -56,25 +57,27 @@ def codes(arguments: argparse.Namespace) -> int:
             f"--workers {arguments.workers} --max-bad-fraction {arguments.max_bad_fraction}: expected at least 0 and "
             "a share from 0 to 1"
         )
-    share = Share.of_launcher(arguments.rank, arguments.world_size)
-    if "SLURM_LOCALID" in os.environ:
-        os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
-    source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction, text_only=True)
-    if arguments.unit_size is not None and reader_of(source) is not None:
-        raise UserError(
-            f"--unit-size {arguments.unit_size}: {arguments.shards} has shards, each of which gives one of codes; "
-            "leave the option out"
+    stopped = f"extraction to {arguments.out} was stopped; complete shards stay, the same command goes on"
+    with stopped_by_sigterm(stopped):
+        share = Share.of_launcher(arguments.rank, arguments.world_size)
+        if "SLURM_LOCALID" in os.environ:
+            os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
+        source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction, text_only=True)
+        if arguments.unit_size is not None and reader_of(source) is not None:
+            raise UserError(
+                f"--unit-size {arguments.unit_size}: {arguments.shards} has shards, each of which gives one of codes; "
+                "leave the option out"
+            )
+        out = extract_codes(
+            load_model_folder(UniTok, arguments.tokenizer).to(inference_device()),
+            source,
+            Path(arguments.out),
+            arguments.batch_size,
+            latents=arguments.latents,
+            share=share,
+            num_workers=arguments.workers,
+            unit_size=arguments.unit_size or UNIT_SIZE,
         )
-    out = extract_codes(
-        load_model_folder(UniTok, arguments.tokenizer).to(inference_device()),
-        source,
-        Path(arguments.out),
-        arguments.batch_size,
-        latents=arguments.latents,
-        share=share,
-        num_workers=arguments.workers,
-        unit_size=arguments.unit_size or UNIT_SIZE,
-    )
     header = out / "header.json"
     if not header.is_file():
         print(f"rank {share.rank} of {share.world_size} is done; the header is written by the last one to finish")

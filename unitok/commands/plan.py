@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -61,8 +62,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise UserError(f"--gpus {arguments.gpus}: expected at least 1")
     if arguments.mfu is not None and not 0 < arguments.mfu <= 1:
         raise UserError(f"--mfu {arguments.mfu}: expected a share of the peak, above 0 and at most 1")
-    if arguments.price is not None and arguments.price < 0:
-        raise UserError(f"--price {arguments.price}: expected dollars per GPU and hour, at least 0")
+    if arguments.price is not None and not 0 <= arguments.price < math.inf:
+        raise UserError(f"--price {arguments.price}: expected dollars per GPU and hour, a finite number of at least 0")
     for name in ("caption_ids", "chat_ids", "document_ids"):
         value = getattr(arguments, name)
         if value is not None and value < 2:

@@ -180,6 +180,25 @@ def read_state(path: Path) -> dict[str, Any]:
     return json.loads((path / STATE).read_text(encoding="utf-8"))
 
 
+def origin(path: Path) -> dict[str, str]:
+    """What the checkpoints of a run say of the one at `path` that it started from."""
+    return {"path": str(path.resolve()), "marker": _hash(path / MARKER)}
+
+
+def came_from(path: Path, start: Path) -> bool:
+    """Whether the checkpoint `path` is of a run that started from the checkpoint `start`: from the same one, wherever
+    it lies now, or from that place where nothing lies any more."""
+    try:
+        said = read_state(path).get("started_from")
+    except ValueError:  # corrupt, so it is not known
+        return False
+    if said is None:
+        return False
+    if (start / MARKER).is_file():
+        return said["marker"] == _hash(start / MARKER)
+    return said["path"] == str(start.resolve())
+
+
 def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -> dict[str, Any]:
     """Restore engines and averages (every rank calls) and return the saved state. `verify` it first."""
     from safetensors.torch import load_file

@@ -60,7 +60,7 @@ def load_config(
     values = default_values(cls)
     if file is not None:
         path = config_path(file)
-        _merge(values, _read_yaml(path), cls)
+        _merge(values, read_yaml(path), cls)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator or not key.strip():
@@ -121,7 +121,8 @@ def known_keys(cls: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from known_keys(part, f"{prefix}{name}.")
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values in a YAML file; ConfigError where it holds something else."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)  # noqa: S506 - _Loader is a SafeLoader
     except (yaml.YAMLError, ValueError) as error:  # UnicodeDecodeError is a ValueError

@@ -122,7 +122,7 @@ def _take_steps(
         if infinite is None:
             rates = _update(run)
         else:
-            _message(run, stop_or_skip(run, order, sums, infinite, buffers))
+            _message(run, stop_or_skip(run, order, micro_batches, sums, infinite, buffers))
             metrics, rates = {}, {}
         if config.non_finite == "skip":
             rates["skipped"] = run.skipped.total
@@ -259,6 +259,7 @@ def _save(run: Run) -> None:
         "metrics": run.metrics,
         "skipped": asdict(run.skipped),
         "bad": run.bad.state(),
+        "started_from": run.started_from,
         "extra_state": run.task.extra_state(),
         "saved_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

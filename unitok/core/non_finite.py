@@ -35,7 +35,12 @@ class Buffers:
 
 
 def stop_or_skip(
-    run: Run, order: SampleOrder, micro_metrics: list[dict[str, Tensor]], infinite: list[str], buffers: Buffers
+    run: Run,
+    order: SampleOrder,
+    micro_batches: list[Any],
+    micro_metrics: list[dict[str, Tensor]],
+    infinite: list[str],
+    buffers: Buffers,
 ) -> str:
     """Leave the present step out and say why, or raise NonFiniteError, on every rank. Collective; before any update.
 
@@ -43,7 +48,7 @@ def stop_or_skip(
     """
     own = [f"{name}.{key}" for name in run.active() for key in run.guards[name].names()]
     entries = all_gather_object(
-        {"rank": rank(), "gradients": own, "micro_batches": _samples(run, order, micro_metrics)}
+        {"rank": rank(), "gradients": own, "micro_batches": _samples(run, order, micro_batches, micro_metrics)}
     )
     what = _what(infinite, list(dict.fromkeys(key for entry in entries for key in entry["gradients"])))
     file = Path(run.config.output_dir) / "non_finite" / f"step_{run.step + 1}.json"
@@ -75,13 +80,16 @@ def _what(infinite: list[str], parameters: list[str]) -> str:
     return " and ".join(what)
 
 
-def _samples(run: Run, order: SampleOrder, micro_metrics: list[dict[str, Tensor]]) -> list[dict[str, Any]]:
-    """This rank's samples by micro-batch, each with the metrics of its own that are not finite."""
+def _samples(
+    run: Run, order: SampleOrder, micro_batches: list[Any], micro_metrics: list[dict[str, Tensor]]
+) -> list[dict[str, Any]]:
+    """This rank's samples by micro-batch (indices as drawn, keys as read: a bad sample has a stand-in), each with the
+    metrics of its own that are not finite."""
     size, found = run.config.engine.micro_batch_size, []
-    for number, metrics in enumerate(micro_metrics):
+    for number, (batch, metrics) in enumerate(zip(micro_batches, micro_metrics, strict=True)):
         indices, epoch = order.micro_batch(run.samples + number * run.global_micro_batch, size, rank())
         bad = [name for name, value in metrics.items() if not math.isfinite(float(value))]
-        keys = run.task.sample_keys(indices, epoch)
+        keys = run.task.batch_keys(batch, indices, epoch)
         found.append({"epoch": epoch, "indices": indices, "keys": keys, "not_finite": bad})
     return found
 

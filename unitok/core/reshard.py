@@ -1,14 +1,16 @@
 """Load a ZeRO checkpoint with another number of ranks, through DeepSpeed's universal format."""
 
+import fcntl
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,11 @@ from unitok.core.distributed import LAUNCHER_VARIABLES, barrier, broadcast_objec
 from unitok.core.engine import load_whole_
 from unitok.core.errors import CheckpointError
 
+COPY = ".universal_"
 REST = "rest.pt"
 RUN_FILES = "run"  # folder of a universal checkpoint with the small files of its run's folder
+# What the converter's last line says where a file could not be written: torch's writer does not give the reason.
+_WRITING = re.compile(r"inline_container|PytorchStreamWriter|No space left|quota|File too large|write failed", re.I)
 
 
 @contextmanager
@@ -26,12 +31,16 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
     """A temporary copy of one network's DeepSpeed state that any number of ranks can load (every rank enters).
 
     DeepSpeed's converter reads with full pickle, so `safe_load` reads every file first: it refuses a file that holds
-    anything but tensors and plain values. The copy lies beside the checkpoint and is deleted on leaving.
+    anything but tensors and plain values. The copy lies in the checkpoint and is deleted on leaving, or where the
+    process is killed, by the next one.
     """
     holder: tempfile.TemporaryDirectory[str] | None = None
+    lock: IO[str] | None = None
     error = ""
     if is_main():
-        holder = tempfile.TemporaryDirectory(prefix=".universal_", dir=state_folder.parent.parent)
+        _remove_leftovers(state_folder.parent.parent)
+        holder = tempfile.TemporaryDirectory(prefix=COPY, dir=state_folder.parent.parent)
+        lock = _locked(Path(holder.name))
         error = convert(state_folder, Path(holder.name) / state_folder.name, safe_load)
     name, error = broadcast_object((holder.name if holder else "", error))
     try:
@@ -43,8 +52,27 @@ def universal_copy(state_folder: Path, safe_load: Callable[[str, str], Any]) -> 
         yield Path(name)
         barrier()
     finally:
-        if holder is not None:
+        if holder is not None and lock is not None:
             holder.cleanup()
+            lock.close()
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Delete copies of killed processes: nobody holds the lock of those."""
+    for left in folder.glob(f"{COPY}*"):
+        with suppress(BlockingIOError, FileNotFoundError), _locked(left):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def _locked(folder: Path) -> IO[str]:
+    """An open file that locks `folder` as long as the process holds it; BlockingIOError where another one does."""
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise
+    return file
 
 
 def convert(source: Path, target: Path, safe_load: Callable[[str, str], Any]) -> str:
@@ -59,11 +87,18 @@ def convert(source: Path, target: Path, safe_load: Callable[[str, str], Any]) ->
     command += ["--input_folder", str(source), "--output_folder", str(target)]
     environment = {key: value for key, value in os.environ.items() if key not in LAUNCHER_VARIABLES}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        torch.save(_rest(source, safe_load), target / REST)
-        return ""
     lines = done.stderr.strip().splitlines()
-    return lines[-1] if lines else f"the converter ended with {done.returncode}"
+    error = "" if done.returncode == 0 else lines[-1] if lines else f"the converter ended with {done.returncode}"
+    if not error:
+        rest = _rest(source, safe_load)
+        try:
+            torch.save(rest, target / REST)
+        except (OSError, RuntimeError) as caught:
+            error = " ".join(str(caught).split())
+    if _WRITING.search(error):
+        free = shutil.disk_usage(target.parent).free / 2**20
+        return f"writing {target} failed, {free:.0f} MiB are free there (is the disk or quota full?): {error}"
+    return error
 
 
 def _rest(source: Path, safe_load: Callable[[str, str], Any]) -> dict[str, Tensor]:

@@ -34,7 +34,8 @@ class TrainConfig(Config):
     save_every, eval_every: in steps; 0 = only at the end, or never. keep_last: complete checkpoints that stay; those of
     steps that keep_every (in steps, 0 = none) divides stay for good.
     shuffle_window: shards shuffled together, where reading at random is slow (see docs/scale.md); 0 = all samples are.
-    resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder.
+    resume: "auto" = from the newest complete checkpoint of output_dir if there is one; "never"; or a checkpoint folder,
+    from which a new output_dir starts: given again, the command goes on from what it has saved since.
     resume_fallback: where the newest checkpoint is corrupt, set it aside and take the newest that is whole.
     non_finite: a step whose loss or gradient is not finite is an error ("stop") or left out on all ranks ("skip"), as
     long as no more than non_finite_limit come in a row and non_finite_total in the whole run.
@@ -102,6 +103,7 @@ class Run:
     samples: int = 0
     metrics: dict[str, float] = field(default_factory=dict)
     last_checkpoint: Path | None = None
+    started_from: dict[str, str] | None = None  # the checkpoint that `resume` named when this output_dir began
     skipped: Skipped = field(default_factory=Skipped)
     bad: BadCounts = field(default_factory=lambda: BadCounts([]))
 
@@ -166,6 +168,8 @@ def resume(run: Run) -> None:
         run.step, run.samples, run.metrics = state["step"], state["samples_seen"], state["metrics"]
         run.skipped = Skipped(**state.get("skipped", {}))
         run.bad.load(state.get("bad", []))
+        named = config.resume not in ("auto", "never") and path == Path(config.resume)
+        run.started_from = checkpoint.on_main(lambda: checkpoint.origin(path)) if named else state.get("started_from")
         run.task.load_extra_state(state["extra_state"])
     checkpoint.on_main(lambda: save_config(run.resolved, Path(config.output_dir) / "config.yaml"))
     if is_main() and run.last_checkpoint is not None:
@@ -177,6 +181,8 @@ def resumed_folder(config: TrainConfig) -> Path | None:
     task made at its start. A universal checkpoint carries these files with it."""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).resolve()
+        if _newest_from(config, path) is not None:
+            return Path(config.output_dir)
         return path / RUN_FILES if (path / RUN_FILES).is_dir() else path.parent.parent
     folder = Path(config.output_dir)
     return folder if checkpoint.latest_complete(folder / "checkpoints") is not None else None
@@ -186,6 +192,11 @@ def _find_checkpoint(run: Run) -> Path | None:
     config = run.config
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
+        if _newest_from(config, path) is not None:
+            _newest_whole(run.checkpoints, config.resume_fallback)
+            newest = _newest_from(config, path)
+            if newest is not None:
+                return newest
         checkpoint.verify(path)
         _refuse_newer(run.checkpoints, path)
         return path
@@ -193,6 +204,12 @@ def _find_checkpoint(run: Run) -> Path | None:
     if path is not None and config.resume == "never":
         raise ConfigError(f"resume=never, but {path} exists; delete it, take another output_dir, or use resume=auto")
     return _newest_whole(run.checkpoints, config.resume_fallback)
+
+
+def _newest_from(config: TrainConfig, start: Path) -> Path | None:
+    """The newest checkpoint of output_dir, if it is of a run that started from the checkpoint `start`."""
+    newest = checkpoint.latest_complete(Path(config.output_dir) / "checkpoints")
+    return newest if newest is not None and checkpoint.came_from(newest, start) else None
 
 
 def _newest_whole(folder: Path, fall_back: bool) -> Path | None:

@@ -1,10 +1,14 @@
-"""Stop on SIGTERM or SIGINT at the end of a step, on all ranks together."""
+"""Stop on SIGTERM or SIGINT: at the end of a step on all ranks together, or at once where no step is to be finished."""
 
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
+
+from unitok.core.errors import StoppedError
 
 GRACE_SECONDS = 5.0
 
@@ -41,3 +45,31 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+class _Stop(BaseException):
+    """SIGTERM, wherever the process happens to be: no `except` for bad samples or files takes it for one of those."""
+
+
+@contextmanager
+def stopped_by_sigterm(message: str) -> Iterator[None]:
+    """Context that SIGTERM ends at once: what is half done is tidied up on the way out, then StoppedError(message).
+
+    The process is expected to end then: signals after the first are ignored, so that none of a launcher that sends it
+    twice, nor a loader's worker that has heard it too, cuts the tidying up short.
+    """
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        raise _Stop
+
+    in_main = threading.current_thread() is threading.main_thread()  # Python allows handlers only there
+    previous = signal.signal(signal.SIGTERM, stop) if in_main else None
+    try:
+        yield
+    except _Stop:
+        raise StoppedError(message) from None
+    finally:
+        if in_main and signal.getsignal(signal.SIGTERM) is stop:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)

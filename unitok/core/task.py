@@ -77,6 +77,10 @@ class Task(ABC):
         """The names of samples in their source, for messages about a batch."""
         return [str(index) for index in indices]
 
+    def batch_keys(self, batch: Any, indices: list[int], epoch: int) -> list[str]:
+        """The names of the samples that `load_batch` has read for these indices: where one is bad, its stand-in's."""
+        return self.sample_keys(indices, epoch)
+
     def readings(self) -> list[Reading]:
         """The sources that samples come from, whose bad ones the loop counts over all ranks; none: nothing is."""
         return []

@@ -6,6 +6,7 @@ OUT/run/...                         small files that the task made at the start 
 """
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from unitok.core import checkpoint
 from unitok.core.errors import CheckpointError, ConfigError
 from unitok.core.reshard import RUN_FILES, convert
 
+logger = logging.getLogger("unitok")
 NOT_COPIED = {"log.jsonl", ".lock"}
 
 
@@ -42,7 +44,7 @@ def make_universal(source: Path, out: Path) -> Path:
 def _fill(source: Path, partial: Path, state: dict) -> None:
     load = checkpoint._safe_checkpoint_engine().load
     zero = state["config"]["engine"]["zero_stage"] > 0
-    networks = sorted(path.parent.name for path in source.glob(f"*/{checkpoint.TAG}"))
+    networks = sorted(path.parent.name for path in source.glob(f"[!.]*/{checkpoint.TAG}"))
     for name in networks:
         states, target = source / name / checkpoint.TAG, partial / name / checkpoint.TAG
         if not zero:
@@ -57,6 +59,10 @@ def _fill(source: Path, partial: Path, state: dict) -> None:
     text = json.dumps({**state, "universal": zero, "converted_from": source.name}, indent=1)
     (partial / "state.json").write_text(text, encoding="utf-8")
     (partial / RUN_FILES).mkdir()
-    for file in source.resolve().parent.parent.iterdir():
+    run = source.resolve().parent.parent
+    if source.resolve().parent.name != "checkpoints" or not (run / "config.yaml").is_file():
+        logger.warning("%s is not in RUN/checkpoints: a text model that its run made is not copied", source)
+        return
+    for file in run.iterdir():
         if file.is_file() and file.name not in NOT_COPIED:
             shutil.copyfile(file, partial / RUN_FILES / file.name)
