@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unitok.core.errors import DataError
 from unitok.data.classes import ClassSource
-from unitok.data.codes import TEXT_ONLY, CodeSource
+from unitok.data.codes import PREPROCESS, TEXT_ONLY, CodeSource
 from unitok.data.mixtures import Mixed, SourceShare, parse_mixture
 
 _LOGGER = logging.getLogger(__name__)
@@ -22,6 +23,12 @@ class CodeMixture(Mixed[CodeSource]):
     def __init__(self, members: Sequence[CodeSource], shares: Sequence[SourceShare], seed: int = 0) -> None:
         self.name = " + ".join(member.name for member in members)
         self.share_out(members, shares, seed)
+        ways = {member.name: member.header[PREPROCESS] for member in members}
+        if len(set(ways.values())) > 1:
+            raise DataError(
+                f"{self.name}: pictures became squares in different ways ({ways}), and the model would see those of "
+                "chats in one of them; encode them alike (unitok data codes --preprocess)"
+            )
         text_only = sum(member.header[TEXT_ONLY] for member in members)
         self.header = members[0].header | {"count": len(self), TEXT_ONLY: text_only}
 

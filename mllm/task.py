@@ -17,7 +17,7 @@ from unitok.core.task import Network, Task
 from unitok.data.bad import SampleError
 from unitok.data.captions import paraphrase
 from unitok.data.code_mixtures import CodeMixture, open_codes
-from unitok.data.codes import TEXT_ONLY, CodeSample, CodeSource
+from unitok.data.codes import PREPROCESS, TEXT_ONLY, CodeSample, CodeSource
 from unitok.data.conversations import IMAGE_MARK, Turn
 from unitok.data.packing import first_fit_decreasing
 from unitok.data.texts import TextOrder, TextSource
@@ -131,13 +131,16 @@ class MllmTask(Task):
     def build(self) -> dict[str, Network]:
         """The network with the same weights on every rank."""
         config = self.config
-        self._pictures: dict[str, Any] = {}  # how the start's processor treats them
+        # How the processor treats them: as they were for the codes that are read, whatever the start did
+        self._pictures: dict[str, Any] = {"image_preprocess": self.visual.config.preprocess}
         if config.init_from is not None:
             model, processor = load_start(config.init_from, self.visual, config.engine)
             self.text_tokenizer = processor.tokenizer
             self._pictures = {name: getattr(processor, name) for name in ("image_preprocess", "truncate_pixels")}
         else:
             model = self._new_model()
+        if any(getattr(config.data.mixture, kind) > 0 for kind in KINDS if kind not in ("text_to_image", "text")):
+            self._pictures["image_preprocess"] = self.source.header[PREPROCESS]
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
         model.generation_config.image_sampler = config.sampler.model_dump()
         prepare_model(model, config, training_device(config.device))

@@ -5,15 +5,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from test_data_sources import fill_folder
 from test_extract import made
 from tiny import make_tokenizer
 
+from unitok.cli import main
 from unitok.core.errors import DataError
 from unitok.data.bad import SourceError
 from unitok.data.codes import CodeSource
 from unitok.data.shards import write_shard
 from unitok.data.source import open_source
+from unitok.data.transforms import eval_transform
 from unitok.tokenizer.extract import Share, extract_codes
 
 
@@ -105,6 +108,20 @@ def test_codes_of_images_prepared_in_another_way_are_refused(tokenizer, tmp_path
     assert header.pop("preprocess") == "plain"
     (out / "header.json").write_text(json.dumps(header))
     assert CodeSource(out, {"preprocess": "plain"}).header["preprocess"] == "plain"
+
+
+def test_images_are_prepared_as_asked(tmp_path):
+    tokenizer = make_tokenizer(preprocess="inference")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    source = open_source(fill_folder(tmp_path / "f", count=3))
+    command = ["data", "codes", "--tokenizer", str(tmp_path / "tokenizer"), "--shards", str(tmp_path / "f")]
+    for name in ("inference", "padded"):
+        out = tmp_path / name
+        assert main([*command, "--out", str(out), *([] if name == "inference" else ["--preprocess", name])]) == 0
+        codes = CodeSource(out)
+        pixels = torch.stack([eval_transform(source[i].image, tokenizer.config.image_size, name) for i in range(3)])
+        assert torch.equal(torch.stack([codes[i].codes for i in range(3)]), tokenizer.encode(pixels))
+        assert codes.header["preprocess"] == name
 
 
 def test_codes_with_latents_are_not_gone_on_with_without(tokenizer, tmp_path):

@@ -140,6 +140,8 @@ def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
     refused(DataError, "give it to all or none", mixed(folder, f"mix:1={folder}/pairs;{folder}/talks"))
     refused(DataError, "gets no sample of 26", mixed(folder, f"mix:1={folder}/pairs;0.001={folder}/talks"))
     refused(DataError, "gone has no header.json", mixed(folder, f"mix:1={folder}/pairs;1={folder}/gone"))
+    write_codes([codes[0]], tmp_path / "padded", codes.header | {"preprocess": "padded"})
+    refused(DataError, "in different ways .*'padded'", mixed(folder, f"mix:{folder}/pairs;{tmp_path}/padded"))
     task = task_of(folder, tmp_path, mixed(folder))
     with pytest.raises(DataError, match="pairs holds codes without latents"):
         task.source.read_latents()

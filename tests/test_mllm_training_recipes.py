@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -219,18 +220,23 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
     _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
     assert log[1]["loss"] < log[0]["loss"] * 1.5
 
-    # a released model's pictures stay as they are, but it is sampled as it was trained here
+    # drawn pictures stay as a released model's, those of chats are prepared as the codes were that are read here
     for name, changes in {
         "config.json": {"embedder_cache": "released"},
         "processor_config.json": {"image_preprocess": "padded", "truncate_pixels": True},
     }.items():
         file = tmp_path / "export" / name
         file.write_text(json.dumps(json.loads(file.read_text()) | changes))
-    third = task_of(tmp_path, tmp_path / "released", file="next.yaml")
-    third.export({"mllm": third.build()["mllm"].module}, tmp_path / "again")
-    processor = UniTokProcessor.from_pretrained(tmp_path / "again")
-    assert (processor.image_preprocess, processor.truncate_pixels) == ("padded", True)
-    assert processor.config.embedder_cache == "consistent"
+    to_draw = [f"data.mixture.{kind}=0" for kind in ("caption", "plain", "chat")]
+    header = json.loads((folder / "codes" / "header.json").read_text())
+    cut = shutil.copytree(folder / "codes", tmp_path / "cut")
+    (cut / "header.json").write_text(json.dumps(header | {"preprocess": "clip_val"}))
+    for options, preprocess in (([], "plain"), (to_draw, "padded"), ([f"data.codes={cut}"], "clip_val")):
+        third = task_of(tmp_path, tmp_path / "released", *options, file="next.yaml")
+        third.export({"mllm": third.build()["mllm"].module}, tmp_path / "again")
+        processor = UniTokProcessor.from_pretrained(tmp_path / "again")
+        assert (processor.image_preprocess, processor.truncate_pixels) == (preprocess, True)
+        assert processor.config.embedder_cache == "consistent"
 
     for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
         with pytest.raises(ConfigError, match=f"init_from=.* and {option.split('=')[0].split('.')[0]} are both set"):

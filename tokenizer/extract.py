@@ -81,6 +81,7 @@ def extract_codes(
     share: Share | None = None,
     num_workers: int = 0,
     unit_size: int = UNIT_SIZE,
+    preprocess: str | None = None,
 ) -> Path:
     """Encode every image of `source` and write code shards with their header into `out`; its conversations without an
     image come behind, as they are.
@@ -92,11 +93,14 @@ def extract_codes(
     Args:
         latents: with the vectors before quantization, for models that read those (`visual_input: continuous`).
         num_workers: processes that read images ahead. unit_size: images of a code shard where the source is no shards.
+        preprocess: one of `unitok.data.transforms.PREPROCESS` (None: the tokenizer's own). The header says which, and
+            a model that is trained on the codes prepares the pictures of chats in the same way.
 
     Raises:
         DataError: more images than `source.max_bad_fraction` failed, or `out` holds codes of something else.
     """
-    job = _Job(tokenizer, source, CodeFolder(out, _header(tokenizer, latents)), batch_size, num_workers, latents)
+    header = _header(tokenizer, latents, preprocess or tokenizer.config.preprocess)
+    job = _Job(tokenizer, source, CodeFolder(out, header), batch_size, num_workers, latents)
     units, share = units_of(source, unit_size), share or Share()
     own = units[share.rank :: share.world_size]
     failed, total = 0, len(source) + source.num_text_only
@@ -111,7 +115,7 @@ def extract_codes(
     return out
 
 
-def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
+def _header(tokenizer: UniTok, latents: bool, preprocess: str) -> dict[str, Any]:
     config = tokenizer.config
     header = {
         "tokenizer": fingerprint(tokenizer),
@@ -119,7 +123,7 @@ def _header(tokenizer: UniTok, latents: bool) -> dict[str, Any]:
         "codebook_size": config.codebook_size,
         "image_size": config.image_size,
         "num_positions": config.num_positions,
-        PREPROCESS: config.preprocess,
+        PREPROCESS: preprocess,
     }
     return header | ({LATENT_WIDTH: config.code_width} if latents else {})
 
@@ -180,7 +184,7 @@ class _Job:
     def _batches(self, unit: Unit) -> Iterable[list[Any]]:
         """Never across units, so that a unit's bytes are its own."""
         config = self.tokenizer.config
-        images = _Images(self.source, config.image_size, config.preprocess)
+        images = _Images(self.source, config.image_size, self.folder.header[PREPROCESS])
         parts = [
             list(range(start, min(start + self.batch_size, unit.stop)))
             for start in range(unit.start, unit.stop, self.batch_size)

@@ -77,6 +77,7 @@ def codes(arguments: argparse.Namespace) -> int:
             share=share,
             num_workers=arguments.workers,
             unit_size=arguments.unit_size or UNIT_SIZE,
+            preprocess=arguments.preprocess,
         )
     header = out / "header.json"
     if not header.is_file():
@@ -105,6 +106,12 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive_int, default=64)
     parser.add_argument(
         "--latents", action="store_true", help="also the vectors before quantization, for visual_input: continuous"
+    )
+    parser.add_argument(
+        "--preprocess",
+        choices=("plain", "padded", "inference", "vae_val", "clip_val"),
+        help='how images become squares (default: as the tokenizer says); "padded" is what the released model and '
+        "LLaVA's recipe read",
     )
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="processes that read images ahead")
     parser.add_argument(
