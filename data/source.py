@@ -33,6 +33,7 @@ from unitok.data.words import Words, parse_words
 
 _LOGGER = logging.getLogger(__name__)
 _IMAGES = (*IMAGE_EXTENSIONS, *RARE_EXTENSIONS)
+_WORDS = (".txt", ".json")
 SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
 _KNOWN_FORMS = (
     'expected "shapes:train?num=8000&seed=0", a folder, pattern or URL of .tar shards or .parquet files, a folder of '
@@ -138,20 +139,24 @@ class ShardSource(Source):
 
 
 class FolderSource(Source):
-    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json; sub-folders are read too, also where
-    they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json (or .TXT, .Json); sub-folders are read
+    too, also where they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = folder
         self.files: list[Path] = []
+        self._unusual: dict[Path, Path] = {}  # where words are whose ending is not written small: those alone
         others: Counter[str] = Counter()
         try:
             for path, is_folder in walk(folder):
                 suffix = path.suffix.lower()
                 if suffix.lstrip(".") in _IMAGES:
                     self.files.append(path)
-                elif not is_folder and suffix not in (".txt", ".json"):
+                elif not is_folder and suffix in _WORDS:
+                    if path.suffix != suffix:
+                        self._unusual[path.with_suffix(suffix)] = path
+                elif not is_folder:
                     others[printable(suffix) or "no ending"] += 1
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}); folders of images must be") from None
@@ -176,7 +181,8 @@ class FolderSource(Source):
 
     def _beside(self, index: int) -> list[Path]:
         """Where a sample's txt and json are, if there are such."""
-        return [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
+        beside = [self.files[index].with_suffix(suffix) for suffix in _WORDS]
+        return [self._unusual[path] if path in self._unusual and not path.is_file() else path for path in beside]
 
     def _read_words(self, index: int) -> Words:
         beside = (path.read_bytes() if path.is_file() else None for path in self._beside(index))
