@@ -139,7 +139,7 @@ class ShardSource(Source):
 
 
 class FolderSource(Source):
-    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json (or .TXT, .Json); sub-folders are read
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json (or .TXT); sub-folders are read
     too, also where they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:

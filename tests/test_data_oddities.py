@@ -30,3 +30,38 @@ def test_words_beside_images_may_have_endings_of_any_case(tmp_path, caplog):
     before = source.stamp(0)
     (tmp_path / "im0.TXT").write_text("another")
     assert source.stamp(0) != before
+
+
+@pytest.mark.parametrize("ending", ["json", "jsonl"])
+def test_records_without_image_and_conversations_are_bad_samples(tmp_path, ending):
+    """The same in both forms; what stands deeper in a record is meta."""
+    fill_folder(tmp_path, count=1)
+    records = [
+        {"id": 1, "image": "im0.png", "conversations": TALK},
+        {"id": 2, "conversations": TALK, "meta": {"image": "x"}},
+        {"conversations": TALK, "id": 3, "image": "im0.png"},
+        {"id": 4, "caption": "x"},
+        {"id": 5, "meta": {"image": "x"}, "conversations": TALK, "image": "im0.png"},
+        {"id": 6, "score": -1.5e3, "ok": True, "image": None, "conversations": TALK},
+        {"id": 'a "quoted" one', "image": "im0.png", "conversations": TALK},
+    ]
+    text = json.dumps(records) if ending == "json" else "\n".join(map(json.dumps, records))
+    (tmp_path / f"r.{ending}").write_text(text)
+    source = open_source(tmp_path / f"r.{ending}", max_bad_fraction=1.0)
+    assert [source.key(n) for n in range(7)] == ["1", "3", "4", "5", 'a "quoted" one', "2", "6"]
+    assert source.num_text_only == 2 and source.read_words(5).meta["meta"] == {"image": "x"}
+    report = check_source(str(tmp_path / f"r.{ending}"))
+    assert (report.num_bad, report.bad_kinds, report.num_text_only) == (1, {"missing image": 1}, 2)
+
+
+def test_captions_of_parquet_that_are_a_list_and_a_text_are_of_a_wrong_type(tmp_path):
+    """Not letters."""
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    columns = {"image": [encoded(picture(), "PNG")] * 2, "caption": [["a", "b"], ["c"]], "captions": ["text", None]}
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet", max_bad_fraction=1.0)
+    with pytest.raises(SampleError, match="captions is 'text'; expected a list") as caught:
+        source.read(0)
+    assert caught.value.kind == "wrong type" and source.read(1).captions == ["c"]
