@@ -65,3 +65,18 @@ def test_captions_of_parquet_that_are_a_list_and_a_text_are_of_a_wrong_type(tmp_
     with pytest.raises(SampleError, match="captions is 'text'; expected a list") as caught:
         source.read(0)
     assert caught.value.kind == "wrong type" and source.read(1).captions == ["c"]
+
+
+def test_check_lists_all_bad_samples_and_shows_an_example_without_an_image(tmp_path, capsys):
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"id": n, "conversations": TALK}) for n in range(2)))
+    report = check_source(str(tmp_path / "talks.jsonl"))
+    assert report.example["key"] == "0" and report.example["conversation"] == ["user: who?", "assistant: nobody"]
+    assert "size" not in report.example
+    fill_folder(tmp_path, count=1)
+    lines = [{"id": "talk", "conversations": TALK}, *({"image": "gone.png"} for _ in range(1200)), {"image": "im0.png"}]
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert main(["data", "check", str(tmp_path / "bad.jsonl"), "--json", str(tmp_path / "out.json")]) == 1
+    report = json.loads((tmp_path / "out.json").read_text())
+    assert report["num_bad"] == len(report["bad"]) == 1200 and report["example"]["size"] == "8x8"
+    out = capsys.readouterr().out
+    assert "and 1180 more bad ones" in out and out.count("bad sample ") == 20
