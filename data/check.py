@@ -21,8 +21,8 @@ class SourceReport:
     bad: place and reason of all samples that cannot be used, and of shards that are cut off; `bad_kinds` counts them.
     `duplicate_keys` (across shards or records, the first 1000) are told, but not bad. `num_text_only`: of the samples,
     conversations without an image. `image_sizes`: the ten most frequent; `smallest`, `largest`: by pixels.
-    `example`: the first good sample, with an image if any has one. `parts`: of a mixture, each alone. `passed_over`: what stands in
-    image folders and is neither image nor words, by ending.
+    `example`: the first good sample, with an image if any has one. `parts`: of a mixture, each alone. `passed_over`:
+    what stands in image folders and is neither image nor words, by ending.
     """
 
     name: str

@@ -80,3 +80,55 @@ def test_check_lists_all_bad_samples_and_shows_an_example_without_an_image(tmp_p
     assert report["num_bad"] == len(report["bad"]) == 1200 and report["example"]["size"] == "8x8"
     out = capsys.readouterr().out
     assert "and 1180 more bad ones" in out and out.count("bad sample ") == 20
+
+
+def test_a_clear_grey_of_16_bits_is_the_background(tmp_path):
+    """As of 8 bits, where PIL does it."""
+    values = np.array([[4660, 40000]], dtype=np.uint16)
+    Image.fromarray(values).save(tmp_path / "clear.png", transparency=4660)
+    Image.fromarray(values).save(tmp_path / "plain.png")
+    pixels = [np.asarray(decode_image((tmp_path / f"{n}.png").read_bytes(), n))[0, :, 0] for n in ("clear", "plain")]
+    assert pixels[0].tolist() == [255, 156] and pixels[1].tolist() == [18, 156]
+
+
+def test_tiff_of_32_bits_has_no_range():
+    grey = Image.fromarray(np.full((2, 2), 200, dtype=np.int32))
+    with pytest.raises(SampleError, match="not a readable image"):
+        decode_image(encoded(grey, "TIFF"), "a.tif")
+    wide = Image.fromarray(np.full((2, 2), 200 * 257, dtype=np.uint16))
+    for form in ("TIFF", "PPM", "PNG"):
+        assert np.asarray(decode_image(encoded(wide, form), "a")).tolist() == [[[200] * 3] * 2] * 2
+
+
+def test_a_class_may_be_called_train(tmp_path):
+    for name in ("apple", "bus", "train"):
+        fill_folder(tmp_path / "classes" / name, count=1)
+        fill_folder(tmp_path / "splits" / {"apple": "val", "bus": "test"}.get(name, name), count=1)
+    assert open_source(tmp_path / "classes").key(2) == "train/im0"
+    (tmp_path / "splits" / ".cache").mkdir()
+    with pytest.raises(DataError, match="holds splits; name one, such as .*train"):
+        open_source(tmp_path / "splits")
+    assert len(open_source(tmp_path / "splits", split="val")) == 1
+
+
+@pytest.mark.parametrize("weight", ["-1", "nan", "inf", "0", "-1e-3"])
+def test_weights_that_are_no_shares_are_refused(weight):
+    with pytest.raises(DataError, match="mix:.*: weight: Input should be .*; expected {source, weight}"):
+        open_source(f"mix:{weight}=shapes:train;1=shapes:val")
+
+
+def test_weights_may_be_any_positive_number_and_names_hold_an_equals_sign(tmp_path):
+    fill_folder(tmp_path / "a=b", count=4)
+    source = open_source(f"mix:1e0={tmp_path}/a=b; +3={tmp_path}/a=b")
+    assert source.counts == [2, 6]
+    assert len(open_source(f"mix:{tmp_path}/a=b;{tmp_path}/a=b")) == 8
+
+
+def test_shards_with_endings_of_any_case_and_shards_in_a_sub_folder(tmp_path):
+    (shard,) = write_shards([{"__key__": "x", "png": encoded(picture(), "PNG")}], tmp_path / "deep" / "shards")
+    with pytest.raises(DataError, match="1 x .tar; .*deep/shards has .tar files, name that folder") as caught:
+        open_source(tmp_path / "deep")
+    assert "\n" not in str(caught.value)
+    shard.rename(shard.with_name("A.TAR"))
+    for spec in (shard.parent, shard.with_name("A.TAR")):
+        assert open_source(spec).key(0) == "x"
