@@ -11,18 +11,18 @@ from unitok.data.samples import Sample, Source
 from unitok.data.source import open_source
 from unitok.data.words import Words
 
-_LISTED = 1000  # duplicate keys and bad samples that are named; all are counted
+_LISTED = 1000  # duplicate keys that are named; all are counted
 
 
 @dataclass
 class SourceReport:
     """What a source holds.
 
-    bad: place and reason of samples that cannot be used, and of shards that are cut off (the first 1000); `bad_kinds`
-    counts all of them. `duplicate_keys` (across shards or records) are told, but not bad. `num_text_only`: of the
-    samples, conversations without an image. `image_sizes`: the ten most frequent; `smallest`, `largest`: by pixels.
-    `example`: the first good sample with an image. `parts`: of a mixture, each alone. `passed_over`: what stands in
-    image folders and is neither image nor words, by ending.
+    bad: place and reason of all samples that cannot be used, and of shards that are cut off; `bad_kinds` counts them.
+    `duplicate_keys` (across shards or records, the first 1000) are told, but not bad. `num_text_only`: of the samples,
+    conversations without an image. `image_sizes`: the ten most frequent; `smallest`, `largest`: by pixels.
+    `example`: the first good sample, with an image if any has one. `parts`: of a mixture, each alone. `passed_over`:
+    what stands in image folders and is neither image nor words, by ending.
     """
 
     name: str
@@ -128,22 +128,22 @@ def _count_sample(source: Source, index: int, report: SourceReport, counts: _Cou
     counts.types.update(question.type for question in sample.questions)
     if isinstance(sample, Sample):
         counts.sizes[sample.image.size] += 1
-        report.example = report.example or _example(sample, source.place(index))
+    # of a mixture, members with images may come behind one without
+    if not report.example or (has_image and "size" not in report.example):
+        report.example = _example(sample, source.key(index), source.place(index))
 
 
 def _note_bad(report: SourceReport, counts: _Counts, place: str, reason: str, kind: str) -> None:
     report.num_bad += 1
     counts.kinds[kind] += 1
-    if len(report.bad) < _LISTED:
-        report.bad.append((place, reason))
+    report.bad.append((place, reason))
 
 
-def _example(sample: Sample, place: str) -> dict[str, Any]:
-    words: Words = sample
+def _example(words: Words, key: str, place: str) -> dict[str, Any]:
     found = {
-        "key": sample.key,
+        "key": key,
         "place": place,
-        "size": f"{sample.image.width}x{sample.image.height}",
+        "size": f"{words.image.width}x{words.image.height}" if isinstance(words, Sample) else "",
         "captions": [text[:200] for text in words.captions[:3]],
         "questions": [f"{item.question} -> {item.answer}"[:200] for item in words.questions[:3]],
         "conversation": [f"{turn.role}: {turn.content}"[:200] for turn in (words.conversations or [[]])[0][:4]],

@@ -150,13 +150,17 @@ def _orientation(file: Image.Image) -> int:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB of any mode; what is transparent becomes white, and 16 bits become 8. ValueError for floating point."""
+    """RGB of any mode; what is transparent becomes white, and 16 bits become 8. ValueError for floating point, and for
+    the 32 bits that TIFF has."""
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "F":
         raise ValueError("an image of floating point numbers has no range of its own; convert it to 8 or 16 bits")
+    if image.mode == "I" and image.format == "TIFF":  # of PGM and PNG that mode holds 16 bits
+        raise ValueError("an image of 32-bit or signed numbers has no range of its own; convert it to 8 or 16 bits")
     if image.mode.startswith("I"):  # PIL would cut everything above 255
-        grey = np.asarray(image, dtype=np.float64) / 257
+        values = np.asarray(image, dtype=np.float64)
+        grey = np.where(values == image.info.get("transparency"), 65535, values) / 257
         return Image.fromarray(np.rint(grey).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

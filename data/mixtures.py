@@ -5,7 +5,6 @@ equal number in every epoch. Each member goes round: counted after any number of
 more than once oftener than another. The order of `unitok.core.sampling` shuffles the members' places.
 """
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -23,7 +22,6 @@ from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.words import Words
 
 _PREFIX = "mix:"
-_WEIGHTED = re.compile(r"^\s*(\d+\.?\d*|\.\d+)=(.+)$", re.DOTALL)
 _YAML = (".yaml", ".yml")
 
 
@@ -184,10 +182,11 @@ def parse_mixture(spec: Any) -> list[SourceShare] | None:
 
 
 def _parse_part(part: str, text: str) -> dict[str, Any]:
-    found = _WEIGHTED.match(part)
-    if found is None:
+    weight, _, source = part.partition("=")
+    try:
+        return {"source": source.strip(), "weight": float(weight)} if source else {"source": part.strip()}
+    except ValueError:  # a name that holds an =
         return {"source": part.strip()}
-    return {"source": found[2].strip(), "weight": float(found[1])}
 
 
 def _read_yaml(path: Path) -> Any:

@@ -120,7 +120,7 @@ class ParquetSource(Source):
             data.pop("id", None)
         if "caption" not in data:
             data["caption"] = next((data.pop(name) for name in _CAPTION_COLUMNS if name in data), None)
-        if isinstance(data["caption"], list):
+        if isinstance(data["caption"], list) and isinstance(data.get("captions", []), list):
             data["captions"] = [*data.pop("caption"), *data.get("captions", [])]
         return words_from_json(data, self.place(index))
 

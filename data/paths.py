@@ -9,6 +9,15 @@ from unitok.core.errors import DataError
 from unitok.data.bad import is_of_the_file
 
 
+def files_ending(folder: Path, ending: str) -> list[Path]:
+    """What stands in a folder under names that end so, in any case, sorted."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.name.lower().endswith(ending))
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read ({error.strerror}); folders of data must be") from None
+
+
 def printable(name: str) -> str:
     r"""A file's name as Unicode, for keys: bytes that are not UTF-8 become \xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

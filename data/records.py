@@ -23,7 +23,8 @@ from unitok.data.samples import Source
 from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
 _LOGGER = logging.getLogger(__name__)
-_HAS_IMAGE = re.compile(rb'"image"\s*:\s*[^\sn]')  # anything but null
+# An image behind nothing but plain values, as LLaVA's: deeper ones are somebody's meta.
+_HAS_IMAGE = re.compile(rb'\s*\{\s*(?:"[^"\\]*"\s*:\s*(?:"[^"\\]*"|[\w.+-]+)\s*,\s*)*"image"\s*:\s*[^\sn]')
 
 
 class RecordSource(Source):
@@ -136,21 +137,15 @@ class JsonlSource(RecordSource):
 
 class LlavaSource(RecordSource):
     """LLaVA's list of {"id", "image"?, "conversations"} in one JSON file. Records with neither image nor conversations
-    are left out."""
+    are bad samples, as in JSON lines."""
 
     def __init__(self, path: Path, images: Path | None, max_bad_fraction: float) -> None:
         super().__init__(path, images, max_bad_fraction)
         records = _load_list(path)
-        kept = [record for record in records if not _lacks_image(record) or record.get("conversations")]
-        if len(kept) < len(records):
-            left_out, total = len(records) - len(kept), len(records)
-            _LOGGER.warning(
-                "%s: %d of %d records have neither image nor conversations and are left out", path, left_out, total
-            )
-        if not kept:
+        if all(_lacks_image(record) and not record.get("conversations") for record in records):
             raise DataError(f"{path}: none of {len(records)} records can be used; expected LLaVA's instruction file")
-        self._set_text_only(np.array([_lacks_image(record) for record in kept]))
-        lines = [json.dumps(record).encode() for record in kept]
+        self._set_text_only(np.array([_is_conversation_alone(record) for record in records]))
+        lines = [json.dumps(record).encode() for record in records]
         self._ends = np.cumsum([len(line) for line in lines])
         self._text = b"".join(lines)
 
@@ -192,13 +187,13 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _is_text_only(line: bytes) -> bool:
     """Whether it is a conversation without an image."""
-    if _HAS_IMAGE.search(line):  # nearly all lines, which are not parsed for this
+    if b'"conversations"' not in line or _HAS_IMAGE.match(line):  # nearly all lines, which are not parsed for this
         return False
     try:
         record = load_json_object(text_of(line, ""), "")
     except SampleError:  # told when it is read
         return False
-    return _lacks_image(record) and bool(record.get("conversations"))
+    return _is_conversation_alone(record)
 
 
 def _load_list(path: Path) -> list[Any]:
@@ -213,3 +208,7 @@ def _load_list(path: Path) -> list[Any]:
 
 def _lacks_image(record: Any) -> bool:
     return isinstance(record, dict) and record.get("image") is None
+
+
+def _is_conversation_alone(record: Any) -> bool:
+    return _lacks_image(record) and bool(record.get("conversations"))

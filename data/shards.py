@@ -14,7 +14,7 @@ import numpy as np
 
 from unitok.core.errors import DataError
 from unitok.data.bad import SourceError
-from unitok.data.paths import matching_files
+from unitok.data.paths import files_ending, matching_files
 from unitok.data.shard_index import index_shards
 from unitok.data.tar_table import TarTable
 
@@ -258,7 +258,7 @@ def expand_shards(spec: Path | str | Sequence[Path | str]) -> list[Path]:
     if not isinstance(spec, Path | str):
         paths = [Path(item) for item in spec]
     elif os.path.isdir(spec):
-        paths = sorted(Path(spec).glob("*.tar"))
+        paths = files_ending(Path(spec), ".tar")
     else:
         paths = matching_files(str(spec))
     missing = [str(path) for path in paths if not path.is_file()]

@@ -22,7 +22,7 @@ from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
-from unitok.data.paths import file_stamp, printable, walk
+from unitok.data.paths import file_stamp, files_ending, printable, walk
 from unitok.data.records import open_records
 from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
@@ -33,6 +33,8 @@ from unitok.data.words import Words, parse_words
 
 _LOGGER = logging.getLogger(__name__)
 _IMAGES = (*IMAGE_EXTENSIONS, *RARE_EXTENSIONS)
+_SPLITS = ("train", "val", "valid", "validation", "dev", "test")  # what folders of splits are called
+_WORDS = (".txt", ".json")
 SHAPES_DEFAULTS = {"num": 16000, "seed": 0, "size": BASE_SIZE}
 _KNOWN_FORMS = (
     'expected "shapes:train?num=8000&seed=0", a folder, pattern or URL of .tar shards or .parquet files, a folder of '
@@ -138,20 +140,27 @@ class ShardSource(Source):
 
 
 class FolderSource(Source):
-    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json; sub-folders are read too, also where
-    they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
+    """A folder of NAME.png (or jpg, webp), optionally with NAME.txt and NAME.json (or .TXT); sub-folders are read
+    too, also where they are links. What is neither image nor words is counted in `passed_over`, by its ending."""
 
     def __init__(self, folder: Path, max_bad_fraction: float) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = folder
         self.files: list[Path] = []
+        self._unusual: dict[Path, Path] = {}  # where words are whose ending is not written small: those alone
         others: Counter[str] = Counter()
+        elsewhere = ""
         try:
             for path, is_folder in walk(folder):
                 suffix = path.suffix.lower()
                 if suffix.lstrip(".") in _IMAGES:
                     self.files.append(path)
-                elif not is_folder and suffix not in (".txt", ".json"):
+                elif not is_folder and suffix in _WORDS:
+                    if path.suffix != suffix:
+                        self._unusual[path.with_suffix(suffix)] = path
+                elif not is_folder:
+                    if suffix in (".tar", ".parquet"):  # in sub-folders: see open_source
+                        elsewhere = elsewhere or f"; {path.parent} has {suffix} files, name that folder"
                     others[printable(suffix) or "no ending"] += 1
         except OSError as error:
             raise DataError(f"{error.filename} cannot be read ({error.strerror}); folders of images must be") from None
@@ -160,7 +169,9 @@ class FolderSource(Source):
         seen = ", ".join(f"{count} x {kind}" for kind, count in self.passed_over.items())
         if not self.files:
             there = f"; it holds {seen}" if seen else ""
-            raise DataError(f"{folder} holds no image ({', '.join(_IMAGES)}) and no .tar{there}; {_KNOWN_FORMS}")
+            raise DataError(
+                f"{folder} holds no image ({', '.join(_IMAGES)}) and no .tar{there}{elsewhere}; {_KNOWN_FORMS}"
+            )
         if seen:
             _LOGGER.warning("%s: files passed over, which are neither images nor words: %s", folder, seen)
 
@@ -176,7 +187,8 @@ class FolderSource(Source):
 
     def _beside(self, index: int) -> list[Path]:
         """Where a sample's txt and json are, if there are such."""
-        return [self.files[index].with_suffix(suffix) for suffix in (".txt", ".json")]
+        beside = [self.files[index].with_suffix(suffix) for suffix in _WORDS]
+        return [self._unusual[path] if path in self._unusual and not path.is_file() else path for path in beside]
 
     def _read_words(self, index: int) -> Words:
         beside = (path.read_bytes() if path.is_file() else None for path in self._beside(index))
@@ -256,14 +268,16 @@ def _open_one(text: str, split: str | None, max_bad_fraction: float) -> Source:
 
 
 def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Source:
-    if next(path.glob("*.tar"), None) is not None:  # img2dataset writes notes in .parquet beside them
+    if files_ending(path, ".tar"):  # img2dataset writes notes in .parquet beside them
         return ShardSource(str(path), max_bad_fraction)
-    tables = sorted(path.glob("*.parquet"))
+    tables = files_ending(path, ".parquet")
     if tables:
         # the datasets library names its files SPLIT-00000-of-00002.parquet
-        wanted = f"{split}-*.parquet" if split and any(p.name.startswith(f"{split}-") for p in tables) else "*.parquet"
-        return ParquetSource(str(path / wanted), max_bad_fraction, sorted(path.glob(wanted)))
-    if not any(item.is_file() for item in path.iterdir()) and (path / "train").is_dir():
+        of_split = [file for file in tables if split and file.name.startswith(f"{split}-")]
+        wanted = f"{split}-*.parquet" if of_split else "*.parquet"
+        return ParquetSource(str(path / wanted), max_bad_fraction, of_split or tables)
+    shown = (item for item in path.iterdir() if not item.name.startswith("."))
+    if (path / "train").is_dir() and all(item.name in _SPLITS and item.is_dir() for item in shown):
         raise DataError(f"{path} holds splits; name one, such as {path / 'train'}")
     return FolderSource(path, max_bad_fraction)
 

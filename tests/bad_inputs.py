@@ -127,6 +127,7 @@ def image_rows() -> list[Row]:
         Row("svg named png", {"png": b'<svg xmlns="http://www.w3.org/2000/svg"/>'}, bad="unreadable image"),
         Row("eps named jpg, a program", {"jpg": encoded(same, "EPS")}, bad="unreadable image"),
         Row("numbers of floating point", {"png": encoded(picture("F"), "TIFF")}, bad="unreadable image"),
+        Row("numbers of 32 bits", {"png": encoded(picture("I"), "TIFF")}, bad="unreadable image"),
         Row("png named jpg", {"jpg": png}, same),
         Row("jpeg named png", {"png": jpeg}, same),
         Row("webp named jpg", {"jpg": lossless}, same),

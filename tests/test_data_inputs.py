@@ -70,11 +70,11 @@ def test_llava_json_is_a_source(tmp_path, caplog):
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     source = open_source(f"{tmp_path}/llava.json?images={tmp_path}/coco", max_bad_fraction=1.0)
-    assert len(source) == 4 and "1 of 6 records have neither image nor conversations" in caplog.text
-    assert source.num_text_only == 1 and source.place(4).endswith("record 1")
-    assert [source.key(n) for n in range(4)] == ["a", "7", "c", "d"]
+    assert len(source) == 5 and source.num_text_only == 1 and source.place(5).endswith("record 1")
+    assert [source.key(n) for n in range(5)] == ["a", "nothing", "7", "c", "d"]
     assert source[0].conversations[0][1].content == "a square" and source[0].meta == {"id": "a"}
-    assert [source[n].key for n in (1, 2, 3)] == ["a"] * 3 and len(pickle.loads(pickle.dumps(source))) == 4  # noqa: S301
+    assert [source[n].key for n in (1, 2, 3, 4)] == ["a"] * 4 and len(pickle.loads(pickle.dumps(source))) == 5  # noqa: S301
+    assert "record 2 has no image path" in source.bad[1]
     beside = [{"image": "coco/train/1.jpg", "conversations": TALK}]
     (tmp_path / "beside.json").write_text(json.dumps(beside))
     assert open_source(tmp_path / "beside.json")[0].image.size == (24, 16)
