@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from unitok.data.bad import SampleError, is_of_the_file
+from unitok.data.bad import SampleError, is_of_the_file, patiently
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 RARE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "pgm")  # read as well
@@ -73,7 +73,7 @@ def read_file(path: Path | str) -> bytes:
 
 def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads an image file as RGB; UserError naming the file when it is missing or not an image."""
-    return decode_image(read_file(path), str(path), max_pixels)
+    return decode_image(patiently(lambda: read_file(path), lambda: "an image"), str(path), max_pixels)
 
 
 def decode_image(data: bytes, name: str, max_pixels: int = MAX_PIXELS) -> Image.Image:

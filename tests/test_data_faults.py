@@ -194,3 +194,13 @@ def test_a_disk_that_fills_at_the_log_or_the_header_is_told_in_one_line(
     assert files.keys() <= {"codes-00000.tar", "codes-00000.json", "extract-rank0.jsonl"}
     extract_codes(tokenizer, source, out, 2, progress=False)
     assert (out / "header.json").is_file()
+
+
+def test_a_single_picture_is_tried_again_too(sources, monkeypatch):
+    """As `unitok chat` reads them: one line, not a traceback."""
+    with monkeypatch.context() as patched:
+        failing(patched, 3)
+        assert [decoding.load_image(sources / "folder" / f"im{n}.png").width for n in range(4)] == [8, 9, 10, 11]
+    failing(monkeypatch, 99)
+    with pytest.raises(SourceError, match="errno 5"):
+        [decoding.load_image(sources / "folder" / f"im{n}.png") for n in range(4)]
