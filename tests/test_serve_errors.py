@@ -76,6 +76,15 @@ def cut_png() -> bytes:
     return buffer.getvalue()[:-800]
 
 
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes `count` times."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, format="JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 def shown(*urls, text="what color is the circle?"):
     return chat(messages=question(text, *urls))
 
@@ -147,6 +156,7 @@ BAD = {
     "no picture": (shown(url_of(b"nothing of a picture")), 400, "invalid_image", "messages.0.content.0.image_url"),
     "empty picture": (shown("data:image/png;base64,"), 400, "invalid_image", "readable"),
     "half a picture": (shown(url_of(cut_png())), 400, "invalid_image", "readable"),
+    "many scans": (shown(url_of(jpeg_of_scans(200), "image/jpeg")), 400, "invalid_image", "100 scans"),
     "image by the assistant": (
         chat(messages=[*question("red"), question("x", data_url(picture()))[0] | {"role": "assistant"},
                        *question("red")]), 400, "invalid_message", "user messages only",
@@ -193,6 +203,11 @@ def test_a_body_that_is_not_the_right_json(client, case):
     assert response.status_code == status, response.text
     assert error_of(response)["code"].startswith(code)
     assert client.get("/health").status_code == 200
+
+
+def test_an_ordinary_progressive_jpeg_is_seen(client):
+    path, body = shown(url_of(jpeg_of_scans(1), "image/jpeg"))
+    assert client.post(path, json=body).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["\x00", "\u0301" * 100, "\U0001f600 \u05d0", "</s><s>", "\u2581", "USER: ASSISTANT:"])
