@@ -11,7 +11,10 @@ import httpx
 import pytest
 from PIL import Image
 from pipelines import make_pipeline, picture
+from pydantic import ValidationError
 from serving import CHAT, chat, data_url, error_of, question, running
+
+from unitok.serve.schemas import ChatRequest
 
 pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
 KEY = "a-key-of-tests"
@@ -203,6 +206,33 @@ def test_a_body_that_is_not_the_right_json(client, case):
     assert response.status_code == status, response.text
     assert error_of(response)["code"].startswith(code)
     assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (chat()[1], "x0"),
+        ({"messages": [{"role": "user", "content": "red"}]}, "messages.0.x0"),
+        ({"messages": question("red")}, "messages.0.content.0.x0"),
+        ({"messages": question("red", "data:")}, "messages.0.content.0.image_url.x0"),
+    ],
+)
+def test_many_unknown_keys_are_one_error(body, param):
+    inner = body = json.loads(json.dumps({"model": "tiny"} | body))
+    for part in param.split(".")[:-1]:
+        inner = inner[int(part) if part.isdecimal() else part]
+    inner |= {f"x{number}": 0 for number in range(100_000)}
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(**body)
+    *rest, last = error.value.errors()
+    assert last["type"] == "extra_forbidden" and last["loc"][-1] == "x0" and len(rest) < 2
+
+
+def test_of_many_wrong_messages_and_parts_the_first_is_told():
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "x": 1}] * 256}] * 256}
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(**body)
+    assert len(error.value.errors()) <= 3
 
 
 def test_an_ordinary_progressive_jpeg_is_seen(client):
