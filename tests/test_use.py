@@ -316,6 +316,8 @@ def test_a_drawing_that_is_stopped(pipe, here, monkeypatch):
         ("/image notes.txt", "cannot read image 'notes.txt'"),
         ("/image red.png what is it?", "'what is it\\?' names no picture"),
         ("./absent.png", "cannot read image 'absent.png'"),
+        ("file://[bad/x.png", "no address of a file"),
+        ("/image file://[x", "no address of a file"),
         ("what is <image>?", "<image>"),
     ],
 )
@@ -331,11 +333,21 @@ def test_files_that_cannot_be_written(pipe, here):
     conversation.take("two")
     for line, message in (
         ("/save red.png", "is there already; name another"),
+        ("/save a\0b.json", "cannot be a file's name"),
         ("/save red.png/talk.json", r"cannot be written \((File exists|Not a directory)"),
         ("/generate red", r"cannot be written \(.*\); give --out a folder"),
     ):
         with pytest.raises(UserError, match=message):
             conversation.take(line)
+
+
+def test_a_new_conversation_does_not_replace_the_file_of_the_former(pipe, here):
+    conversation = Conversation(pipe.new_session(), [], max_new_tokens=2)
+    for line in ("red", "/save talk.jsonl", "two", "/save talk.jsonl", "/reset", "yes"):
+        conversation.take(line)
+    with pytest.raises(UserError, match="is there already"):
+        conversation.take("/save talk.jsonl")
+    assert len(json.loads(Path("talk.jsonl").read_text())["conversations"]) == 4
 
 
 def test_quit_leaves_whatever_its_case(pipe, monkeypatch):
