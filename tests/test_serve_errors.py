@@ -1,6 +1,7 @@
 """Requests that cannot be answered: each gets its status and message, and the next request its answer."""
 
 import base64
+import gzip
 import io
 import json
 import socket
@@ -108,6 +109,8 @@ BAD = {
     "no messages": (chat(messages=[]), 422, "invalid_value", "at least 1"),
     "messages as text": (chat(messages="hi"), 422, "invalid_value", "valid list"),
     "unknown role": (said("tool"), 422, "invalid_value", "role"),
+    "no content": (chat(messages=[{"role": "user", "content": []}]), 422, "invalid_value", "at least 1"),
+    "five stops": (chat(stop=["a", "b", "c", "d", "e"]), 422, "invalid_value", "at most 4"),
     "content of a number": (chat(messages=[{"role": "user", "content": 3}]), 422, "invalid_value", "content"),
     "unknown part": (
         chat(messages=[{"role": "user", "content": [{"type": "audio"}]}]), 422, "invalid_value", "'text', 'image_url'",
@@ -136,7 +139,8 @@ BAD = {
     "other size": (image(size="1024x1024"), 400, "invalid_size", "32x32 only"),
     # over-long
     "too many characters": (chat(messages=question("red " * 600)), 400, "context_length_exceeded", "2400"),
-    "too many ids": (chat(messages=question("blue green " * 150)), 400, "invalid_request", "reads"),
+    "too many ids": (chat(messages=question("blue green " * 150)), 400, "context_length_exceeded", "reads"),
+    "a prompt of too many ids": (image(prompt="blue green " * 150), 400, "context_length_exceeded", "reads"),
     "a long prompt": (image(prompt="red " * 600), 400, "context_length_exceeded", "2000"),
     "too many tokens": (chat(max_tokens=65), 400, "max_tokens_too_large", "64"),
     "too many answers": (chat(n=5), 400, "n_too_large", "at most 4"),
@@ -186,9 +190,9 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, case):
 
 RAW = {
     "no JSON": (b"{", "application/json", 400, "invalid_json"),
-    "no UTF-8": (b'{"model": "\xff"}', "application/json", 400, ""),
-    "deep JSON": (b"[" * 90_000, "application/json", 400, ""),
-    "long number": (b'{"seed": ' + b"9" * 9000 + b"}", "application/json", 400, ""),
+    "no UTF-8": (b'{"model": "\xff"}', "application/json", 400, "invalid_json"),
+    "deep JSON": (b"[" * 90_000, "application/json", 400, "invalid_json"),
+    "long number": (b'{"seed": ' + b"9" * 9000 + b"}", "application/json", 400, "invalid_json"),
     "nothing": (b"", "application/json", 422, "missing_parameter"),
     "NaN": (json.dumps(image(guidance=float("nan"))[1]).encode(), "application/json", 422, ""),
     "infinite": (json.dumps(image(temperature=float("inf"))[1]).encode(), "application/json", 422, ""),
@@ -233,6 +237,16 @@ def test_of_many_wrong_messages_and_parts_the_first_is_told():
     with pytest.raises(ValidationError) as error:
         ChatRequest(**body)
     assert len(error.value.errors()) <= 3
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+def test_a_packed_body_is_refused(client, encoding, status):
+    path, body = chat()
+    packed = gzip.compress(json.dumps(body).encode()) if encoding == "gzip" else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    response = client.post(path, content=packed, headers=headers)
+    assert response.status_code == status, response.text
+    assert status == 200 or error_of(response)["code"] == "unsupported_media_type"
 
 
 def test_an_ordinary_progressive_jpeg_is_seen(client):

@@ -131,6 +131,8 @@ class Guard:
     async def _json(self, headers: Headers, receive: Receive) -> bytes:
         """The body, which must be said to be JSON as it is; ApiError 415, or of `_body`."""
         body = await self._body(headers, receive)
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ApiError(415, "unsupported_media_type", "Content-Encoding: send the body as it is, not packed")
         if body and not _is_json(headers):
             raise ApiError(415, "unsupported_media_type", "the body must be JSON, with Content-Type: application/json")
         return body
