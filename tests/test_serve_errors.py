@@ -285,6 +285,14 @@ def test_unknown_paths_methods_and_hosts(client):
     assert client.get("/health", headers={"Host": "127.0.0.1:99"}).status_code == 200
 
 
+@pytest.mark.parametrize("path", ["/", "/health", "/style.css", "/v1/models", "/v1/models/tiny", "/openapi.json"])
+def test_head_is_get_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == 200 and head.content == b"" and int(head.headers["content-length"]) > 0
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head(CHAT).status_code == 405
+
+
 def test_files_of_the_package_are_not_served(client):
     for path in ("/../settings.py", "/%2e%2e/settings.py", "/web/index.html", "/app.py"):
         assert client.get(path).status_code == 404

@@ -44,6 +44,8 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server, which has its own scope, leaves the body out
+            scope = {**scope, "method": "GET"}
         start, status = time.monotonic(), 500
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
