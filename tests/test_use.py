@@ -1,6 +1,7 @@
 """`unitok generate`, `reconstruct` and conversations: files, what they say about themselves, and refusals."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipelines import make_pipeline, picture
 from unitok import __version__
 from unitok.cli import main
 from unitok.commands.chat import Conversation, converse
+from unitok.commands.generate import prompts_of
 from unitok.core.errors import UserError
 from unitok.core.pretrained import load_model_folder
 from unitok.data.source import open_source
@@ -142,6 +144,8 @@ def test_progress_is_for_terminals(model, here, capsys):
         (["--seeds", "1,x"], "--seeds: '1,x': expected whole numbers, as in 3,5,9"),
         (["--seeds", "1,1"], "names a seed twice"),
         (["--seeds", "1,2", "--num", "2"], "without --seed and --num"),
+        (["--num", "1000000000"], "1000000000 images: expected at most 10000 (with --from-file"),
+        (["--num", "10001", "--seeds", "1"], "10001 images"),
         (["--grid", "grid.jpg"], "--grid grid.jpg: expected a file ending in .png"),
         (["--grid", "folder"], "--grid folder: expected"),
         (["--out", "a.png", "--grid", "./a.png"], "is also the file of an image"),
@@ -153,6 +157,18 @@ def test_mistakes_in_generate(model, here, capsys, options, message):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert sorted(path.name for path in here.iterdir()) == ["my blue.png", "red.png"]
+
+
+def test_prompts_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred circle\r\n\r\n two \n")
+    assert prompts_of(str(tmp_path / "prompts.txt")) == ["red circle", "two"]
+
+
+def test_more_pictures_of_a_file_than_there_can_be(model, here, capsys):
+    Path("prompts.txt").write_text("red\ntwo\n")
+    options = ["--num", "500001", "--model", str(model), "--out", "many"]
+    assert main(["generate", "--from-file", "prompts.txt", *options]) == 2
+    assert "1000002 images: expected at most 1000000; make" in capsys.readouterr().err and not Path("many").exists()
 
 
 def test_the_model_that_comes_with_the_repository_is_found_from_elsewhere(here, monkeypatch):
@@ -167,6 +183,25 @@ def test_the_model_that_comes_with_the_repository_is_found_from_elsewhere(here, 
 
 
 # ---- reconstruct
+
+
+def test_pictures_are_not_all_in_memory(model, here, monkeypatch):
+    from unitok.data import transforms
+
+    load, seen = transforms.load_image, []
+
+    def loaded(path):
+        assert sum(one() is not None for one in seen) < 2
+        image = load(path)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(transforms, "load_image", loaded)
+    tokenizer = ["--tokenizer", str(model / "visual_tokenizer")]
+    assert main(["reconstruct", *["red.png", "my blue.png"] * 3, *tokenizer, "--out", "pairs"]) == 0
+    Path("bad.png").write_bytes(b"nothing")
+    assert main(["reconstruct", "red.png", "bad.png", *tokenizer, "--out", "none"]) == 2
+    assert not list(here.glob("none/*")), "looked at before the work"
 
 
 def test_pairs_with_psnr(model, here, capsys):
