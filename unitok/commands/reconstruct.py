@@ -47,9 +47,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
     tokenizer = load_model_folder(UniTok, arguments.tokenizer, dtype=torch.float32).eval()
     pairs, figures = [], []
     for number, name in enumerate(arguments.images):
-        pixels = eval_transform(
-            load_image(Path(name)), tokenizer.config.image_size, tokenizer.config.preprocess
-        ).unsqueeze(0)
+        image = load_image(Path(name))
+        pixels = eval_transform(image, tokenizer.config.image_size, tokenizer.config.preprocess).unsqueeze(0)
         with torch.no_grad():
             again = tokenizer.reconstruct(pixels)
         pair = [to_pil(pixels[0]), to_pil(again[0])]
