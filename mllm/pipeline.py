@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from unitok.core.distributed import inference_device
-from unitok.core.errors import UserError
+from unitok.core.errors import ContextError, UserError
 from unitok.core.pretrained import check_model_folder, load_model_folder
 from unitok.core.texts import check_unicode
 from unitok.data.conversations import IMAGE_MARK
@@ -177,12 +177,12 @@ class UniTokPipeline:
         )
 
     def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:
-        """UserError when a prompt and its `new` ids do not fit the backbone; a warning when its text (of a
+        """ContextError when a prompt and its `new` ids do not fit the backbone; a warning when its text (of a
         conversation: the last turn) has unknown words."""
         limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
         for row, text in zip(rows, texts, strict=True):
             if limit is not None and len(row) + new > limit:
-                raise UserError(
+                raise ContextError(
                     f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
                 )
             tokenizer = self.processor.tokenizer

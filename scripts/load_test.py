@@ -4,7 +4,9 @@ answer.
     python scripts/load_test.py --model runs/demo/model --clients 32 --seconds 60
 
 First every request of a list is asked alone, twice: what it gets is what it must get under load. Then one client asks
-for a quarter of the time, then all of them. Exit code 1 when an answer was wrong or lost, or anything but 429 refused.
+for a quarter of the time, then all of them, every second of which has its conversations streamed. Exit code 1 when an
+answer was wrong or lost, or anything but 429 refused; with --least-ratio and --most-growth also when it was too slow or
+took too much memory.
 """
 
 import argparse
@@ -18,6 +20,7 @@ import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +46,24 @@ class Ask:
     body: dict[str, Any]
     expected: Any = None
 
-    def answer(self, data: dict[str, Any]) -> Any:
-        if self.path.endswith("completions"):
+    @property
+    def is_chat(self) -> bool:
+        return self.path.endswith("completions")
+
+    def answer(self, text: str, stream: bool = False) -> Any:
+        """What an answer's body says; None for a stream that broke off."""
+        if stream:
+            events = [line.removeprefix("data: ") for line in text.splitlines() if line]
+            if events[-1:] != ["[DONE]"]:
+                return None
+            return "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events[:-1])
+        data = json.loads(text)
+        if self.is_chat:
             return data["choices"][0]["message"]["content"]
         return [np.asarray(Image.open(io.BytesIO(base64.b64decode(one["b64_json"])))) for one in data["data"]]
 
     def fits(self, answer: Any) -> bool:
-        if isinstance(answer, str) or isinstance(self.expected, str):
+        if answer is None or isinstance(answer, str) or isinstance(self.expected, str):
             return answer == self.expected
         return len(answer) == len(self.expected) and all(
             np.abs(one.astype(int) - other).max() <= LEVELS for one, other in zip(answer, self.expected, strict=True)
@@ -92,11 +106,11 @@ def requests(seed: int, pictures: bool) -> list[Ask]:
     return asks
 
 
-async def ask_once(client: httpx.AsyncClient, one: Ask, outcome: Outcome, asks: list[Ask]) -> None:
+async def ask_once(client: httpx.AsyncClient, one: Ask, outcome: Outcome, asks: list[Ask], stream: bool) -> None:
     """One request, counted as right, crossed (another's answer), wrong, refused (429) or by its status."""
-    start = time.monotonic()
+    start, stream = time.monotonic(), stream and one.is_chat
     try:
-        response = await client.post(one.path, json=one.body)
+        response = await client.post(one.path, json=one.body | ({"stream": True} if stream else {}))
     except httpx.HTTPError as error:
         outcome.counts[f"lost: {type(error).__name__}"] += 1
         return
@@ -108,7 +122,7 @@ async def ask_once(client: httpx.AsyncClient, one: Ask, outcome: Outcome, asks: 
         outcome.counts[f"status {response.status_code}"] += 1
         return
     outcome.latencies.append(time.monotonic() - start)
-    answer = one.answer(response.json())
+    answer = one.answer(response.text, stream)
     if one.fits(answer):
         outcome.counts["right"] += 1
     else:
@@ -122,7 +136,7 @@ async def phase(url: str, asks: list[Ask], clients: int, seconds: float, seed: i
     async def client_of(number: int) -> None:
         rng = numpy_rng("load", seed, number)
         while time.monotonic() - start < seconds:
-            await ask_once(client, asks[int(rng.integers(len(asks)))], outcome, asks)
+            await ask_once(client, asks[int(rng.integers(len(asks)))], outcome, asks, stream=number % 2 == 1)
 
     async def watch() -> None:
         while True:
@@ -147,7 +161,7 @@ def learn(url: str, asks: list[Ask]) -> None:
                 response = client.post(one.path, json=one.body)
                 if response.status_code != 200:
                     raise UserError(f"{one.path}: {response.text}")
-                answer = one.answer(response.json())
+                answer = one.answer(response.text)
                 if turn and not one.fits(answer):
                     raise UserError(f"{one.body}: two answers when asked alone twice")
                 one.expected = answer
@@ -191,6 +205,20 @@ def summary(alone: Outcome, load: Outcome, clients: int, workers: int) -> dict[s
     }
 
 
+def failures(figures: dict[str, Any], least_ratio: float, most_growth: float) -> list[str]:
+    """What was not as it must be."""
+    memory = figures["memory_mib"]
+    growth = memory["last quarter"] / memory["second quarter"]
+    found = [f"{number} x {what}" for what, number in figures["failed"].items()]
+    if figures["server_exit_code"]:
+        found.append(f"the server ended with exit code {figures['server_exit_code']}")
+    if figures["ratio"] < least_ratio:
+        found.append(f"{figures['ratio']} times as many answers as with one client; expected at least {least_ratio:g}")
+    if growth > most_growth:
+        found.append(f"memory is {growth:.3f} times that of the second quarter; expected at most {most_growth:g}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the test and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
@@ -202,6 +230,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--workers", type=int, default=2, help="copies of the model (default: %(default)s)")
     parser.add_argument("--max-batch", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=64)
+    parser.add_argument("--least-ratio", type=float, default=0.0, help="answers a second over those with one client")
+    parser.add_argument("--most-growth", type=float, default=inf, help="memory at the end over that of the 2nd quarter")
     parser.add_argument("--out", metavar="FILE", help="write the figures here too")
     arguments = parser.parse_args(argv)
     # Nobody waits for company: one client alone would pay for it, which would make the ratio look better.
@@ -217,12 +247,16 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         server.terminate()
         code = server.wait(timeout=60)
-    figures = summary(alone, load, arguments.clients, arguments.workers) | {"server_exit_code": code}
+    failed = {what: n for what, n in (load.counts + alone.counts).items() if what not in ("right", "refused")}
+    figures = summary(alone, load, arguments.clients, arguments.workers) | {"server_exit_code": code, "failed": failed}
     text = json.dumps(figures, indent=2)
     print(text)
     if arguments.out:
         Path(arguments.out).write_text(text + "\n", encoding="utf-8")
-    return 1 if set(load.counts + alone.counts) - {"right", "refused"} or code else 0
+    found = failures(figures, arguments.least_ratio, arguments.most_growth)
+    for one in found:
+        print(f"load_test: {one}", file=sys.stderr)
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

@@ -269,12 +269,15 @@ def test_choices_have_seeds_in_a_row(client):
     assert several.usage.completion_tokens == sum(one.usage.completion_tokens for one in alone)
 
 
-def test_the_example_of_the_documentation(server, capsys):
+def test_the_example_of_the_documentation(pipe, capsys):
     from pathlib import Path
+
+    from unitok.commands.use import SMALL_MODEL
 
     text = (Path(__file__).resolve().parent.parent / "docs" / "serving.md").read_text()
     code = text.split("```python\n")[1].split("```")[0]
-    code = code.replace("http://127.0.0.1:8000", server[0]).replace("data:image/png;base64,...", data_url(picture()))
     names: dict = {}
-    exec(compile(code.replace('model="model"', 'model="tiny"'), "docs/serving.md", "exec"), names)
+    with running(pipe, name=Path(SMALL_MODEL).name) as (address, _):  # the name that `unitok serve` gives it
+        code = code.replace("http://127.0.0.1:8000", address).replace("data:image/png;base64,...", data_url(picture()))
+        exec(compile(code, "docs/serving.md", "exec"), names)
     assert capsys.readouterr().out and unpacked(names["made"].data[3].b64_json).size == (32, 32)

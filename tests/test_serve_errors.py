@@ -1,6 +1,7 @@
 """Requests that cannot be answered: each gets its status and message, and the next request its answer."""
 
 import base64
+import gzip
 import io
 import json
 import socket
@@ -11,7 +12,10 @@ import httpx
 import pytest
 from PIL import Image
 from pipelines import make_pipeline, picture
+from pydantic import ValidationError
 from serving import CHAT, chat, data_url, error_of, question, running
+
+from unitok.serve.schemas import ChatRequest
 
 pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
 KEY = "a-key-of-tests"
@@ -76,6 +80,15 @@ def cut_png() -> bytes:
     return buffer.getvalue()[:-800]
 
 
+def jpeg_of_scans(count: int) -> bytes:
+    """A progressive JPEG whose last scan comes `count` times."""
+    buffer = io.BytesIO()
+    Image.new("L", (64, 64)).save(buffer, format="JPEG", progressive=True)
+    data = buffer.getvalue()
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * count + data[-2:]
+
+
 def shown(*urls, text="what color is the circle?"):
     return chat(messages=question(text, *urls))
 
@@ -96,6 +109,8 @@ BAD = {
     "no messages": (chat(messages=[]), 422, "invalid_value", "at least 1"),
     "messages as text": (chat(messages="hi"), 422, "invalid_value", "valid list"),
     "unknown role": (said("tool"), 422, "invalid_value", "role"),
+    "no content": (chat(messages=[{"role": "user", "content": []}]), 422, "invalid_value", "at least 1"),
+    "five stops": (chat(stop=["a", "b", "c", "d", "e"]), 422, "invalid_value", "at most 4"),
     "content of a number": (chat(messages=[{"role": "user", "content": 3}]), 422, "invalid_value", "content"),
     "unknown part": (
         chat(messages=[{"role": "user", "content": [{"type": "audio"}]}]), 422, "invalid_value", "'text', 'image_url'",
@@ -124,7 +139,8 @@ BAD = {
     "other size": (image(size="1024x1024"), 400, "invalid_size", "32x32 only"),
     # over-long
     "too many characters": (chat(messages=question("red " * 600)), 400, "context_length_exceeded", "2400"),
-    "too many ids": (chat(messages=question("blue green " * 150)), 400, "invalid_request", "reads"),
+    "too many ids": (chat(messages=question("blue green " * 150)), 400, "context_length_exceeded", "reads"),
+    "a prompt of too many ids": (image(prompt="blue green " * 150), 400, "context_length_exceeded", "reads"),
     "a long prompt": (image(prompt="red " * 600), 400, "context_length_exceeded", "2000"),
     "too many tokens": (chat(max_tokens=65), 400, "max_tokens_too_large", "64"),
     "too many answers": (chat(n=5), 400, "n_too_large", "at most 4"),
@@ -147,6 +163,7 @@ BAD = {
     "no picture": (shown(url_of(b"nothing of a picture")), 400, "invalid_image", "messages.0.content.0.image_url"),
     "empty picture": (shown("data:image/png;base64,"), 400, "invalid_image", "readable"),
     "half a picture": (shown(url_of(cut_png())), 400, "invalid_image", "readable"),
+    "many scans": (shown(url_of(jpeg_of_scans(200), "image/jpeg")), 400, "invalid_image", "100 scans"),
     "image by the assistant": (
         chat(messages=[*question("red"), question("x", data_url(picture()))[0] | {"role": "assistant"},
                        *question("red")]), 400, "invalid_message", "user messages only",
@@ -173,9 +190,9 @@ def test_a_bad_request_is_refused_and_the_next_one_answered(client, case):
 
 RAW = {
     "no JSON": (b"{", "application/json", 400, "invalid_json"),
-    "no UTF-8": (b'{"model": "\xff"}', "application/json", 400, ""),
-    "deep JSON": (b"[" * 90_000, "application/json", 400, ""),
-    "long number": (b'{"seed": ' + b"9" * 9000 + b"}", "application/json", 400, ""),
+    "no UTF-8": (b'{"model": "\xff"}', "application/json", 400, "invalid_json"),
+    "deep JSON": (b"[" * 90_000, "application/json", 400, "invalid_json"),
+    "long number": (b'{"seed": ' + b"9" * 9000 + b"}", "application/json", 400, "invalid_json"),
     "nothing": (b"", "application/json", 422, "missing_parameter"),
     "NaN": (json.dumps(image(guidance=float("nan"))[1]).encode(), "application/json", 422, ""),
     "infinite": (json.dumps(image(temperature=float("inf"))[1]).encode(), "application/json", 422, ""),
@@ -193,6 +210,48 @@ def test_a_body_that_is_not_the_right_json(client, case):
     assert response.status_code == status, response.text
     assert error_of(response)["code"].startswith(code)
     assert client.get("/health").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        (chat()[1], "x0"),
+        ({"messages": [{"role": "user", "content": "red"}]}, "messages.0.x0"),
+        ({"messages": question("red")}, "messages.0.content.0.x0"),
+        ({"messages": question("red", "data:")}, "messages.0.content.0.image_url.x0"),
+    ],
+)
+def test_many_unknown_keys_are_one_error(body, param):
+    inner = body = json.loads(json.dumps({"model": "tiny"} | body))
+    for part in param.split(".")[:-1]:
+        inner = inner[int(part) if part.isdecimal() else part]
+    inner |= {f"x{number}": 0 for number in range(100_000)}
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(**body)
+    *rest, last = error.value.errors()
+    assert last["type"] == "extra_forbidden" and last["loc"][-1] == "x0" and len(rest) < 2
+
+
+def test_of_many_wrong_messages_and_parts_the_first_is_told():
+    body = {"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "x": 1}] * 256}] * 256}
+    with pytest.raises(ValidationError) as error:
+        ChatRequest(**body)
+    assert len(error.value.errors()) <= 3
+
+
+@pytest.mark.parametrize(("encoding", "status"), [("gzip", 415), ("br", 415), ("identity", 200)])
+def test_a_packed_body_is_refused(client, encoding, status):
+    path, body = chat()
+    packed = gzip.compress(json.dumps(body).encode()) if encoding == "gzip" else json.dumps(body).encode()
+    headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+    response = client.post(path, content=packed, headers=headers)
+    assert response.status_code == status, response.text
+    assert status == 200 or error_of(response)["code"] == "unsupported_media_type"
+
+
+def test_an_ordinary_progressive_jpeg_is_seen(client):
+    path, body = shown(url_of(jpeg_of_scans(1), "image/jpeg"))
+    assert client.post(path, json=body).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["\x00", "\u0301" * 100, "\U0001f600 \u05d0", "</s><s>", "\u2581", "USER: ASSISTANT:"])
@@ -224,6 +283,14 @@ def test_unknown_paths_methods_and_hosts(client):
     response = client.get("/health", headers={"Host": "evil.example:8000"})
     assert response.status_code == 400 and error_of(response)["code"] == "unknown_host"
     assert client.get("/health", headers={"Host": "127.0.0.1:99"}).status_code == 200
+
+
+@pytest.mark.parametrize("path", ["/", "/health", "/style.css", "/v1/models", "/v1/models/tiny", "/openapi.json"])
+def test_head_is_get_without_a_body(client, path):
+    got, head = client.get(path), client.head(path)
+    assert head.status_code == 200 and head.content == b"" and int(head.headers["content-length"]) > 0
+    assert head.headers["content-type"] == got.headers["content-type"]
+    assert client.head(CHAT).status_code == 405
 
 
 def test_files_of_the_package_are_not_served(client):

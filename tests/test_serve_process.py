@@ -85,7 +85,7 @@ def test_it_answers_as_in_this_process(folder, remote):
     with running(remote, name="model") as (address, server):
         assert server.service.facts == facts
         assert answers(address) == expected
-    assert "error" in expected[0][-1] and "choices" in expected[0][0]
+    assert expected[0][-1]["error"]["code"] == "context_length_exceeded" and "choices" in expected[0][0]
 
 
 def test_only_what_is_streamed_comes_in_pieces(remote):

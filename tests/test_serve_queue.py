@@ -1,14 +1,20 @@
 """A queue that is full, work that takes too long, clients that leave, a server that stops."""
 
+import asyncio
 import json
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx
 import pytest
 from pipelines import make_pipeline
 from serving import chat, error_of, eventually, running
+
+from unitok.serve.guard import Guard
+from unitok.serve.metrics import Metrics
+from unitok.serve.settings import ServeSettings
 
 pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
 
@@ -114,6 +120,48 @@ def test_too_many_connections_are_refused_before_their_bodies_are_read(slow):
         for one in held:
             one.close()
     eventually(lambda: httpx.post(address + path, json=body).status_code == 200)
+
+
+def test_what_is_no_request_of_the_model_is_not_counted(slow):
+    """Pages and what has no key would else keep everybody out."""
+    address, server, model = slow(max_queue=1, max_batch=1, api_key="a-key-of-tests")
+    model.gate.set()
+    host, port = address.removeprefix("http://").split(":")
+    held = []
+    for head in ("GET /", "POST /", "GET /health", "POST /v1/chat/completions", "PUT /"):
+        held.append(socket.create_connection((host, int(port)), timeout=10))
+        held[-1].sendall(f"{head} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+    path, body = chat()
+    try:
+        time.sleep(0.3)
+        response = httpx.post(address + path, json=body, headers={"Authorization": "Bearer a-key-of-tests"})
+        assert response.status_code == 200, response.text
+    finally:
+        for one in held:
+            one.close()
+
+
+@pytest.mark.parametrize(("each", "sent"), [(0.2, 6), (60.0, 0)])
+def test_who_reads_slowly_gets_all_and_who_does_not_read_is_given_up(each, sent):
+    seen = []
+
+    async def app(_scope, _receive, send):
+        await send({"type": "http.response.start", "status": 200})
+        for number in range(5):
+            await send({"type": "http.response.body", "body": b"x", "more_body": number < 4})
+
+    async def send(message):
+        await asyncio.sleep(each)
+        seen.append(message)
+
+    async def receive():
+        return {"type": "http.request", "body": b"", "more_body": False}
+
+    guard = Guard(app, ServeSettings(request_seconds=0.8), SimpleNamespace(draining=False), Metrics(), frozenset())
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    start = time.monotonic()
+    asyncio.run(guard(scope, receive, send))
+    assert guard.active == 0 and len(seen) == sent and time.monotonic() - start < 20
 
 
 def test_what_takes_too_long_gets_504(slow):

@@ -1,6 +1,7 @@
 """`unitok generate`, `reconstruct` and conversations: files, what they say about themselves, and refusals."""
 
 import json
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from pipelines import make_pipeline, picture
 from unitok import __version__
 from unitok.cli import main
 from unitok.commands.chat import Conversation, converse
+from unitok.commands.generate import prompts_of
 from unitok.core.errors import UserError
 from unitok.core.pretrained import load_model_folder
 from unitok.data.source import open_source
@@ -142,6 +144,7 @@ def test_progress_is_for_terminals(model, here, capsys):
         (["--seeds", "1,x"], "--seeds: '1,x': expected whole numbers, as in 3,5,9"),
         (["--seeds", "1,1"], "names a seed twice"),
         (["--seeds", "1,2", "--num", "2"], "without --seed and --num"),
+        (["--num", "1000000000"], "1000000000 images: expected at most 10000 (with --from-file"),
         (["--grid", "grid.jpg"], "--grid grid.jpg: expected a file ending in .png"),
         (["--grid", "folder"], "--grid folder: expected"),
         (["--out", "a.png", "--grid", "./a.png"], "is also the file of an image"),
@@ -153,6 +156,18 @@ def test_mistakes_in_generate(model, here, capsys, options, message):
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
     assert sorted(path.name for path in here.iterdir()) == ["my blue.png", "red.png"]
+
+
+def test_prompts_of_a_file(tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(b"\xef\xbb\xbfred circle\r\n\r\n two \n")
+    assert prompts_of(str(tmp_path / "prompts.txt")) == ["red circle", "two"]
+
+
+def test_more_pictures_of_a_file_than_there_can_be(model, here, capsys):
+    Path("prompts.txt").write_text("red\ntwo\n")
+    options = ["--num", "500001", "--model", str(model), "--out", "many"]
+    assert main(["generate", "--from-file", "prompts.txt", *options]) == 2
+    assert "1000002 images: expected at most 1000000; make" in capsys.readouterr().err and not Path("many").exists()
 
 
 def test_the_model_that_comes_with_the_repository_is_found_from_elsewhere(here, monkeypatch):
@@ -167,6 +182,25 @@ def test_the_model_that_comes_with_the_repository_is_found_from_elsewhere(here, 
 
 
 # ---- reconstruct
+
+
+def test_pictures_are_not_all_in_memory(model, here, monkeypatch):
+    from unitok.data import transforms
+
+    load, seen = transforms.load_image, []
+
+    def loaded(path):
+        assert sum(one() is not None for one in seen) < 2
+        image = load(path)
+        seen.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(transforms, "load_image", loaded)
+    tokenizer = ["--tokenizer", str(model / "visual_tokenizer")]
+    assert main(["reconstruct", *["red.png", "my blue.png"] * 3, *tokenizer, "--out", "pairs"]) == 0
+    Path("bad.png").write_bytes(b"nothing")
+    assert main(["reconstruct", "red.png", "bad.png", *tokenizer, "--out", "none"]) == 2
+    assert not list(here.glob("none/*")), "looked at before the work"
 
 
 def test_pairs_with_psnr(model, here, capsys):
@@ -316,6 +350,8 @@ def test_a_drawing_that_is_stopped(pipe, here, monkeypatch):
         ("/image notes.txt", "cannot read image 'notes.txt'"),
         ("/image red.png what is it?", "'what is it\\?' names no picture"),
         ("./absent.png", "cannot read image 'absent.png'"),
+        ("file://[bad/x.png", "no address of a file"),
+        ("/image file://[x", "no address of a file"),
         ("what is <image>?", "<image>"),
     ],
 )
@@ -331,11 +367,21 @@ def test_files_that_cannot_be_written(pipe, here):
     conversation.take("two")
     for line, message in (
         ("/save red.png", "is there already; name another"),
+        ("/save a\0b.json", "cannot be a file's name"),
         ("/save red.png/talk.json", r"cannot be written \((File exists|Not a directory)"),
         ("/generate red", r"cannot be written \(.*\); give --out a folder"),
     ):
         with pytest.raises(UserError, match=message):
             conversation.take(line)
+
+
+def test_a_new_conversation_does_not_replace_the_file_of_the_former(pipe, here):
+    conversation = Conversation(pipe.new_session(), [], max_new_tokens=2)
+    for line in ("red", "/save talk.jsonl", "two", "/save talk.jsonl", "/reset", "yes"):
+        conversation.take(line)
+    with pytest.raises(UserError, match="is there already"):
+        conversation.take("/save talk.jsonl")
+    assert len(json.loads(Path("talk.jsonl").read_text())["conversations"]) == 4
 
 
 def test_quit_leaves_whatever_its_case(pipe, monkeypatch):

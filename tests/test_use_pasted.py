@@ -46,6 +46,8 @@ def test_typed_paths(folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     assert split_pictures("cat.png") == ([Path("cat.png")], "")
+    assert split_pictures("'cat.png', 'my cat.png'.") == ([Path("cat.png"), Path("my cat.png")], "")
+    assert split_pictures("cat.png.") == ([Path("cat.png")], "")
     assert split_pictures("what is in cat.png?") == ([Path("cat.png")], "what is in ?")
     assert split_pictures("./cat.png ~/cat.png") == ([Path("./cat.png"), folder / "cat.png"], "")
     assert split_pictures(f"{folder}/my cat.png") == ([folder / "my cat.png"], ""), "spaces as they are"
@@ -60,6 +62,8 @@ def test_typed_paths(folder, monkeypatch):
         "what's in the picture,  and what's left?",
         "is 'red' or \"blue\" right?",
         "a dog.png that is not there",
+        "what does this file: show?",
+        "what is file:x.png or file: here?",
         "is it red/blue?",
         "a photo of that",
         "~nobody said 3 / 4",
@@ -79,6 +83,7 @@ def test_what_is_no_picture_here(folder):
     refused = {
         "https://example.org/cat.png": "download it first",
         "file://elsewhere/cat.png": "another machine",
+        "file://[bad/cat.png": "no address of a file",
         f"'{folder}'": "is a folder",
     }
     for line, message in refused.items():

@@ -158,6 +158,10 @@ class Conversation:
             raise UserError(f"/save: {path} cannot be written ({error.strerror})") from error
         except UnicodeEncodeError as error:
             raise UserError("/save: a name of a file is not UTF-8, which JSON must be; rename the file") from error
+        except ValueError as error:  # a NUL
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"/save: {str(path)!r} cannot be a file's name ({error})") from error
         self.saved.add(path.resolve())
         print(_shown(path), flush=True)
 
@@ -167,6 +171,7 @@ class Conversation:
     def _reset(self, _: str) -> None:
         self.session.reset()
         self.waiting.clear()
+        self.saved.clear()  # a file of the former conversation stays
 
 
 def converse(conversation: Conversation) -> int:

@@ -14,6 +14,9 @@ from unitok.commands.use import file_stem, image_file, load_pipeline, output_fil
 from unitok.core.errors import UserError
 from unitok.core.texts import check_unicode
 
+MOST_AT_ONCE = 10_000  # images that are in memory together before they are written
+MOST_FROM_FILE = 1_000_000  # names of files that are
+
 
 def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `unitok generate`."""
@@ -69,6 +72,11 @@ def generate(arguments: argparse.Namespace) -> int:
         raise UserError("empty prompt: say what the image should show")
     for prompt in arguments.prompts:
         check_unicode(prompt, "prompt")
+    number = len(prompts) * (arguments.num or len(arguments.seeds or [0]))
+    most = MOST_FROM_FILE if arguments.from_file else MOST_AT_ONCE
+    if number > most:
+        more = "" if arguments.from_file else f" (with --from-file, which writes each at once, {MOST_FROM_FILE})"
+        raise UserError(f"{number} images: expected at most {most}{more}; make them in several commands")
     seeds, endings = _seeds_of(arguments)
     texts = [prompt for prompt in prompts for _ in seeds]
     names = [f"{file_stem(prompt)}{ending}.png" for prompt in prompts for ending in endings]
@@ -187,7 +195,7 @@ def prompts_of(file: str | None) -> list[str]:
     if file is None:
         return []
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--from-file {file}: cannot be read as text ({error})") from error
     return [line.strip() for line in lines if line.strip()]

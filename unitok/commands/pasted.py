@@ -45,7 +45,10 @@ def split_pictures(line: str) -> tuple[list[Path], str]:
             word = match.group() if match else line[at]
             text += word
         at += len(word)
-    return pictures, " ".join(text.split()) if pictures else line
+    if not pictures:
+        return [], line
+    asks = any(character.isalnum() for character in text)  # else what stood between them
+    return pictures, " ".join(text.split()) if asks else ""
 
 
 def unquoted(text: str) -> str:
@@ -57,10 +60,13 @@ def unquoted(text: str) -> str:
 def _path_of(word: str) -> Path | None:
     """The picture that one word names, or None: it is text."""
     if word.lower().startswith("file:"):
-        parts = urlsplit(word)
+        try:
+            parts = urlsplit(word)
+        except ValueError as error:
+            raise UserError(f"{word}: is no address of a file ({error})") from error
         if parts.netloc not in ("", "localhost"):
             raise UserError(f"{word}: a file of another machine; copy it to this one")
-        return Path(unquote(parts.path))
+        return Path(unquote(parts.path)) if parts.path.startswith("/") else None
     words = _shell_words(word)
     if len(words) != 1:
         return None

@@ -35,7 +35,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
 
     if arguments.sheet and (arguments.out or arguments.alone):
         raise UserError("--sheet is all pairs in one picture: give it without --out and --alone")
-    images = [load_image(Path(name)) for name in arguments.images]
+    for name in arguments.images:  # all are looked at before the work, but one is kept at a time
+        load_image(Path(name))
     kind = "reconstruction" if arguments.alone else "pair"
     names = [f"{Path(name).stem}_{kind}.png" for name in arguments.images]
     files = [image_file("--sheet", arguments.sheet)] if arguments.sheet else output_files(arguments.out, names)
@@ -45,7 +46,8 @@ def reconstruct(arguments: argparse.Namespace) -> int:
         raise UserError(f"--json {json_file}: is also the file of an image; give another name")
     tokenizer = load_model_folder(UniTok, arguments.tokenizer, dtype=torch.float32).eval()
     pairs, figures = [], []
-    for number, (name, image) in enumerate(zip(arguments.images, images, strict=True)):
+    for number, name in enumerate(arguments.images):
+        image = load_image(Path(name))
         pixels = eval_transform(image, tokenizer.config.image_size, tokenizer.config.preprocess).unsqueeze(0)
         with torch.no_grad():
             again = tokenizer.reconstruct(pixels)

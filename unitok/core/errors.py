@@ -18,6 +18,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, incomplete, corrupt or belongs to another configuration."""
 
 
+class ContextError(UserError):
+    """A prompt and what follows it are longer than the model reads."""
+
+
 class DataError(UserError):
     """A data source or batch that cannot be read or does not have the promised shape."""
 

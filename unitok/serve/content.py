@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
+MAX_SCANS = 100  # of a JPEG: each goes over all of its pixels, and costs its sender a few bytes
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+);base64,", re.ASCII)
 # What PIL raises for a file whose header it cannot read, beside OSError.
 _HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
@@ -105,6 +106,9 @@ def _size_of(data: bytes, param: str) -> tuple[int, int] | None:
     """Width and height as the file's head says; None where PIL refuses so many pixels itself."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
+            # In a scan FF is never followed by DA: the two are its marker, or stand in what a camera noted.
+            if file.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+                raise bad("invalid_image", f"{param}: a jpeg of more than {MAX_SCANS} scans; save it anew", param)
             return file.size
     except Image.DecompressionBombError:
         return None

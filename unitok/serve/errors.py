@@ -57,6 +57,8 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def http(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
+        if error.status_code == 400:  # FastAPI's, of a body in which json finds another mistake than one of form
+            return bad("invalid_json", "the body is not JSON (UTF-8), is too deep or has too long a number").response()
         code = {404: "unknown_url", 405: "method_not_allowed"}.get(error.status_code, "http_error")
         message = f"{request.method} {request.url.path[:_LONGEST]}: {error.detail}"
         return ApiError(error.status_code, code, message, headers=error.headers).response()
@@ -78,8 +80,8 @@ def internal_error() -> ApiError:
 
 def _validation_error(errors: Sequence[Any]) -> ApiError:
     """The complaint of pydantic's that got furthest: where a value may have several forms, that of the form it most
-    likely meant. 400 for what is no JSON, else 422."""
-    first = max(errors, key=lambda error: len(error["loc"]))
+    likely meant; of equally far ones not that of another type. 400 for what is no JSON, else 422."""
+    first = max(errors, key=lambda error: (len(error["loc"]), not error["type"].endswith("_type")))
     place = [
         str(part)[:_LONGEST]
         for before, part in zip((None, *first["loc"]), first["loc"], strict=False)

@@ -26,6 +26,10 @@ _HEADERS = {
 }
 
 
+class _NotReadError(Exception):
+    """A client does not read what it is sent."""
+
+
 class Guard:
     """Middleware. Refusals are answers in OpenAI's form; `paths` are those that get figures of their own."""
 
@@ -33,13 +37,15 @@ class Guard:
         self, app: ASGIApp, settings: ServeSettings, scheduler: Scheduler, metrics: Metrics, paths: frozenset[str]
     ) -> None:
         self.app, self.settings, self.scheduler, self.metrics, self.paths = app, settings, scheduler, metrics, paths
-        self.active = 0  # requests under /v1 between their head and the end of their answer
+        self.active = 0  # POSTs under /v1 that have passed the key, up to the end of their answer
         self._key = None if settings.api_key is None else settings.api_key.encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server, which has its own scope, leaves the body out
+            scope = {**scope, "method": "GET"}
         start, status = time.monotonic(), 500
 
         async def send_with_headers(message: MutableMapping[str, Any]) -> None:
@@ -47,13 +53,17 @@ class Guard:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", []), *_HEADERS.items()]
-            await send(message)
+            try:
+                async with asyncio.timeout(self.settings.request_seconds):
+                    await send(message)  # waits for clients that read slowly
+            except TimeoutError:
+                raise _NotReadError from None
 
-        self.active += 1
         try:
             await self._pass(scope, receive, send_with_headers)
+        except _NotReadError:
+            pass  # the connection is closed, because the answer has no end
         finally:
-            self.active -= 1
             path = self._counted_as(scope)
             self.metrics.requests.labels(path, str(status)).inc()
             self.metrics.seconds.labels(path).observe(time.monotonic() - start)
@@ -66,23 +76,24 @@ class Guard:
         return route if route in self.paths else "other"
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:
-        headers = Headers(scope=scope)
+        headers, of_api = Headers(scope=scope), scope["path"].startswith("/v1")
         try:
             self._check_host(headers)
-            if scope["path"].startswith("/v1") or scope["path"] == "/metrics":
+            if of_api or scope["path"] == "/metrics":
                 self._check_key(headers)
-            if scope["method"] == "POST":
+            if of_api and scope["method"] == "POST":
                 self._check_load()
-            body = await self._body(headers, receive)
-            if body and not _is_json(headers):
-                raise ApiError(
-                    415, "unsupported_media_type", "the body must be JSON, with Content-Type: application/json"
-                )
-        except ApiError as error:
+                self.active += 1
+                try:
+                    body = await self._json(headers, receive)
+                    await self.app(scope, _replay(body, receive), send)
+                finally:
+                    self.active -= 1
+            else:  # nothing else has a body that is read
+                await self.app(scope, receive, send)
+        except ApiError as error:  # ours: the application answers its own
             error.headers.setdefault("Connection", "close")
             await error.response()(scope, receive, send)
-            return
-        await self.app(scope, _replay(body, receive), send)
 
     def _check_host(self, headers: Headers) -> None:
         if self.settings.allowed_hosts is None:
@@ -110,7 +121,7 @@ class Guard:
         """Before the body is read: many large bodies would fill the memory while the queue is still short."""
         if self.scheduler.draining:
             raise ApiError(503, "stopping", "the server is stopping; ask again later", headers={"Retry-After": "10"})
-        if self.active > self.settings.max_queue + 2 * self.settings.max_batch:
+        if self.active >= self.settings.max_queue + 2 * self.settings.max_batch:
             self.metrics.refused.inc()
             raise ApiError(
                 429,
@@ -118,6 +129,15 @@ class Guard:
                 f"{self.active} requests are being answered; ask again later",
                 headers={"Retry-After": str(self.metrics.retry_after(self.active))},
             )
+
+    async def _json(self, headers: Headers, receive: Receive) -> bytes:
+        """The body, which must be said to be JSON as it is; ApiError 415, or of `_body`."""
+        body = await self._body(headers, receive)
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ApiError(415, "unsupported_media_type", "Content-Encoding: send the body as it is, not packed")
+        if body and not _is_json(headers):
+            raise ApiError(415, "unsupported_media_type", "the body must be JSON, with Content-Type: application/json")
+        return body
 
     async def _body(self, headers: Headers, receive: Receive) -> bytes:
         """The whole body; ApiError 413 or 408. What is too large is read on for a while and thrown away: a client that

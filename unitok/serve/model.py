@@ -13,13 +13,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from unitok.core.errors import UserError
+from unitok.core.errors import ContextError, UserError
 from unitok.data.transforms import to_pil
 from unitok.mllm.chat import TextSampling
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.serve.answers import Row, TextStream, answer_rows
 from unitok.serve.content import Views, png
-from unitok.serve.errors import bad
+from unitok.serve.errors import ApiError, bad
 from unitok.serve.jobs import ChatJob, ImageJob, Job, ReconstructJob
 
 
@@ -85,7 +85,7 @@ class ServedModel:
                 sampling = TextSampling(**job.sampling)
                 (prompt,) = pipeline._chat_prompts([job.messages], job.max_new_tokens)
             except UserError as error:
-                job.emit("error", bad("invalid_request", str(error), "messages"))
+                job.emit("error", _refusal(error, "messages"))
                 continue
             rows = [
                 Row(
@@ -126,10 +126,12 @@ class ServedModel:
                 job.prompt_ids = len(builder.text_to_image_prompt(job.prompt))
                 total = job.prompt_ids + self.pipeline.model.config.num_image_positions
                 if limit is not None and total > limit:
-                    raise UserError(f"a prompt and its picture take {total} ids: the model reads {limit}; shorten it")
+                    raise ContextError(
+                        f"a prompt and its picture take {total} ids: the model reads {limit}; shorten it"
+                    )
                 good.append(job)
             except UserError as error:
-                job.emit("error", bad("invalid_request", str(error), "prompt"))
+                job.emit("error", _refusal(error, "prompt"))
         prompts = [job.prompt for job in good for _ in range(job.n)]
         seeds = [job.seed + i for job in good for i in range(job.n)]
         if not good:
@@ -170,6 +172,11 @@ class ServedModel:
                     "usage": [{"used": len(row.unique()), "entries": config.codebook_size} for row in codes_KL],
                 },
             )
+
+
+def _refusal(error: UserError, param: str) -> ApiError:
+    code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_request"
+    return bad(code, str(error), param)
 
 
 def _stream(job: ChatJob, choice: int, text: str) -> None:

@@ -5,7 +5,7 @@ What is not listed is refused: a setting that does nothing would look as if it w
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
 Text = Annotated[str, Field(strict=True)]
@@ -19,6 +19,17 @@ Zero = Annotated[float, Field(strict=True, ge=0, le=0)]
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_unknown(cls, given: Any) -> Any:
+        """Of the keys that are unknown the first alone: pydantic makes an error of each, for seconds where they are
+        many."""
+        if not isinstance(given, dict):
+            return given
+        known = cls.model_fields
+        unknown = next(([key] for key in given if key not in known), [])
+        return {key: given[key] for key in (*known, *unknown) if key in given}
 
 
 class TextPart(_Body):
@@ -41,7 +52,8 @@ class ImagePart(_Body):
 Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 
 
-Content = Text | Annotated[list[Part], Field(min_length=1, max_length=256)]
+# Of lists the first wrong entry is enough.
+Content = Text | Annotated[list[Part], Field(min_length=1, max_length=256, fail_fast=True)]
 Empty = Annotated[list[Any], Field(max_length=0)]
 
 
@@ -79,7 +91,7 @@ class ChatRequest(_Body):
     """A conversation that ends with a user's message. `top_k` is an extra; penalties can only be 0."""
 
     model: Text
-    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=256)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1, max_length=256, fail_fast=True)]
     max_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, strict=True)] | None = None
     temperature: TextTemperature | None = None
