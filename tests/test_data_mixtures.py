@@ -1,5 +1,6 @@
 """Weighted mixtures of sources: whose turn it is, what the log says, any number of processes."""
 
+import gc
 from collections import Counter
 
 import pytest
@@ -89,7 +90,8 @@ def test_batches_of_a_mixture_do_not_depend_on_the_process(tmp_path):
             return len(requests)
 
     expected = [Loads()[1], Loads()[0]][::-1]
-    for got, wanted in zip(DataLoader(Loads(), batch_size=None, num_workers=2), expected, strict=True):
+    loader = DataLoader(Loads(), batch_size=None, num_workers=2, worker_init_fn=lambda _: gc.freeze())
+    for got, wanted in zip(loader, expected, strict=True):
         assert torch.equal(got["pixels"], wanted["pixels"]) and got["captions"] == wanted["captions"]
         assert torch.equal(got["sources"], wanted["sources"])
     counts = Loads().batches.count_sources(expected[0], times=2)

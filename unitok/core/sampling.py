@@ -7,6 +7,7 @@ no rank holds a list of samples (see `permutation`).
 """
 
 import ctypes
+import gc
 import signal
 import sys
 import threading
@@ -168,7 +169,10 @@ class _Loads(torch.utils.data.Dataset):
 
 def _begin_worker(_worker: int) -> None:
     """A signal to the whole group means the loop: it needs its workers until the checkpoint is written. They end with
-    their parent, at once: they hold its lock on the run's folder, and a killed run may be started again right away."""
+    their parent, at once: they hold its lock on the run's folder, and a killed run may be started again right away.
+    What the parent has left behind is not theirs to free: a process group would join threads that a fork does not have.
+    """
+    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere torch's workers look for their parent every 5 s
