@@ -62,7 +62,7 @@ class Guard:
         try:
             await self._pass(scope, receive, send_with_headers)
         except _NotReadError:
-            pass  # the connection is closed, because the answer has no end
+            await _hang_up(receive)
         finally:
             path = self._counted_as(scope)
             self.metrics.requests.labels(path, str(status)).inc()
@@ -164,6 +164,16 @@ class Guard:
         if size > limit or too_large:
             raise ApiError(413, "body_too_large", f"the body is too large: expected at most {limit} bytes")
         return b"".join(chunks)
+
+
+async def _hang_up(receive: Receive) -> None:
+    """End the connection with what waits to be sent: uvicorn's own close would wait until it is read. Other servers
+    close it as they see fit, because the answer has no end."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.abort()
+        while (await receive())["type"] != "http.disconnect":
+            pass
 
 
 def _is_json(headers: Headers) -> bool:
