@@ -164,6 +164,40 @@ def test_who_reads_slowly_gets_all_and_who_does_not_read_is_given_up(each, sent)
     assert guard.active == 0 and len(seen) == sent and time.monotonic() - start < 20
 
 
+def test_the_connection_of_a_client_that_does_not_read_ends(pipe):
+    with running(pipe, name="tiny", request_seconds=0.5) as (address, server):
+        host, port = address.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as one:
+            one.setblocking(False)
+            with pytest.raises(BlockingIOError):
+                while True:  # pages that are asked for and not read, until no more are taken
+                    one.send(b"GET /app.js HTTP/1.1\r\nHost: x\r\n\r\n" * 100)
+            eventually(lambda: server.server_state.connections)
+            eventually(lambda: not server.server_state.connections)
+
+
+def test_a_stream_that_nobody_reads_ends_and_so_does_its_work(pipe):
+    class Endless:
+        alive, jobs = True, ()
+
+        def run(self, jobs):
+            self.jobs = jobs
+            while not jobs[0].cancelled:
+                jobs[0].emit("delta", (0, "x" * 50_000))
+                time.sleep(0.002)
+
+    with running(pipe, name="tiny", request_seconds=1.0) as (address, server):
+        server.service.scheduler.model = model = Endless()
+        host, port = address.removeprefix("http://").split(":")
+        data = json.dumps(chat(stream=True)[1])
+        with socket.create_connection((host, int(port))) as one:
+            head = "POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+            one.sendall(f"{head}{len(data)}\r\n\r\n{data}".encode())
+            eventually(lambda: model.jobs)
+            eventually(lambda: model.jobs[0].cancelled and not server.server_state.connections, 20)
+        eventually(lambda: server.service.scheduler.idle)
+
+
 def test_what_takes_too_long_gets_504(slow):
     address, server, model = slow(request_seconds=0.3)
     path, body = chat()

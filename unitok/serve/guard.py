@@ -57,12 +57,13 @@ class Guard:
                 async with asyncio.timeout(self.settings.request_seconds):
                     await send(message)  # waits for clients that read slowly
             except TimeoutError:
-                raise _NotReadError from None
+                if not _hang_up(receive):  # else the application hears that the client has gone
+                    raise _NotReadError from None
 
         try:
             await self._pass(scope, receive, send_with_headers)
         except _NotReadError:
-            pass  # the connection is closed, because the answer has no end
+            pass  # the server closes the connection, because the answer has no end
         finally:
             path = self._counted_as(scope)
             self.metrics.requests.labels(path, str(status)).inc()
@@ -164,6 +165,14 @@ class Guard:
         if size > limit or too_large:
             raise ApiError(413, "body_too_large", f"the body is too large: expected at most {limit} bytes")
         return b"".join(chunks)
+
+
+def _hang_up(receive: Receive) -> bool:
+    """End a connection of uvicorn's with what waits to be sent, for which its own close would wait; if it is one."""
+    transport = getattr(getattr(receive, "__self__", None), "transport", None)
+    if transport is not None:
+        transport.abort()
+    return transport is not None
 
 
 def _is_json(headers: Headers) -> bool:
