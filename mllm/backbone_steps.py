@@ -102,9 +102,9 @@ def check_steps(backbone: PreTrainedModel) -> None:
     Once for each backbone, with a handful of positions; not for families that are known, nor where weights are in parts
     on other ranks or not in memory.
     """
-    parameters = list(backbone.parameters())
     if isinstance(backbone, LIKE_LLAMA) or backbone in _CHECKED:
         return
+    parameters = list(backbone.parameters())
     if any(hasattr(one, "ds_id") or one.is_meta for one in parameters):
         return
     refusal = f"a backbone of model_type={backbone.config.model_type} cannot be sampled from"
