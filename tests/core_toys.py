@@ -258,3 +258,11 @@ def largest_difference(log: list[dict[str, Any]], other: list[dict[str, Any]], k
             if key in a:
                 worst = max(worst, abs(a[key] - b[key]) / max(abs(b[key]), 1e-12))
     return worst if math.isfinite(worst) else float("inf")
+
+
+def spoil(folder: Path) -> None:
+    """Change one byte of a checkpoint."""
+    file = folder / "net.ema.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)

@@ -1,29 +1,22 @@
-"""What happens when: ranks that die or fail, disks that are full, losses that are not finite, corrupt checkpoints."""
+"""What happens when: ranks that die or fail, disks that are full, corrupt checkpoints."""
 
 import errno
-import json
 import os
-import re
 import resource
-import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from core_toys import ToyTask, run_toy
+from core_toys import ToyTask, run_toy, spoil
 from ranks import run_ranks
-from torch import nn
 
 from unitok import cli
-from unitok.core import checkpoint, launch, reshard, watchdog
+from unitok.core import checkpoint, launch, watchdog
 from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError, RankLostError, StoppedError
-from unitok.core.optim import lr_at, parameter_groups
 from unitok.core.runlog import RunLog, read_log
-from unitok.core.sampling import SampleOrder
 
 
 @pytest.fixture
@@ -153,129 +146,7 @@ def test_full_disk_at_every_file_of_rank_0(tmp_path: Path, monkeypatch: pytest.M
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step_4"]
 
 
-# ---- losses that are not finite
-
-
-class Infinite(ToyTask):
-    """Loss or gradient of the named steps is not finite, on the last rank."""
-
-    def __init__(self, bad: dict[int, str]) -> None:
-        super().__init__()
-        self.bad = bad
-
-    def _happens(self, kind: str, step: int) -> bool:
-        return self.bad.get(step) == kind and int(os.environ["RANK"]) == int(os.environ["WORLD_SIZE"]) - 1
-
-    def sample_keys(self, indices: list[int], epoch: int) -> list[str]:
-        return [f"sample {index}" for index in indices]
-
-
-def plain_losses(skipped: set[int], steps: int) -> list[float]:
-    """Plain torch with accumulation 2; the update of the skipped steps is left out."""
-    task, order = ToyTask(), SampleOrder(50, 0)
-    network = task.build()["net"]
-    net = network.module
-    adam = torch.optim.AdamW(parameter_groups(net, network.optimizer), betas=(0.9, 0.95))
-    losses = []
-    for step in range(steps):
-        adam.zero_grad()
-        found = []
-        for micro in range(2):
-            x, y = task.load_batch(*order.micro_batch(8 * step + 4 * micro, 4, 0))
-            found.append((net(x) - y).square().mean())
-            (found[-1] / 2).backward()
-        for group in adam.param_groups:
-            group["lr"] = lr_at(network.optimizer, step, steps)
-        losses.append(float(sum(found).detach()) / 2)
-        if step not in skipped:
-            adam.step()
-    return losses
-
-
-BAD = {2: "nan", 5: "inf", 6: "nan"}
-
-
-def test_skipped_steps_leave_no_trace(tmp_path: Path) -> None:
-    log = run_toy(Infinite(BAD), tmp_path, steps=10, non_finite="skip")
-    expected = plain_losses(set(BAD), 10)
-    kept = [step for step in range(10) if step not in BAD]
-    assert [log[step]["loss"] for step in kept] == pytest.approx([expected[step] for step in kept], rel=1e-5)
-    assert all("loss" not in log[step] for step in BAD)
-    assert [record["skipped"] for record in log] == [0, 0, 1, 1, 1, 2, 3, 3, 3, 3]
-    state = checkpoint.read_state(tmp_path / "checkpoints" / "step_10")
-    assert state["skipped"] == {"total": 3, "in_a_row": 0} and state["ema_updates"] == {"net": 7}
-    assert state["extra_state"]["steps_seen"] == 7
-    plain = run_toy(ToyTask(), tmp_path / "other", steps=10, non_finite="skip")
-    assert plain == [r | {"skipped": 0} for r in run_toy(ToyTask(), tmp_path / "stop", steps=10)]
-
-
-def test_skipping_restores_buffers(tmp_path: Path) -> None:
-    class Counting(Infinite):
-        def build(self) -> Any:
-            def count(module: nn.Module, *_: Any) -> None:
-                module.seen.add_(1)
-
-            networks = super().build()
-            networks["net"].module.register_buffer("seen", torch.zeros(()))
-            networks["net"].module.register_forward_hook(count)
-            return networks
-
-    run_toy(Counting(BAD), tmp_path, steps=10, non_finite="skip")
-    assert torch.load(tmp_path / "export" / "net.pt", weights_only=True)["seen"] == 14
-
-
-@pytest.mark.parametrize("policy", ["stop", "skip"])
-def test_the_samples_are_named(tmp_path: Path, policy: str) -> None:
-    if policy == "stop":
-        with pytest.raises(NonFiniteError, match=r"step 3: metric loss.*step_3.json"):
-            run_toy(Infinite(BAD), tmp_path, steps=10)
-    else:
-        run_toy(Infinite(BAD), tmp_path, steps=10, non_finite="skip")
-    found = json.loads((tmp_path / "non_finite" / "step_3.json").read_text())
-    (only,) = found["ranks"]
-    order = SampleOrder(50, 0)
-    for number, batch in enumerate(only["micro_batches"]):
-        indices, epoch = order.micro_batch(2 * 8 + 4 * number, 4, 0)
-        assert (batch["indices"], batch["epoch"]) == (indices, epoch)
-        assert batch["keys"] == [f"sample {index}" for index in indices] and batch["not_finite"] == ["loss"]
-    assert policy == "stop" or sorted(p.name for p in (tmp_path / "non_finite").iterdir()) == [
-        "step_3.json", "step_6.json", "step_7.json"
-    ]  # fmt: skip
-
-
-def test_the_samples_that_are_named_are_those_of_the_batch(tmp_path: Path) -> None:
-    """A task may have read others than were drawn, where those are bad."""
-
-    class StandIns(Infinite):
-        def batch_keys(self, batch: Any, indices: list[int], epoch: int) -> list[str]:
-            return [f"read {float(x[0])}" for x in batch[0]]
-
-    task, order = StandIns({2: "nan"}), SampleOrder(50, 0)
-    run_toy(task, tmp_path, steps=3, non_finite="skip")
-    (only,) = json.loads((tmp_path / "non_finite" / "step_3.json").read_text())["ranks"]
-    for number, batch in enumerate(only["micro_batches"]):
-        loaded = task.load_batch(*order.micro_batch(2 * 8 + 4 * number, 4, 0))
-        assert batch["keys"] == task.batch_keys(loaded, [], 0)
-
-
-def test_too_many_skipped_steps_are_an_error(tmp_path: Path) -> None:
-    settings = {"steps": 10, "non_finite": "skip", "save_every": 1}
-    with pytest.raises(NonFiniteError, match=r"step 7: .* the 2\. in a row and 3\. .*non_finite_limit=1"):
-        run_toy(Infinite(BAD), tmp_path / "row", non_finite_limit=1, **settings)
-    with pytest.raises(NonFiniteError, match=r"step 6: .* 2\. of the run; .*non_finite_total=1"):
-        run_toy(Infinite(BAD), tmp_path / "total", non_finite_total=1, **settings)
-    with pytest.raises(NonFiniteError, match="step 6: "):  # the count is in the checkpoint
-        run_toy(Infinite(BAD), tmp_path / "total", non_finite_total=1, **settings)
-
-
 # ---- checkpoints
-
-
-def spoil(folder: Path) -> None:
-    file = folder / "net.ema.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def test_falls_back_only_when_told_to(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -359,74 +230,6 @@ def test_every_nth_checkpoint_stays(tmp_path: Path) -> None:
     assert names == {"step_4", "step_8", "step_12", "step_14"}
     with pytest.raises(ConfigError, match="keep_every=3 must be a multiple of save_every=2"):
         run_toy(ToyTask(), tmp_path / "other", steps=4, save_every=2, keep_every=3)
-
-
-def test_universal_needs_a_whole_checkpoint_and_a_new_folder(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Without ZeRO: a plain copy, which resumes as the checkpoint itself."""
-    straight = run_toy(ToyTask(), tmp_path / "run", steps=6, save_every=2, keep_last=3)
-    source, out = tmp_path / "run" / "checkpoints" / "step_4", tmp_path / "universal"
-    assert cli.main(["checkpoint", "universal", str(source), str(out)]) == 0
-    assert run_toy(ToyTask(), tmp_path / "branch", steps=6, save_every=2, resume=str(out)) == straight[4:]
-    assert cli.main(["checkpoint", "universal", str(source), str(out)]) == 2
-    assert "exists already; give a new folder" in capsys.readouterr().err
-    spoil(source)
-    assert cli.main(["checkpoint", "universal", str(source), str(tmp_path / "another")]) == 2
-    assert "step_4 is corrupt" in capsys.readouterr().err
-    assert {path.name for path in tmp_path.iterdir()} == {"run", "universal", "branch"}
-
-
-def test_a_universal_checkpoint_holds_nothing_that_happens_to_lie_there(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Copies that a killed process left in the checkpoint are no networks; of folders above only a run's is taken."""
-    run_toy(ToyTask(), tmp_path / "run", steps=2)
-    source = tmp_path / "run" / "checkpoints" / "step_2"
-    (source / ".universal_x" / "state").mkdir(parents=True)
-    (tmp_path / "run" / "toy.model").write_text("of the run")
-    assert cli.main(["checkpoint", "universal", str(source), str(tmp_path / "out")]) == 0
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "net", "net.ema.safetensors", "state.json", "COMPLETE.json", "run"
-    }  # fmt: skip
-    assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == {"toy.model", "config.yaml"}
-    for place in ("moved/ck", "moved/checkpoints"):  # a folder of a run has its config.yaml
-        moved = tmp_path / place / "step_2"
-        shutil.copytree(source, moved)
-        (tmp_path / "moved" / "other.bin").write_bytes(b"x")
-        assert cli.main(["checkpoint", "universal", str(moved), str(tmp_path / place / "out")]) == 0
-        assert not list((tmp_path / place / "out" / "run").iterdir())
-        assert f"{moved} is not in RUN/checkpoints: a text model that its run made is not copied" in caplog.text
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "RuntimeError: [enforce fail at inline_container.cc:671] . unexpected pos 704 vs 598",
-        "OSError: [Errno 28] No space left on device",
-    ],
-)
-def test_a_full_disk_while_converting_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    def converter(command: list[str], **_: Any) -> subprocess.CompletedProcess:
-        return subprocess.CompletedProcess(command, 1, "", f"Traceback\n  more\n{line}\n")
-
-    monkeypatch.setattr(reshard.subprocess, "run", converter)
-    said = reshard.convert(tmp_path, tmp_path / "copy", lambda *_: None)
-    assert re.fullmatch(rf"writing .*copy failed, \d+ MiB are free there \(.*full\?\): {re.escape(line)}", said)
-    line = "KeyError: 'x'"
-    assert reshard.convert(tmp_path, tmp_path / "copy", lambda *_: None) == line
-
-
-def test_copies_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the next process that converts the checkpoint; one that another process reads at the moment stays."""
-    monkeypatch.setattr(reshard, "convert", lambda *_: "")
-    for name in (".universal_left", ".universal_right"):
-        (tmp_path / name / "state").mkdir(parents=True)
-    with reshard.universal_copy(tmp_path / "net" / "state", lambda *_: None) as copy:
-        assert [path.name for path in tmp_path.iterdir()] == [copy.name]
-        with reshard.universal_copy(tmp_path / "net" / "state", lambda *_: None) as other:
-            assert {path.name for path in tmp_path.iterdir()} == {copy.name, other.name}
-    assert not list(tmp_path.iterdir())
 
 
 # ---- exit codes, waiting share

@@ -13,7 +13,7 @@ from core_toys import ToyTask, largest_difference, run_toy
 from equal_runs import differences
 from ranks import run_ranks
 from stages import make_task, run_stage, write_configs
-from test_core_faults import BAD, Infinite
+from test_core_non_finite import BAD, Infinite
 
 from unitok import cli
 from unitok.core.checkpoint import latest_complete, verify
