@@ -195,6 +195,20 @@ def test_a_worker_that_is_killed_is_told_in_one_line(tmp_path: Path, quick: None
     assert found[0][::2] == (RankLostError.__name__, 75) and "rank 1 ended: a worker that loads data" in found[0][1]
 
 
+def test_a_worker_that_dies_while_a_checkpoint_is_written_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch raises wherever the main thread happens to be."""
+
+    def dies(*_: Any, **__: Any) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+    with monkeypatch.context() as patch, pytest.raises(WorkerLostError, match="the same command goes on"):
+        patch.setattr(torch, "save", dies)
+        run_toy(ToyTask(), tmp_path / "one", num_workers=1, save_every=1)
+    assert run_toy(ToyTask(), tmp_path / "one", save_every=1) == run_toy(ToyTask(), tmp_path / "straight")
+
+
 def test_a_worker_without_shared_memory_would_only_fail_again() -> None:
     with pytest.raises(UserError, match="--shm-size") as caught, loader_deaths():
         raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that ...")

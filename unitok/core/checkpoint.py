@@ -25,7 +25,7 @@ from torch import Tensor
 
 from unitok.core.distributed import all_gather_object, barrier, broadcast_object, is_main, rank, world_size
 from unitok.core.ema import Ema
-from unitok.core.errors import CheckpointError, UserError
+from unitok.core.errors import CheckpointError, UserError, is_loader_death
 from unitok.core.reshard import load_universal, universal_copy
 
 MARKER = "COMPLETE.json"
@@ -305,6 +305,8 @@ def _safe_checkpoint_engine() -> Any:
                 torch.save(state_dict, path)
             except (OSError, RuntimeError) as error:  # torch's writer does not say why; most often the disk is full
                 Path(path).unlink(missing_ok=True)
+                if is_loader_death(error):  # the watchdog then ends the other ranks
+                    raise
                 self.failed.append(f"rank {rank()}: {Path(path).name}: {' '.join(str(error).split())[:120]}")
 
         def load(self, path: str, map_location: Any = None) -> dict[str, Tensor]:

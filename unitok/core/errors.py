@@ -42,6 +42,12 @@ class WorkerLostError(UserError):
     exit_code = EXIT_RESUME
 
 
+def is_loader_death(error: BaseException) -> bool:
+    """Whether it is torch's word that a worker of a loader has died: a RuntimeError, raised wherever the main thread
+    happens to be, also where files are written."""
+    return isinstance(error, RuntimeError) and str(error).lstrip().startswith("DataLoader worker")
+
+
 class RankLostError(UserError):
     """Another rank has died, or ended with an error of its own, whose exit code this one then has too."""
 

@@ -21,7 +21,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError, WorkerLostError
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError, WorkerLostError, is_loader_death
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
 
@@ -189,9 +189,9 @@ def loader_deaths() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        text = " ".join(str(error).split())
-        if not text.startswith("DataLoader worker"):
+        if not is_loader_death(error):
             raise
+        text = " ".join(str(error).split())
         if "Bus error" in text:  # would only come again
             raise UserError(
                 "a worker that loads data had no room in shared memory (/dev/shm); give the machine or container more "
