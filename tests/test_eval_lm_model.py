@@ -2,6 +2,7 @@
 
 import json
 
+import pipelines
 import pytest
 import torch
 from tiny import make_text_tokenizer, make_tokenizer, roughen
@@ -16,14 +17,7 @@ from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
 
-BACKBONE = {
-    "hidden_size": 32,
-    "intermediate_size": 40,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 96,
-}
+BACKBONE = pipelines.BACKBONE | {"max_position_embeddings": 96}
 TEXTS = [
     ("a photo of", " a red circle"),
     ("is there a green triangle?", " yes"),
