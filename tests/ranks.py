@@ -1,6 +1,5 @@
 """Run a function on several ranks: forks of this process, so that torch and deepspeed are imported only once."""
 
-import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from unitok.core.distributed import free_port
+from unitok.core.sampling import forking
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
@@ -38,17 +38,14 @@ def run_ranks(
     `outcomes_of` these ranks are waited for, whatever becomes of the others: ("error", traceback) or ("exit", code).
     """
     torch.set_num_threads(1)  # a fork must not inherit a thread pool in use
-    # Nor may it ever free what an earlier run in this process left behind: a process group would join its threads,
-    # which a fork does not have.
-    gc.collect()
-    gc.freeze()
     context = multiprocessing.get_context("fork")
     port = free_port()
     pipes, processes = [], []
     for rank in range(world_size):
         receiver, sender = context.Pipe(duplex=False)
         process = context.Process(target=_rank, args=(rank, world_size, port, sender, function, args), daemon=True)
-        process.start()
+        with forking():
+            process.start()
         sender.close()
         pipes.append(receiver)
         processes.append(process)

@@ -1,8 +1,10 @@
 """The loop in one process: sampling, log, checkpoints, averages, resume, refusals."""
 
+import gc
 import json
 import logging
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -23,7 +25,7 @@ from unitok.core.errors import EXIT_RESUME, CheckpointError, ConfigError, DataEr
 from unitok.core.loop import train
 from unitok.core.run import TrainConfig, locked
 from unitok.core.runlog import RunLog, read_log, truncate_log
-from unitok.core.sampling import SampleOrder, batches
+from unitok.core.sampling import SampleOrder, batches, forking
 from unitok.core.signals import StopSignals
 from unitok.core.task import Network
 
@@ -53,6 +55,45 @@ def test_workers_do_not_change_the_batches() -> None:
     alone, ahead = (list(batches(task, order, 8, 40, 4, workers)) for workers in (0, 2))
     assert len(alone) == 8
     assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(alone, ahead, strict=True))
+
+
+class Leftover:
+    """Like a process group: in a cycle, so that only a collection frees it, and that must be in its own process."""
+
+    def __init__(self, freed_in: Path) -> None:
+        self.itself, self.freed_in = self, freed_in
+
+    def __del__(self) -> None:
+        with open(self.freed_in, "a") as file:
+            print(os.getpid(), file=file)
+
+
+class Collecting(ToyTask):
+    def load_batch(self, indices: list[int], epoch: int) -> Any:
+        gc.collect()
+        return super().load_batch(indices, epoch)
+
+
+def test_workers_do_not_free_what_the_process_left_behind(tmp_path: Path) -> None:
+    gc.disable()  # what is left behind stays until the workers are forked
+    try:
+        Leftover(tmp_path / "ended")
+        in_use = Leftover(tmp_path / "in_use")
+        frozen = gc.get_freeze_count()
+        list(batches(Collecting(), SampleOrder(50, 0), 0, 40, 4, 2))
+    finally:
+        gc.enable()
+    assert (tmp_path / "ended").read_text() == f"{os.getpid()}\n"
+    assert gc.get_freeze_count() == frozen and not (tmp_path / "in_use").exists()
+    del in_use
+    gc.collect()
+    assert (tmp_path / "in_use").read_text() == f"{os.getpid()}\n"
+    for _ in range(2):
+        with forking():
+            child = os.fork()
+        if child == 0:
+            os._exit(gc.get_freeze_count() == 0)
+        assert os.waitpid(child, 0)[1] == 0, "a fork does not thaw what it inherits"
 
 
 def test_log_is_cut_and_keeps_full_precision(tmp_path: Path) -> None:

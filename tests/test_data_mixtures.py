@@ -1,6 +1,5 @@
 """Weighted mixtures of sources: whose turn it is, what the log says, any number of processes."""
 
-import gc
 from collections import Counter
 
 import pytest
@@ -12,6 +11,7 @@ from unitok.cli import main
 from unitok.core.config import load_config
 from unitok.core.errors import ConfigError, DataError
 from unitok.core.runlog import read_log
+from unitok.core.sampling import forking
 from unitok.data.images import ImageBatches, ImageDataConfig
 from unitok.data.mixtures import MixtureSource
 from unitok.data.source import open_source
@@ -90,8 +90,9 @@ def test_batches_of_a_mixture_do_not_depend_on_the_process(tmp_path):
             return len(requests)
 
     expected = [Loads()[1], Loads()[0]][::-1]
-    loader = DataLoader(Loads(), batch_size=None, num_workers=2, worker_init_fn=lambda _: gc.freeze())
-    for got, wanted in zip(loader, expected, strict=True):
+    with forking():
+        loaded = iter(DataLoader(Loads(), batch_size=None, num_workers=2))
+    for got, wanted in zip(loaded, expected, strict=True):
         assert torch.equal(got["pixels"], wanted["pixels"]) and got["captions"] == wanted["captions"]
         assert torch.equal(got["sources"], wanted["sources"])
     counts = Loads().batches.count_sources(expected[0], times=2)

@@ -1,6 +1,5 @@
 """Reading data: shards, sources, conversations, code shards, the check of a source."""
 
-import gc
 import io
 import json
 import pickle
@@ -15,6 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unitok.core.errors import DataError
+from unitok.core.sampling import forking
 from unitok.data.check import check_source
 from unitok.data.codes import CodeSample, CodeSource, write_codes
 from unitok.data.conversations import Turn, import_llava, parse_conversations, validate_conversation
@@ -63,8 +63,9 @@ def test_shards_round_trip_and_random_access(tmp_path):
         assert reader[17]["txt"].decode() == source[17].captions[0]
         assert list(reader.read(17, ["txt"])) == ["txt"]
     assert pickle.loads(pickle.dumps(reader))[24] == reader[24]  # noqa: S301  # our own bytes, as spawn sends them
-    loader = DataLoader(reader, batch_size=None, num_workers=2, worker_init_fn=lambda _: gc.freeze())
-    assert [dict(item) for item in loader] == [reader[index] for index in range(25)]
+    with forking():
+        loaded = iter(DataLoader(reader, batch_size=None, num_workers=2))
+    assert [dict(item) for item in loaded] == [reader[index] for index in range(25)]
 
 
 def test_shards_refuse_what_is_broken(tmp_path):

@@ -14,6 +14,7 @@ from pipelines import make_pipeline
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
+from unitok.core.sampling import forking
 from unitok.eval.geneval import make_grid, score_prompt
 from unitok.eval.geneval_detect import SHAPES_RULE, shapes_detector
 from unitok.eval.geneval_run import GENERATION, generate_folder, geneval_metrics, read_generation, score_run
@@ -109,7 +110,8 @@ def test_a_killed_scoring_goes_on(tmp_path):
     """A process killed while it writes a line: the next one scores what is missing, and nothing twice."""
     expected = write_folder(tmp_path / "images")
     out = tmp_path / "results.jsonl"
-    child = os.fork()
+    with forking():
+        child = os.fork()
     if child == 0:
         calls = []
         detector = counting_detector(calls)

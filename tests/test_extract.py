@@ -21,6 +21,7 @@ from tiny import make_tokenizer
 from unitok.cli import main
 from unitok.core.distributed import free_port
 from unitok.core.errors import ConfigError, DataError, WorkerLostError
+from unitok.core.sampling import forking
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
 from unitok.data.shard_index import INDEX_FILE
@@ -262,7 +263,8 @@ def test_killed_at_every_moment_it_ends_with_the_same_bytes(tokenizer, shards, e
         attempts += 1
         assert attempts < 100, codes
         process = fork.Process(target=extract_until, args=(attempts, tokenizer, source, tmp_path, 3))
-        process.start()
+        with forking():
+            process.start()
         process.join()
         codes.append(process.exitcode)
         if codes[-1] != 0 and (tmp_path / "header.json").exists():
@@ -339,7 +341,8 @@ def test_a_full_disk_leaves_nothing_but_what_is_complete(tokenizer, shards, expe
 
     for folder, call in ((tmp_path, limited), (tmp_path / "shards", lambda: write_large(tmp_path / "shards"))):
         process = multiprocessing.get_context("fork").Process(target=call)
-        process.start()
+        with forking():
+            process.start()
         process.join(60)
         assert process.exitcode == 0
         assert {path.name for path in folder.iterdir()} <= {"said", "shards"}

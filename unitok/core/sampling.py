@@ -8,6 +8,7 @@ no rank holds a list of samples (see `permutation`).
 
 import ctypes
 import gc
+import os
 import signal
 import sys
 import threading
@@ -170,13 +171,26 @@ class _Loads(torch.utils.data.Dataset):
 def _begin_worker(_worker: int) -> None:
     """A signal to the whole group means the loop: it needs its workers until the checkpoint is written. They end with
     their parent, at once: they hold its lock on the run's folder, and a killed run may be started again right away.
-    What the parent has left behind is not theirs to free: a process group would join threads that a fork does not have.
     """
-    gc.freeze()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":  # elsewhere torch's workers look for their parent every 5 s
         ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+
+
+@contextmanager
+def forking() -> Iterator[None]:
+    """Context around forks: what this process has left behind is freed before, and never in a fork, from its first
+    instruction on. An ended process group, say, would join threads there that a fork does not have (a hang, or a
+    segmentation fault)."""
+    parent, frozen_before = os.getpid(), gc.get_freeze_count() > 0
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if os.getpid() == parent and not frozen_before:
+            gc.unfreeze()
 
 
 @contextmanager
@@ -225,7 +239,8 @@ def batches(
         worker_init_fn=_begin_worker,
         prefetch_factor=2,
     )
-    stream = iter(loader)
+    with forking():
+        stream = iter(loader)
     try:
         for batch in stream:
             if isinstance(batch, UserError):
