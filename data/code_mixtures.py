@@ -44,6 +44,7 @@ def open_codes(
     max_bad_fraction: float = 0.01,
     classes: Path | str | None = None,
     seed: int = 0,
+    preprocess: str | None = None,
 ) -> CodeSource | CodeMixture:
     """Opens the codes that stage two trains on.
 
@@ -53,6 +54,7 @@ def open_codes(
         expect: header fields that must hold for each folder.
         classes: file of class folders: the words are then class tokens (`ClassSource`).
         seed: of a mixture's order.
+        preprocess: see `CodeSource`.
 
     Raises:
         DataError: see `CodeSource` and `parse_mixture`.
@@ -60,8 +62,8 @@ def open_codes(
 
     def open_one(folder: str) -> CodeSource:
         if classes is None:
-            return CodeSource(folder, expect, max_bad_fraction)
-        return ClassSource(folder, classes, expect, max_bad_fraction)
+            return CodeSource(folder, expect, max_bad_fraction, preprocess)
+        return ClassSource(folder, classes, expect, max_bad_fraction, preprocess)
 
     shares = parse_mixture(spec)
     if shares is None:

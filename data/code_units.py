@@ -18,6 +18,7 @@ from unitok.core.errors import DataError
 from unitok.data.bad import SourceError, patiently
 from unitok.data.codes import (
     HEADER_FILE,
+    PREPROCESS,
     TEXT_ONLY,
     UNSAID,
     CodeSample,
@@ -113,7 +114,7 @@ class CodeFolder:
             if tar.exists():
                 raise DataError(f"{tar} stands there without its {unit.name}.json; give another --out")
             return None
-        found = UNSAID | said
+        found = UNSAID | {PREPROCESS: self.fields.get(PREPROCESS)} | said
         for name, value in {**UNSAID, **self.fields, "input": input_of(source, unit)}.items():
             if found.get(name) != value:
                 raise DataError(

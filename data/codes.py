@@ -32,7 +32,7 @@ HEADER_FILE = "header.json"
 HEADER_FIELDS = ("tokenizer", "num_codebooks", "codebook_size", "image_size", "num_positions")
 LATENT_WIDTH = "latent_width"  # a further field of shards with latents: their C
 PREPROCESS = "preprocess"  # how images became pixels
-UNSAID = {PREPROCESS: "plain", LATENT_WIDTH: None}  # what a header means that lacks these
+UNSAID = {PREPROCESS: None, LATENT_WIDTH: None}  # what a header need not say; the first is then the tokenizer's own
 TEXT_ONLY = "text_only"  # of a folder with conversations without an image: how many
 LATENTS = "latents.npy"
 
@@ -64,7 +64,8 @@ def write_codes(
 
     Args:
         header: HEADER_FIELDS: "tokenizer" (fingerprint of the weights), "num_codebooks", "codebook_size",
-            "image_size", "num_positions"; with latents also LATENT_WIDTH; PREPROCESS where it is not "plain".
+            "image_size", "num_positions"; with latents also LATENT_WIDTH; PREPROCESS where it is not the tokenizer's
+            own way.
 
     Raises:
         DataError: the header is incomplete, codes do not fit it, or the folder holds code shards already.
@@ -163,6 +164,7 @@ class CodeSource(BadSamples):
             other.
         expect: header fields that must hold, such as the tokenizer's fingerprint and sizes.
         max_bad_fraction: share of bad samples above which `first_good` stops.
+        preprocess: the tokenizer's way of making pixels, for headers that do not say which it was.
 
     Raises:
         DataError: a folder is incomplete, of another format, or differs from `expect` or from the others; names the
@@ -170,12 +172,16 @@ class CodeSource(BadSamples):
     """
 
     def __init__(
-        self, folder: Path | str, expect: Mapping[str, Any] | None = None, max_bad_fraction: float = 0.01
+        self,
+        folder: Path | str,
+        expect: Mapping[str, Any] | None = None,
+        max_bad_fraction: float = 0.01,
+        preprocess: str | None = None,
     ) -> None:
         super().__init__(str(folder), max_bad_fraction)
         self.folder = Path(folder)
         folders = _folders(str(folder))
-        headers = [_load_header(one) for one in folders]
+        headers = [{PREPROCESS: preprocess, **_load_header(one)} for one in folders]
         text_only = sum(header.get(TEXT_ONLY, 0) for header in headers)
         self.header = headers[0] | {"count": sum(header["count"] for header in headers), TEXT_ONLY: text_only}
         for name, value in (expect or {}).items():
@@ -280,4 +286,4 @@ def _load_header(folder: Path) -> dict[str, Any]:
             f"{path}: format_version {header.get('format_version')!r}, missing {missing}; this version reads "
             f"{FORMAT_VERSION}: encode the images again"
         )
-    return {PREPROCESS: UNSAID[PREPROCESS], **header}
+    return header

@@ -72,7 +72,7 @@ class UniTokLM(HFLM):
             raise UserError(f"dtype={dtype}: expected one of {', '.join(_DTYPES)}")
         self.pipeline = _open(pretrained, device, _DTYPES[dtype])
         model, self.processor = self.pipeline.model, self.pipeline.processor
-        limit = getattr(model.config.text_config, "max_position_embeddings", None)
+        limit = model.config.context_length
         super().__init__(
             pretrained=model,
             backend="causal",

@@ -64,7 +64,7 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
     """
     work = work or ChatWork()
     needed = work.text_length + model.config.num_image_positions + work.new_tokens
-    limit = getattr(model.config.text_config, "max_position_embeddings", None)
+    limit = model.config.context_length
     if limit is not None and needed > limit:
         raise UserError(f"prompt and answer have {needed} positions, but the backbone reads {limit}: make them shorter")
     prompts = [Prompt(one.ids, one.codes.to(model.device)) for one in random_prompts(model.config, work)]

@@ -149,6 +149,17 @@ class UniTokMLLMConfig(PretrainedConfig):
         return self.text_config.hidden_size
 
     @property
+    def context_length(self) -> int | None:
+        """Positions that the backbone reads; None: no limit. With two sets of rotary factors those of the short one:
+        transformers takes the set by the longest row of a batch, which would change the other rows."""
+        text = self.text_config
+        limit, rope = getattr(text, "max_position_embeddings", None), getattr(text, "rope_parameters", None) or {}
+        if limit is not None and rope.get("rope_type") == "longrope":
+            short = rope.get("original_max_position_embeddings")
+            return min(limit, short or getattr(text, "original_max_position_embeddings", limit))
+        return limit
+
+    @property
     def own_image_marks(self) -> bool:
         """Are the image marks tokens of their own? The released vocabulary has none: there the placeholder lies outside
         of it and the two marks are borrowed from ordinary bytes, which texts and answers may hold too."""

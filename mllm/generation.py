@@ -14,7 +14,7 @@ from torch import Tensor
 from unitok.core.errors import DataError, UserError
 from unitok.mllm.configuration import EmbedderCache
 from unitok.mllm.graphed import SLOT_MULTIPLE, GraphedStepper, graphed_stepper
-from unitok.mllm.sampler import MAX_GUIDANCE, CodeSampler, Setting
+from unitok.mllm.sampler import CodeSampler, Setting, check_guidance
 from unitok.mllm.stepper import PositionStepper
 
 
@@ -107,10 +107,7 @@ class CodeGenerationMixin:
             raise UserError(f"num_positions={num_positions}: an image has at least 1")
         if embedder_cache not in get_args(EmbedderCache):
             raise UserError(f"embedder_cache={embedder_cache!r}: expected one of {', '.join(get_args(EmbedderCache))}")
-        if not 0 <= guidance_scale <= MAX_GUIDANCE:
-            raise UserError(
-                f"guidance_scale={guidance_scale}: expected at least 1 (up to 1 is off) and at most {MAX_GUIDANCE:g}"
-            )
+        check_guidance(guidance_scale)
         if guidance_scale > 1 and rows % 2:
             raise DataError(f"guidance needs conditional and unconditional rows, as many of each: got {rows} rows")
         positions = self.embedder.positions

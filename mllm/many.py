@@ -8,9 +8,11 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -52,7 +54,7 @@ def generate_many(
     is.
 
     Args:
-        sampler: settings of `generate_codes` that replace those of the export.
+        sampler: settings of `generate_codes` that replace those of the export, each one number for all.
         overlap: decode and write one batch while the next is sampled (None: on a GPU; on a CPU both want the same
             cores).
         graph: see `generate_codes`.
@@ -66,11 +68,14 @@ def generate_many(
         raise UserError(f"batch_size={batch_size}: expected at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None}
+    settings = _settings(pipeline, sampler)
     seeds = seeds_of(seed, len(prompts), "prompts")
     records = image_records(pipeline, prompts, seeds, **settings)
     digits = max(_DIGITS, len(str(len(prompts) - 1)))
-    paths = [folder / name for name in names or (f"{index:0{digits}}.png" for index in range(len(prompts)))]
+    names = [f"{index:0{digits}}.png" for index in range(len(prompts))] if names is None else names
+    if len(names) != len(prompts) or len(set(names)) < len(names):
+        raise UserError(f"{len(set(names))} different names for {len(prompts)} prompts: give each its own")
+    paths = [folder / name for name in names]
     first, step = own_share()
     missing = [index for index in range(first, len(prompts), step) if not is_made(paths[index], records[index])]
     overlap = pipeline.model.device.type == "cuda" if overlap is None else overlap
@@ -102,16 +107,26 @@ def generate_many(
 def image_records(
     pipeline: UniTokPipeline, prompts: Sequence[str], seeds: Sequence[int], **sampler: Any
 ) -> list[Record]:
-    """What decides how each image looks: prompt, seed, sampler, precision and the model. `sampler`: as in
+    """What decides how each image looks: prompt, seed, sampler, device, precision and the model. `sampler`: as in
     `generate_many`."""
     common = {
-        "settings": pipeline.image_sampler | {name: value for name, value in sampler.items() if value is not None},
+        "settings": _settings(pipeline, sampler),
+        "device": pipeline.model.device.type,  # random numbers are made there
         "precision": str(pipeline.model.dtype).removeprefix("torch."),
         "weights": pipeline.model.weight_kind,
         "embedder_cache": pipeline.model.config.embedder_cache,
         "model": fingerprint(pipeline),  # last: rounded weights have another one
     }
     return [{"prompt": prompt, "seed": seed, **common} for prompt, seed in zip(prompts, seeds, strict=True)]
+
+
+def _settings(pipeline: UniTokPipeline, sampler: dict[str, Any]) -> dict[str, Any]:
+    """Those of the export and those given, as they are written into records; UserError for one that is no number."""
+    given = {name: value for name, value in sampler.items() if value is not None}
+    if wrong := [name for name, value in given.items() if not isinstance(value, Real | np.bool_)]:
+        raise UserError(f"{wrong[0]}={given[wrong[0]]!r}: expected one number for all images")
+    # numpy's own numbers have no place in JSON
+    return pipeline.image_sampler | {name: np.asarray(value).item() for name, value in given.items()}
 
 
 def own_share() -> tuple[int, int]:

@@ -25,6 +25,7 @@ from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
 from unitok.mllm.losses import LossMixin
 from unitok.mllm.quantize import refuse_quantized
+from unitok.mllm.sampler import check_settings
 from unitok.mllm.shards import open_shards
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
@@ -323,7 +324,13 @@ def _checked_sampler(settings: Any, file: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{file}: image_sampler is {settings!r}; expected an object of {', '.join(sorted(known))}"
         )
-    return settings
+    said = {name: value for name, value in settings.items() if value is not None}
+    try:
+        check_settings(said)
+    except UserError as error:
+        raise CheckpointError(f"{file}: image_sampler: {error}") from error
+    # null means "as `temperature`" in this one alone
+    return said | {name: None for name in settings if name == "depth_temperature" and name not in said}
 
 
 def check_same_codes(model: UniTokMLLM, tokenizer: UniTok) -> None:

@@ -21,6 +21,7 @@ from unitok.mllm.official_config import (
     MODEL_TYPE,
     RELEASED_IMAGE_SIZE,
     RELEASED_LAYOUT,
+    RELEASED_PICTURES,
     RELEASED_SAMPLER,
     SIZES_FILE,
     odd_settings,
@@ -100,7 +101,7 @@ def official_processor(folder: Path, model: "UniTokMLLM") -> UniTokProcessor:
     """Texts and images as the release prepares them, for the model that `load_official` made of the folder."""
     visual = model.visual_tokenizer
     image_size = RELEASED_IMAGE_SIZE if visual is None else visual.config.image_size
-    return UniTokProcessor(official_text_tokenizer(folder), model.config, image_size, "padded", truncate_pixels=True)
+    return UniTokProcessor(official_text_tokenizer(folder), model.config, image_size, **RELEASED_PICTURES)
 
 
 def official_places(model: nn.Module) -> dict[str, list[Place]]:
@@ -158,7 +159,11 @@ def save_official(
         _save_tokenizer(processor.tokenizer, folder)
     left_out = ["embedder_cache=consistent"] if config.embedder_cache == "consistent" else []
     sampler = getattr(model.generation_config, "image_sampler", RELEASED_SAMPLER)
-    return left_out + ([] if sampler == RELEASED_SAMPLER else ["image_sampler"])
+    left_out += [] if sampler == RELEASED_SAMPLER else ["image_sampler"]
+    for name, released in RELEASED_PICTURES.items():
+        if processor is not None and (own_way := getattr(processor, name)) != released:
+            left_out.append(f"{name}={own_way}")
+    return left_out
 
 
 def _official_files(model: "UniTokMLLM") -> dict[str, dict[str, Any]]:

@@ -20,6 +20,7 @@ RELEASED_IMAGE_SIZE = 256  # pixels
 RELEASED_SAMPLER = {
     "guidance_scale": 5.0, "temperature": 0.9, "top_k": 2048, "top_p": 0.96, "depth_temperature": None
 }  # fmt: skip
+RELEASED_PICTURES = {"image_preprocess": "padded", "truncate_pixels": True}  # of the processor
 # How the released code lays out sequences. The vocabulary is Llama-2's: the marks are its byte tokens 0x00 and 0x01,
 # and the placeholder lies outside of it.
 RELEASED_MARK_PIECES = {"begin_image_id": "<0x00>", "end_image_id": "<0x01>"}

@@ -179,7 +179,7 @@ class UniTokPipeline:
     def _check_prompts(self, rows: Sequence[Sequence[int]], texts: Sequence[Any], new: int) -> None:
         """ContextError when a prompt and its `new` ids do not fit the backbone; a warning when its text (of a
         conversation: the last turn) has unknown words."""
-        limit = getattr(self.model.config.text_config, "max_position_embeddings", None)
+        limit = self.model.config.context_length
         for row, text in zip(rows, texts, strict=True):
             if limit is not None and len(row) + new > limit:
                 raise ContextError(

@@ -4,8 +4,10 @@ B images, K codebooks, V entries.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -65,6 +67,12 @@ def draw(logits_BV: Tensor, uniform_BV: Tensor) -> Tensor:
     return (logits_BV - noise_BV).argmax(dim=-1)
 
 
+def check_guidance(scale: float) -> None:
+    """UserError for one that cannot be drawn with."""
+    if not 0 <= scale <= MAX_GUIDANCE:
+        raise UserError(f"guidance_scale={scale}: expected at least 1 (up to 1 is off) and at most {MAX_GUIDANCE:g}")
+
+
 def check_temperature(values: Sequence[float], name: str = "temperature") -> None:
     """UserError for one that nothing can be drawn with."""
     if wrong := [value for value in values if not 0 < value < math.inf]:
@@ -109,9 +117,9 @@ class CodeSampler:
         check_filter(ks, ps)
         self.do_sample, self.filtered = do_sample, any(k > 0 for k in ks) or any(p < 1 for p in ps)
         self.generators = [torch_rng("image", seed, device=device) for seed in seeds]
-        self.temperatures = torch.tensor([first, others], device=device).unsqueeze(-1)
+        self.temperatures = torch.tensor([first, others], dtype=torch.float32, device=device).unsqueeze(-1)
         self.top_k = torch.tensor([min(int(k), _MAX_TOP_K) for k in ks], device=device).unsqueeze(-1)
-        self.top_p = torch.tensor(ps, device=device).unsqueeze(-1)
+        self.top_p = torch.tensor(ps, dtype=torch.float32, device=device).unsqueeze(-1)
 
     def fill_(self, uniform_BN: Tensor) -> None:
         """The next random numbers in [0, 1) of every image, in the order of its part `[B, ..]`."""
@@ -151,9 +159,18 @@ class CodeSampler:
         return self.choose(logits_BV, index, uniform_BV)[0]
 
 
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """UserError for settings of `generate_codes`, one for all images, that are no numbers or out of range."""
+    if wrong := [name for name, value in settings.items() if not isinstance(value, int | float)]:
+        raise UserError(f"{wrong[0]}={settings[wrong[0]]!r}: expected a number")
+    check_guidance(settings.get("guidance_scale", 1.0))
+    neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    CodeSampler([0], **(neutral | {name: value for name, value in settings.items() if name != "guidance_scale"}))
+
+
 def _per_image(name: str, value: Setting, count: int) -> list[float]:
     """`count` numbers; UserError when a list of them has another length."""
-    values = value.tolist() if isinstance(value, Tensor) else value
+    values = value.tolist() if isinstance(value, Tensor | np.ndarray | np.generic) else value
     if not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:

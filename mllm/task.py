@@ -95,7 +95,8 @@ class MllmTask(Task):
             "image_size": sizes.image_size,
             "num_positions": sizes.num_positions,
         }
-        self.source = open_codes(data.codes, expected, data.max_bad_fraction, data.classes, config.seed)
+        options = (data.max_bad_fraction, data.classes, config.seed, sizes.preprocess)
+        self.source = open_codes(data.codes, expected, *options)
         self.members = self.source.names if isinstance(self.source, CodeMixture) else []
         self.text_only = self.source.header[TEXT_ONLY]  # conversations without an image
         self.texts = TextSource(data.texts, data.max_bad_fraction) if data.texts else None

@@ -91,7 +91,8 @@ def test_what_changes_while_it_is_encoded_is_refused(tokenizer, tmp_path, monkey
 
 
 def test_codes_of_images_prepared_in_another_way_are_refused(tokenizer, tmp_path):
-    """A folder that was begun in one way, and codes that are read together; what says nothing is `plain`."""
+    """A folder that was begun in one way, and codes that are read together; what says nothing was prepared as the
+    tokenizer wants it."""
     other = make_tokenizer(preprocess="inference")
     source, out = open_source(fill_folder(tmp_path / "f", count=4)), tmp_path / "out"
     run = {"batch_size": 2, "progress": False, "unit_size": 2}
@@ -107,7 +108,14 @@ def test_codes_of_images_prepared_in_another_way_are_refused(tokenizer, tmp_path
     header = json.loads((out / "header.json").read_text())
     assert header.pop("preprocess") == "plain"
     (out / "header.json").write_text(json.dumps(header))
-    assert CodeSource(out, {"preprocess": "plain"}).header["preprocess"] == "plain"
+    assert CodeSource(out).header["preprocess"] is None
+    assert CodeSource(out, preprocess="inference").header["preprocess"] == "inference"
+    assert CodeSource(f"{tmp_path}/{{other,out}}", preprocess="inference").header["count"] == 8
+    for file in out.glob("codes-*.json"):
+        said = json.loads(file.read_text())
+        assert said.pop("preprocess") == "plain"
+        file.write_text(json.dumps(said))
+    extract_codes(tokenizer, source, out, **run)  # goes on, nothing is different
 
 
 def test_images_are_prepared_as_asked(tmp_path):

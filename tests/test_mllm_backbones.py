@@ -331,3 +331,16 @@ def test_settings_beside_llamas_text_model_are_kept(folders, tmp_path):
     (folder / "special_tokens_map.json").unlink()
     bare = load_text_tokenizer(folder)
     assert bare.encode("a</s>a") == [begin, word, end, word] and bare.pad_token_id == bare.unk_token_id
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_backbone_of_two_sets_of_factors_reads_as_far_as_the_short_one(inside):
+    """transformers takes the long one for a whole batch as soon as one row needs it."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors} | (
+        {"original_max_position_embeddings": 32} if inside else {}
+    )
+    sizes = SIZES | {"max_position_embeddings": 256, "original_max_position_embeddings": 32, "pad_token_id": 0}
+    sizes |= {"model_type": "phi3", "rope_parameters": rope}
+    assert mllm_config(text=sizes).context_length == 32
+    assert mllm_config(text={"model_type": "llama", **SIZES, "max_position_embeddings": 96}).context_length == 96

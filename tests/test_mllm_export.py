@@ -147,12 +147,35 @@ def test_shards_that_are_not_what_their_index_says_are_refused(export, tmp_path)
         assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("settings", [5, {"top_q": 5}])
-def test_an_unknown_sampler_is_refused(copy, settings):
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (5, "image_sampler is 5; expected an object of"),
+        ({"top_q": 5}, "image_sampler is .*expected an object of"),
+        ({"temperature": "0.9"}, "image_sampler: temperature='0.9': expected a number"),
+        ({"top_p": [0.9]}, r"image_sampler: top_p=\[0.9\]: expected a number"),
+        ({"temperature": 0}, "image_sampler: temperature=0: must be positive"),
+        ({"depth_temperature": -1.0}, "image_sampler: depth_temperature=-1.0"),
+        ({"guidance_scale": -3}, "image_sampler: guidance_scale=-3"),
+        ({"top_k": 1.5}, "image_sampler: top_k=1.5"),
+    ],
+)
+def test_a_damaged_sampler_is_refused(copy, settings, message):
     file = copy / "generation_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"image_sampler": settings}))
-    with pytest.raises(CheckpointError, match="image_sampler is .*expected an object of"):
+    with pytest.raises(CheckpointError, match=message) as error:
         UniTokPipeline.from_pretrained(copy, device="cpu")
+    assert "generation_config.json" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_settings_of_the_sampler_that_are_null_are_the_neutral_ones(copy):
+    names = ("guidance_scale", "do_sample", "temperature", "depth_temperature", "top_k", "top_p")
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_sampler": dict.fromkeys(names)}))
+    pipe = UniTokPipeline.from_pretrained(copy, device="cpu")
+    neutral = {"guidance_scale": 1.0, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "depth_temperature": None}
+    assert pipe.image_sampler == neutral
+    assert pipe.generate_images("a red circle")
 
 
 def test_generate_goes_on_from_vectors(pipe):

@@ -211,6 +211,14 @@ def test_top_k_keeps_ties_and_one_means_greedy():
     assert torch.equal(model.generate_codes(*pad_left(PROMPTS, PAD), top_k=1), greedy)
 
 
+def test_settings_taken_over_are_not_rounded_to_the_type_of_the_first_ones():
+    """A recorded step keeps its tensors, which the settings of each call are copied into."""
+    kept = CodeSampler([0], True, 1, 5, 1, 2)
+    taken = kept.take(CodeSampler([0], True, 0.75, 7, 0.875, 0.5))
+    assert taken.temperatures.flatten().tolist() == [0.75, 0.5]
+    assert taken.top_p.item() == 0.875 and taken.top_k.item() == 7
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [({"temperature": 0.0}, "temperature=0"), ({"top_p": 0.0}, "top_p=0"), ({"top_p": 1.5}, "top_p=1.5"),

@@ -5,6 +5,7 @@ import json
 import threading
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +125,25 @@ def test_what_was_made_in_another_way_is_kept(pipe, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         generate_many(pipe, prompts, tmp_path, **options)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_settings_are_one_number_each_and_names_differ(pipe, tmp_path):
+    for changes, message in (
+        ({"temperature": [0.3, 0.5]}, r"temperature=\[0.3, 0.5\]: expected one number for all images"),
+        ({"top_p": torch.tensor([0.5])}, "top_p=tensor.*: expected one number"),
+        ({"top_k": "5"}, "top_k='5': expected one number"),
+        ({"names": ["one.png"]}, "1 different names for 2 prompts"),
+        ({"names": ["one.png", "one.png"]}, "1 different names for 2 prompts"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generate_many(pipe, PROMPTS[:2], tmp_path, **changes)
+    options = {"temperature": np.float32(0.5), "top_k": np.int64(3), "do_sample": np.bool_(True)}
+    (path,) = generate_many(pipe, PROMPTS[:1], tmp_path, **options)
+    record = json.loads(Image.open(path).info[RECORD])
+    assert record["settings"] == pipe.image_sampler | {"temperature": 0.5, "top_k": 3, "do_sample": True}
+    assert record["device"] == "cpu"
+    per_image = pipe.generate_images(PROMPTS[:2], temperature=np.array([0.5, 0.9]), seed=1)
+    assert per_image[1].tobytes() == pipe.generate_images(PROMPTS[1], seed=2)[0].tobytes()
 
 
 def test_whether_to_record_graphs_is_passed_on(pipe, tmp_path):

@@ -216,6 +216,11 @@ def test_usage_of_an_own_model_is_its_tokenizers(released, visual, tmp_path):
     own.keep_tokenizer(visual)
     left_out = save_official(own, tmp_path / "released")
     assert left_out == ["embedder_cache=consistent"]
+    as_released, own_way = official_processor(released, own), official_processor(released, own)
+    own_way.image_preprocess, own_way.truncate_pixels = "plain", False
+    assert save_official(own, tmp_path / "same", as_released) == left_out
+    lost = ["image_preprocess=plain", "truncate_pixels=False"]
+    assert save_official(own, tmp_path / "lost", own_way) == left_out + lost
     saved = UniTokMLLM.from_official(tmp_path / "released")
     assert torch.equal(saved.embedder.code_usage, visual.quantizer.usage_average)
 

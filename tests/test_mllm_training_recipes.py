@@ -237,6 +237,14 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
         processor = UniTokProcessor.from_pretrained(tmp_path / "again")
         assert (processor.image_preprocess, processor.truncate_pixels) == (preprocess, True)
         assert processor.config.embedder_cache == "consistent"
+    del header["preprocess"]
+    (cut / "header.json").write_text(json.dumps(header))
+    file = tmp_path / "export" / "visual_tokenizer" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"preprocess": "inference"}))
+    third.build()
+    third = task_of(tmp_path, tmp_path / "released", f"data.codes={cut}", file="next.yaml")
+    third.export({"mllm": third.build()["mllm"].module}, tmp_path / "again")
+    assert UniTokProcessor.from_pretrained(tmp_path / "again").image_preprocess == "inference"
 
     for option in ("tokenizer=elsewhere", "backbone.text_vocab_size=99", "model.visual_width=48"):
         with pytest.raises(ConfigError, match=f"init_from=.* and {option.split('=')[0].split('.')[0]} are both set"):

@@ -65,6 +65,7 @@ def test_a_png_says_how_it_was_made(model, pipe, here, capsys):
         "prompt": "two «squares»",
         "seed": 7,
         "settings": {"guidance_scale": 3.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95},
+        "device": "cpu",
         "precision": "float32",
         "weights": None,
         "embedder_cache": "consistent",
@@ -131,6 +132,12 @@ def test_many_go_on_and_fill_the_same_grid(model, here, capsys, monkeypatch):
     assert main([*command, "--temperature", "0.5"]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and "many/red.png: was made with settings {'temperature': 0.9}" in error
+    for variables in ({"RANK": "0", "WORLD_SIZE": "2"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}):
+        with monkeypatch.context() as launcher:
+            for name, value in variables.items():
+                launcher.setenv(name, value)
+            assert main(command) == 2
+        assert "--grid: this process makes a part of the images only" in capsys.readouterr().err
 
 
 def test_progress_is_for_terminals(model, here, capsys):

@@ -1,7 +1,6 @@
 """`unitok generate`: images from text."""
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from math import ceil, inf, sqrt
@@ -23,9 +22,10 @@ def add_generate_arguments(parser: argparse.ArgumentParser) -> None:
     from unitok.cli import positive_int
 
     parser.description = (
-        "Draw images from text. The same prompt and seed give the same image, whatever is drawn beside it. A .png file "
-        "says how it was made: PIL's `Image.open(FILE).text` has the prompt (Description), libraries (Software), and "
-        "prompt, seed, sampler, precision and the model's hash as JSON (unitok)."
+        "Draw images from text. The same prompt and seed give the same image, whatever is drawn beside it; a GPU "
+        "draws others than a CPU. A .png file says how it was made: PIL's `Image.open(FILE).text` has the prompt "
+        "(Description), libraries (Software), and prompt, seed, sampler, device, precision and the model's hash as JSON"
+        " (unitok)."
     )
     parser.add_argument("prompts", nargs="*", metavar="PROMPT")
     parser.add_argument("--model", default=small_model(), metavar="DIR", help="default: %(default)s")
@@ -180,8 +180,10 @@ def _grid_file(name: str | None, targets: Sequence[Path]) -> Path | None:
         raise UserError(f"--grid {name}: expected a file ending in .png, which can say how its images were made")
     if grid.resolve() in {target.resolve() for target in targets}:
         raise UserError(f"--grid {name}: is also the file of an image; give another name")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError("--grid: this process makes a part of the images only; make the grid without torchrun")
+    from unitok.mllm.many import own_share
+
+    if own_share()[1] > 1:
+        raise UserError("--grid: this process makes a part of the images only; make the grid without torchrun or srun")
     return grid
 
 

@@ -54,7 +54,7 @@ class ServedModel:
             "image_positions": config.num_image_positions,
             "num_codebooks": config.num_codebooks,
             "codebook_size": config.codebook_size,
-            "context": getattr(config.text_config, "max_position_embeddings", None),
+            "context": config.context_length,
             "draws": config.visual_input == "codes",
             "image_sampler": self.pipeline.image_sampler,
         }
