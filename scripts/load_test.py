@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
@@ -29,6 +30,7 @@ import numpy as np
 import psutil
 from PIL import Image
 
+from unitok.cli import positive_int
 from unitok.core.errors import UserError
 from unitok.core.rng import numpy_rng
 
@@ -113,6 +115,7 @@ async def ask_once(client: httpx.AsyncClient, one: Ask, outcome: Outcome, asks: 
         response = await client.post(one.path, json=one.body | ({"stream": True} if stream else {}))
     except httpx.HTTPError as error:
         outcome.counts[f"lost: {type(error).__name__}"] += 1
+        await asyncio.sleep(0.1)  # a server that has gone refuses thousands a second
         return
     if response.status_code == 429:
         outcome.counts["refused"] += 1
@@ -139,10 +142,11 @@ async def phase(url: str, asks: list[Ask], clients: int, seconds: float, seed: i
             await ask_once(client, asks[int(rng.integers(len(asks)))], outcome, asks, stream=number % 2 == 1)
 
     async def watch() -> None:
-        while True:
-            processes = [server, *server.children(recursive=True)]
-            outcome.memory.append(sum(one.memory_info().rss for one in processes) / 2**20)
-            await asyncio.sleep(1)
+        with suppress(psutil.NoSuchProcess):  # the server has ended; its requests are lost, and counted so
+            while True:
+                processes = [server, *server.children(recursive=True)]
+                outcome.memory.append(sum(one.memory_info().rss for one in processes) / 2**20)
+                await asyncio.sleep(1)
 
     limits = httpx.Limits(max_connections=clients)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
@@ -158,7 +162,10 @@ def learn(url: str, asks: list[Ask]) -> None:
     with httpx.Client(base_url=url, timeout=300) as client:
         for turn in range(2):
             for one in asks:
-                response = client.post(one.path, json=one.body)
+                try:
+                    response = client.post(one.path, json=one.body)
+                except httpx.HTTPError as error:
+                    raise UserError(f"{one.path}: no answer ({error!r}); run `unitok serve` to see why") from error
                 if response.status_code != 200:
                     raise UserError(f"{one.path}: {response.text}")
                 answer = one.answer(response.text)
@@ -189,8 +196,7 @@ def start_server(model: str, options: list[str]) -> tuple[subprocess.Popen[bytes
 def summary(alone: Outcome, load: Outcome, clients: int, workers: int) -> dict[str, Any]:
     """The figures."""
     quarter = max(1, len(load.memory) // 4)
-    early, late = np.median(load.memory[quarter : 2 * quarter] or load.memory), np.median(load.memory[-quarter:])
-    low, high = np.percentile(load.latencies, [50, 95])
+    early, late = load.memory[quarter : 2 * quarter] or load.memory, load.memory[-quarter:]
     return {
         "clients": clients,
         "workers": workers,
@@ -198,17 +204,22 @@ def summary(alone: Outcome, load: Outcome, clients: int, workers: int) -> dict[s
         "counts": dict(load.counts),
         "per_second_alone": round(alone.per_second, 2),
         "per_second": round(load.per_second, 2),
-        "ratio": round(load.per_second / alone.per_second, 2),
-        "median_seconds": round(float(low), 3),
-        "p95_seconds": round(float(high), 3),
-        "memory_mib": {"second quarter": round(float(early), 1), "last quarter": round(float(late), 1)},
+        "ratio": round(load.per_second / alone.per_second, 2) if alone.per_second else 0.0,
+        "median_seconds": _percentile(load.latencies, 50, 3),
+        "p95_seconds": _percentile(load.latencies, 95, 3),
+        "memory_mib": {"second quarter": _percentile(early, 50, 1), "last quarter": _percentile(late, 50, 1)},
     }
+
+
+def _percentile(values: list[float], share: float, digits: int) -> float | None:
+    """None where nothing was measured."""
+    return round(float(np.percentile(values, share)), digits) if values else None
 
 
 def failures(figures: dict[str, Any], least_ratio: float, most_growth: float) -> list[str]:
     """What was not as it must be."""
     memory = figures["memory_mib"]
-    growth = memory["last quarter"] / memory["second quarter"]
+    growth = memory["last quarter"] / memory["second quarter"] if memory["second quarter"] else 0.0
     found = [f"{number} x {what}" for what, number in figures["failed"].items()]
     if figures["server_exit_code"]:
         found.append(f"the server ended with exit code {figures['server_exit_code']}")
@@ -223,8 +234,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run the test and print the figures as JSON."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--model", required=True, metavar="DIR")
-    parser.add_argument("--clients", type=int, default=32)
-    parser.add_argument("--seconds", type=float, default=60.0)
+    parser.add_argument("--clients", type=positive_int, default=32)
+    parser.add_argument("--seconds", type=positive_int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pictures", action="store_true", help="conversations only")
     parser.add_argument("--workers", type=int, default=2, help="copies of the model (default: %(default)s)")

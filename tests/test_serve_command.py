@@ -15,6 +15,7 @@ from pipelines import make_pipeline
 from serving import eventually
 
 from unitok.cli import main as cli
+from unitok.commands.serve import read_key
 from unitok.core.errors import ConfigError
 from unitok.serve.settings import ServeSettings
 
@@ -55,6 +56,14 @@ def test_keys_must_be_worth_the_name(tmp_path, capsys):
     assert "short" not in capsys.readouterr().err
     with pytest.raises(ConfigError, match="ASCII"):
         ServeSettings(api_key="\u00e4" * 10)
+
+
+def test_white_space_around_a_key_is_none_of_it(tmp_path, monkeypatch):
+    (tmp_path / "key").write_text("secret key 1 \r\n")
+    for given, found in (("secret key 1\n", "secret key 1"), (" \n", None), ("", None)):
+        monkeypatch.setenv("UNITOK_API_KEY", given)
+        assert read_key(None) == found
+    assert read_key(str(tmp_path / "key")) == "secret key 1"
 
 
 def test_the_pages_files_are_packaged():

@@ -7,14 +7,17 @@ import json
 import socket
 import struct
 import zlib
+from typing import Any
 
 import httpx
+import openai
 import pytest
 from PIL import Image
 from pipelines import make_pipeline, picture
 from pydantic import ValidationError
 from serving import CHAT, chat, data_url, error_of, question, running
 
+from unitok.serve.content import count_scans
 from unitok.serve.schemas import ChatRequest
 
 pytestmark = pytest.mark.usefixtures("nothing_failed_inside")
@@ -105,7 +108,12 @@ BAD = {
     # malformed
     "no fields": ((CHAT, {}), 422, "missing_parameter", "model"),
     "a list": ((CHAT, []), 422, "invalid_value", "valid dictionary"),
-    "unknown parameter": (chat(tools=[]), 422, "unknown_parameter", "tools"),
+    "unknown parameter": (chat(best_of=1), 422, "unknown_parameter", "best_of"),
+    "a tool": (chat(tools=[{"type": "function"}]), 422, "invalid_value", "tools"),
+    "logprobs": (chat(logprobs=True), 422, "invalid_value", "logprobs"),
+    "a bias": (chat(logit_bias={"50256": -100}), 422, "invalid_value", "logit_bias"),
+    "a quality": (image(quality="hd"), 422, "invalid_value", "quality"),
+    "a streamed picture": (image(stream=True), 422, "invalid_value", "stream"),
     "no messages": (chat(messages=[]), 422, "invalid_value", "at least 1"),
     "messages as text": (chat(messages="hi"), 422, "invalid_value", "valid list"),
     "unknown role": (said("tool"), 422, "invalid_value", "role"),
@@ -121,6 +129,8 @@ BAD = {
     "a penalty": (chat(presence_penalty=1), 422, "invalid_value", "presence_penalty"),
     "seed of a fraction": (chat(seed=1.5), 422, "invalid_value", "seed"),
     "huge seed": (image(seed=2**80), 422, "invalid_value", "seed"),
+    "seeds beyond the last": (image(seed=2**63 - 1, n=2), 400, "invalid_value", "seed"),
+    "choices beyond the last seed": (chat(seed=2**63 - 2, n=3), 400, "invalid_value", "seed"),
     "max_tokens of 0": (chat(max_tokens=0), 422, "invalid_value", "max_tokens"),
     "guidance of 1e9": (image(guidance=1e9), 422, "invalid_value", "guidance"),
     "empty prompt": (image(prompt=""), 422, "invalid_value", "prompt"),
@@ -254,6 +264,53 @@ def test_an_ordinary_progressive_jpeg_is_seen(client):
     assert client.post(path, json=body).status_code == 200
 
 
+def test_scans_are_counted_as_decoders_find_them():
+    """Not in other segments, nor behind the end, where phones put a film; also where bytes lie between segments."""
+    one = jpeg_of_scans(1)
+    first = one.count(b"\xff\xda")
+    assert count_scans(one) == first > 1 and count_scans(jpeg_of_scans(200)) == first + 199
+    assert count_scans(one + b"\xff\xda\x00\x02" * 1000) == first
+    note = b"\xff\xfe" + (2 + 400).to_bytes(2, "big") + b"\xff\xda\x00\x02" * 100
+    assert count_scans(one[:2] + note + one[2:]) == first
+    Image.open(io.BytesIO(one[:2] + note + one[2:])).load()
+    last = one.rindex(b"\xff\xda")
+    many = one[:last] + (b"\x00\xff\xff" + one[last + 1 : -2]) * 200 + one[-2:]
+    assert count_scans(many) == first + 199
+    assert count_scans(b"") == count_scans(b"\xff\xd8\xff") == 0 and count_scans(b"\xff\xd8\xff\xda") == 1
+
+
+NOTHING: dict[str, dict[str, Any]] = {
+    CHAT: {
+        "tools": [], "functions": [], "tool_choice": "none", "function_call": "none", "parallel_tool_calls": True,
+        "logit_bias": {}, "logprobs": False, "top_logprobs": None, "modalities": ["text"], "reasoning_effort": "none",
+        "store": False, "metadata": {}, "service_tier": "auto", "presence_penalty": 0, "frequency_penalty": 0,
+        "response_format": {"type": "text"},
+    },
+    IMAGES: {
+        "quality": "auto", "style": None, "background": "auto", "moderation": "auto", "stream": False, "size": "auto",
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [chat, image])
+def test_settings_that_ask_for_nothing_change_nothing(client, kind):
+    path, plain = kind(seed=3)
+    answers = [
+        client.post(path, json=plain | more).json() for more in ({}, NOTHING[path], dict.fromkeys(NOTHING[path]))
+    ]
+    told = [answer.get("choices") or answer["data"] for answer in answers]
+    assert told[0] == told[1] == told[2]
+
+
+def test_openais_client_may_say_what_asks_for_nothing(server):
+    with openai.OpenAI(base_url=f"{server[0]}/v1", api_key=KEY, max_retries=0) as official:
+        asked = {"model": "tiny", "messages": [{"role": "user", "content": "red"}], "max_tokens": 2}
+        one = official.chat.completions.create(**asked, tools=[], logprobs=False, logit_bias=None)
+        options = {"include_usage": True, "include_obfuscation": False}
+        pieces = list(official.chat.completions.create(**asked, stream=True, stream_options=options))
+        assert "".join(p.choices[0].delta.content or "" for p in pieces if p.choices) == one.choices[0].message.content
+
+
 @pytest.mark.parametrize("text", ["\x00", "\u0301" * 100, "\U0001f600 \u05d0", "</s><s>", "\u2581", "USER: ASSISTANT:"])
 def test_odd_text_is_only_text(client, text):
     path, body = chat(messages=[{"role": "user", "content": text}])
@@ -318,8 +375,6 @@ def test_security_headers(client):
 
 
 def test_openais_client_knows_our_errors(server, pipe):
-    import openai
-
     def ask(key=KEY, **changes):
         client = openai.OpenAI(base_url=f"{server[0]}/v1", api_key=key, max_retries=0)
         return client.chat.completions.create(**chat(**changes)[1])

@@ -14,6 +14,7 @@ from PIL import Image
 from pipelines import make_pipeline, picture
 from serving import CHAT, data_url, error_of, eventually, question, running
 
+from unitok.data.conversations import Turn
 from unitok.serve import answers, content, model
 
 IMAGES, RECONSTRUCT = "/v1/images/generations", "/v1/tokenizer/reconstruct"
@@ -53,7 +54,7 @@ def test_pictures_at_the_ends_of_all_ranges(server):
     for settings in (
         {"guidance": 50, "temperature": 0.011, "depth_temperature": 0.011, "top_k": 1_000_000, "top_p": 1},
         {"guidance": 50, "temperature": 5, "depth_temperature": 5, "top_k": 1, "top_p": 1e-300},
-        {"guidance": 1, "temperature": 5, "top_p": 5e-324, "seed": 2**63 - 1, "n": 2},
+        {"guidance": 1, "temperature": 5, "top_p": 5e-324, "seed": 2**63 - 2, "n": 2},
     ):
         response = httpx.post(server[0] + IMAGES, json={"prompt": "red"} | settings)
         assert response.status_code == 200, (settings, response.text)
@@ -258,6 +259,29 @@ def test_errors_name_what_was_given_and_what_to_do(server):
     assert error["param"] == "max_completion_tokens" and error["message"].startswith("max_completion_tokens=5000")
     error = error_of(httpx.post(server[0] + CHAT, json=body("what?", *[data_url(picture())] * 9)))
     assert "9 images" in error["message"] and "begin a new conversation" in error["message"]
+
+
+def test_without_a_number_of_ids_an_answer_ends_where_the_context_does(server, pipe, monkeypatch):
+    words = "red " * 30
+    length = len(pipe.processor.builder.chat([Turn("user", words)], prompt=True).ids)
+    monkeypatch.setattr(pipe.model.config.text_config, "max_position_embeddings", length + 3)
+    answer = httpx.post(server[0] + CHAT, json=body(words, max_tokens=None)).json()
+    assert answer["usage"]["prompt_tokens"] == length and answer["usage"]["completion_tokens"] <= 3
+    for more, status in ((3, 200), (4, 400)):
+        assert httpx.post(server[0] + CHAT, json=body(words, max_tokens=more)).status_code == status
+    monkeypatch.setattr(pipe.model.config.text_config, "max_position_embeddings", length)
+    refused = httpx.post(server[0] + CHAT, json=body(words, max_tokens=None))
+    assert error_of(refused)["code"] == "context_length_exceeded"
+
+
+def test_a_models_name_may_have_a_slash(pipe):
+    with running(pipe, name="group/tiny") as (address, _):
+        with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+            assert client.models.retrieve("group/tiny").id == client.models.list().data[0].id == "group/tiny"
+        assert "/v1/models/{model}" in httpx.get(f"{address}/openapi.json").json()["paths"]
+        response = httpx.get(f"{address}/v1/models/group/other")
+        assert (response.status_code, error_of(response)["code"]) == (404, "model_not_found")
+        assert 'path="/v1/models/{model}",status="200"' in httpx.get(f"{address}/metrics").text
 
 
 def test_paths_with_names_have_figures_of_their_own(server):

@@ -2,11 +2,12 @@
 for the script to say (`--least-ratio`), on a machine that does nothing else."""
 
 import json
+from collections import Counter
 
 import pytest
 from pipelines import make_pipeline
 
-from unitok.scripts.load_test import Ask, failures, main
+from unitok.scripts.load_test import Ask, Outcome, failures, main, summary
 
 
 @pytest.mark.slow
@@ -35,6 +36,13 @@ def test_streams_are_held_to_the_whole_answer():
     assert one.answer("\n\n".join([*chunks, "data: [DONE]", ""]), stream=True) == "red"
     assert one.answer("\n\n".join(chunks), stream=True) is None and not one.fits(None)
     assert not Ask("/v1/images/generations", {}, []).fits(None)
+
+
+def test_a_server_that_has_ended_is_told():
+    nothing = summary(Outcome(1.0), Outcome(2.0, Counter({"lost: ConnectError": 7})), 4, 1)
+    assert nothing["p95_seconds"] is None and nothing["ratio"] == 0 and nothing["memory_mib"]["last quarter"] is None
+    told = failures(nothing | {"failed": nothing["counts"], "server_exit_code": -9}, 0, 1.1)
+    assert told == ["7 x lost: ConnectError", "the server ended with exit code -9"]
 
 
 def test_what_makes_the_test_fail():

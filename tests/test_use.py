@@ -1,5 +1,6 @@
 """`unitok generate`, `reconstruct` and conversations: files, what they say about themselves, and refusals."""
 
+import io
 import json
 import weakref
 from pathlib import Path
@@ -252,6 +253,24 @@ def test_weights_of_half_the_bits(tmp_path, here):
 
 
 # ---- conversations
+
+
+def test_names_that_cannot_be_printed_cost_no_picture(model, here, monkeypatch):
+    """Where the terminal knows ASCII only."""
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", printed)
+    assert main(["generate", "un café rouge", "two", "--model", str(model), "--out", "made"]) == 0
+    assert {path.name for path in Path("made").iterdir()} == {"un_café_rouge.png", "two.png"}
+    printed.flush()
+    assert printed.buffer.getvalue().split() == [b"made/un_caf\\xe9_rouge.png", b"made/two.png"]
+
+
+def test_any_white_space_stands_behind_a_command(pipe, here):
+    session = pipe.new_session()
+    drawn = Conversation(session, [], 4, here / "drawn", seed=5)
+    drawn.take(f"/generate\t{PROMPT}")
+    drawn.take(f"/generate   {PROMPT}")
+    assert len(list((here / "drawn").glob("*.png"))) == 2 and not session.messages
 
 
 def typed(monkeypatch, *lines):

@@ -71,6 +71,8 @@ def test_typed_paths(folder, monkeypatch):
         "a trailing \\",
         '"' + "long " * 200 + '"',
         "x\0y.png",
+        "~\0",
+        "~x\0.png",
         "",
     ],
 )

@@ -5,6 +5,7 @@ Commands live in `unitok.commands`; heavy libraries are imported only once a com
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     try:
+        if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+            sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold what the terminal cannot show
         arguments = parse(argv)
         quiet_libraries()
         module, function = arguments.run

@@ -89,7 +89,7 @@ class Conversation:
 
     def take(self, line: str) -> None:
         """Do what a line says. Raises UserError for what cannot be done; the conversation then is as it was."""
-        command, _, rest = line.partition(" ")
+        command, rest = (*line.split(maxsplit=1), "", "")[:2]
         command = command.lower() if command[:1] == "/" else command
         if command[:1] == "/" and command[1:].isalpha():
             if command not in self.commands:

@@ -25,8 +25,8 @@ def split_pictures(line: str) -> tuple[list[Path], str]:
     and URLs of other machines.
     """
     line = line.strip()
-    if line.lower().endswith(_ENDINGS) and os.path.isfile(os.path.expanduser(line)):
-        return [Path(os.path.expanduser(line))], ""  # spaces as they are
+    if line.lower().endswith(_ENDINGS) and os.path.isfile(_from_home(line)):
+        return [Path(_from_home(line))], ""  # spaces as they are
     pictures: list[Path] = []
     text, at = "", 0
     while at < len(line):
@@ -54,7 +54,12 @@ def split_pictures(line: str) -> tuple[list[Path], str]:
 def unquoted(text: str) -> str:
     """One path as a shell would read it; as it is where that is not one word."""
     words = _shell_words(text.strip())
-    return os.path.expanduser(words[0] if len(words) == 1 else text.strip())
+    return _from_home(words[0] if len(words) == 1 else text.strip())
+
+
+def _from_home(name: str) -> str:
+    """With a home folder in place of ~, where there is one: Python looks for a user even of a name with a NUL."""
+    return name if "\0" in name else os.path.expanduser(name)
 
 
 def _path_of(word: str) -> Path | None:
@@ -70,7 +75,7 @@ def _path_of(word: str) -> Path | None:
     words = _shell_words(word)
     if len(words) != 1:
         return None
-    name = os.path.expanduser(words[0])
+    name = _from_home(words[0])
     ends_like_one, has_slash = name.lower().endswith(_ENDINGS), "/" in name
     if "://" in name and ends_like_one:
         raise UserError(f"{name}: pictures are files of this machine; download it first")

@@ -94,7 +94,7 @@ def serve(arguments: argparse.Namespace) -> int:
 def read_key(file: str | None) -> str | None:
     """The key of a file or of the environment. It is no argument: other users of the machine see those."""
     if file is None:
-        return os.environ.get(KEY_VARIABLE) or None
+        return os.environ.get(KEY_VARIABLE, "").strip() or None
     try:
         return Path(file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:

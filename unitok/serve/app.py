@@ -11,7 +11,7 @@ from fastapi import FastAPI, Response
 from unitok import __version__
 from unitok.serve.chat import add_chat
 from unitok.serve.errors import add_error_handlers
-from unitok.serve.guard import Guard
+from unitok.serve.guard import Guard, path_of
 from unitok.serve.metrics import Metrics
 from unitok.serve.model import ServedModel
 from unitok.serve.pictures import add_pictures
@@ -57,7 +57,7 @@ def create_app(
     _add_facts(app, service)
     _add_pages(app)
     _describe(app, settings.name)
-    paths = frozenset(route.path for route in app.routes if hasattr(route, "path"))
+    paths = frozenset(path_of(route) for route in app.routes)
     app.add_middleware(Guard, settings=settings, scheduler=scheduler, metrics=metrics, paths=paths)
     return app
 
@@ -93,7 +93,7 @@ def _add_facts(app: FastAPI, service: Service) -> None:
         """The one model that is served."""
         return ModelList(data=[info])
 
-    @app.get("/v1/models/{model}", responses=ERRORS)
+    @app.get("/v1/models/{model:path}", responses=ERRORS)
     async def model(model: str) -> ModelInfo:
         """Its description."""
         service.check_model(model)

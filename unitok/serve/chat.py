@@ -44,7 +44,7 @@ async def _job_of(body: ChatRequest, service: Service) -> ChatJob:
     """The request as a job; ApiError for what cannot be asked."""
     service.check_model(body.model)
     n = body.n or 1
-    service.check_number(n)
+    service.check_number(n, body.seed)
     limit = service.settings.max_new_tokens
     for name, value in (("max_tokens", body.max_tokens), ("max_completion_tokens", body.max_completion_tokens)):
         if value is not None and value > limit:
@@ -69,7 +69,8 @@ async def _job_of(body: ChatRequest, service: Service) -> ChatJob:
         seed=body.seed or 0,
         n=n,
         stop=stop,
-        stream=body.stream,
+        stream=bool(body.stream),
+        may_be_fewer=asked is None,
     )
 
 

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 FORMATS = ("PNG", "JPEG", "WEBP")
 MAX_SCANS = 100  # of a JPEG: each goes over all of its pixels, and costs its sender a few bytes
+_MARKER = re.compile(rb"\xff([^\x00\xd0-\xd7\xff])")  # within a scan FF is followed by 00 or D0 to D7
+_SCAN, _END_OF_IMAGE = b"\xda", b"\xd9"
+_WITHOUT_LENGTH = (b"\x01", b"\xd8")
 _DATA_URL = re.compile(r"data:(?P<kind>[\w.+-]+/[\w.+-]+);base64,", re.ASCII)
 # What PIL raises for a file whose header it cannot read, beside OSError.
 _HEADER_ERRORS = (UnidentifiedImageError, OSError, SyntaxError, ValueError)
@@ -106,14 +109,25 @@ def _size_of(data: bytes, param: str) -> tuple[int, int] | None:
     """Width and height as the file's head says; None where PIL refuses so many pixels itself."""
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as file:
-            # In a scan FF is never followed by DA: the two are its marker, or stand in what a camera noted.
-            if file.format in ("JPEG", "MPO") and data.count(b"\xff\xda") > MAX_SCANS:
+            if file.format in ("JPEG", "MPO") and count_scans(data) > MAX_SCANS:
                 raise bad("invalid_image", f"{param}: a jpeg of more than {MAX_SCANS} scans; save it anew", param)
             return file.size
     except Image.DecompressionBombError:
         return None
     except _HEADER_ERRORS:
         raise bad("invalid_image", f"{param}: not a readable png, jpeg or webp", param) from None
+
+
+def count_scans(data: bytes) -> int:
+    """Scans of a JPEG, as decoders find them: from marker to marker, what stands between segments passed over, until
+    its end (behind which phones put a film)."""
+    count, place = 0, 2
+    while (found := _MARKER.search(data, place)) and found[1] != _END_OF_IMAGE:
+        count += found[1] == _SCAN
+        place = found.end()
+        if found[1] not in _WITHOUT_LENGTH:
+            place += max(2, int.from_bytes(data[place : place + 2], "big"))
+    return count
 
 
 def check_conversation(messages: list[AnyMessage], settings: ServeSettings) -> None:

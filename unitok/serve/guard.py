@@ -30,6 +30,11 @@ class _NotReadError(Exception):
     """A client does not read what it is sent."""
 
 
+def path_of(route: Any) -> str | None:
+    """As /v1/models/{model}."""
+    return getattr(route, "path_format", getattr(route, "path", None))
+
+
 class Guard:
     """Middleware. Refusals are answers in OpenAI's form; `paths` are those that get figures of their own."""
 
@@ -73,7 +78,7 @@ class Guard:
         """The path as the figures have it: never a text of the client's."""
         if scope["path"] in self.paths:
             return scope["path"]
-        route = getattr(scope.get("route"), "path", None)  # as /v1/models/{model}; none where it was refused before
+        route = path_of(scope.get("route"))  # none where it was refused before
         return route if route in self.paths else "other"
 
     async def _pass(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -52,12 +52,13 @@ class ChatJob(Job):
     as a whole."""
 
     messages: list[dict[str, Any]]
-    max_new_tokens: int
+    max_new_tokens: int  # with `may_be_fewer` as far as the context reaches
     sampling: dict[str, Any]
     seed: int
     n: int = 1
     stop: tuple[str, ...] = ()
     stream: bool = True
+    may_be_fewer: bool = False
     _sent: Counter[int] = field(default_factory=Counter, init=False)  # characters of each choice
     _again: Counter[int] = field(default_factory=Counter, init=False)  # of these, those that will come once more
 

@@ -73,7 +73,7 @@ class ServedModel:
         """("delta", (choice, text)), as it comes where it is to be streamed, then ("done", (prompt ids, answer ids,
         finish reasons))."""
         pipeline, asked = self.pipeline, []
-        tokenizer = pipeline.processor.tokenizer
+        tokenizer, limit = pipeline.processor.tokenizer, self.facts()["context"]
         # Few passes of the visual tokenizer for all pictures; the prompts then find their codes kept.
         images = [part["image"] for job in jobs for m in job.messages if not isinstance(m["content"], str)
                   for part in m["content"] if part["type"] == "image"]  # fmt: skip
@@ -83,17 +83,18 @@ class ServedModel:
         for job in jobs:
             try:
                 sampling = TextSampling(**job.sampling)
-                (prompt,) = pipeline._chat_prompts([job.messages], job.max_new_tokens)
+                (prompt,) = pipeline._chat_prompts([job.messages], 1 if job.may_be_fewer else job.max_new_tokens)
             except UserError as error:
                 job.emit("error", _refusal(error, "messages"))
                 continue
+            room = job.max_new_tokens if limit is None else min(job.max_new_tokens, limit - len(prompt.ids))
             rows = [
                 Row(
                     prompt=prompt,
                     stream=TextStream(tokenizer, job.stop),
                     sampling=sampling,
                     seed=job.seed + choice,
-                    max_new_tokens=job.max_new_tokens,
+                    max_new_tokens=room,
                     emit=partial(_stream, job, choice) if job.stream else _keep,
                     wanted=lambda job=job: not job.cancelled,
                 )

@@ -57,7 +57,7 @@ def _job_of(body: ImageRequest, service: Service) -> ImageJob:
     """The request as a job; ApiError for what cannot be drawn."""
     service.check_model(body.model)
     n = body.n or 1
-    service.check_number(n)
+    service.check_number(n, body.seed)
     own = service.facts["image_size"]
     if body.size not in (None, "auto", own):
         shown = str(body.size)[:40].encode("ascii", "backslashreplace").decode()

@@ -1,13 +1,15 @@
 """Bodies of requests and answers, as far as the model can do what OpenAI's API describes.
 
-What is not listed is refused: a setting that does nothing would look as if it worked.
+What is not listed is refused: a setting that does nothing would look as if it worked. Settings that clients send
+unasked, with a value that asks for nothing, are listed with that value alone.
 """
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-Seed = Annotated[int, Field(ge=0, lt=2**63, strict=True)]
+SEEDS = 2**63  # 0 to this less 1
+Seed = Annotated[int, Field(ge=0, lt=SEEDS, strict=True)]
 Text = Annotated[str, Field(strict=True)]
 # Temperatures of text may be 0 (the likeliest); codes of images are always drawn.
 TextTemperature = Annotated[float, Field(strict=True, ge=0, le=5, allow_inf_nan=False)]
@@ -55,6 +57,7 @@ Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
 # Of lists the first wrong entry is enough.
 Content = Text | Annotated[list[Part], Field(min_length=1, max_length=256, fail_fast=True)]
 Empty = Annotated[list[Any], Field(max_length=0)]
+Nothing = Annotated[dict[str, Any], Field(max_length=0)]
 
 
 class Message(_Body):
@@ -81,6 +84,7 @@ AnyMessage = Annotated[Message | AssistantMessage, Field(discriminator="role")]
 
 class StreamOptions(_Body):
     include_usage: Annotated[bool, Field(strict=True)] = False
+    include_obfuscation: Literal[False] = False
 
 
 class TextFormat(_Body):
@@ -106,6 +110,20 @@ class ChatRequest(_Body):
     presence_penalty: Zero | None = None
     frequency_penalty: Zero | None = None
     user: Text | None = None
+    # what asks for nothing
+    tools: Empty | None = None
+    functions: Empty | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    function_call: Literal["none", "auto"] | None = None
+    parallel_tool_calls: Annotated[bool, Field(strict=True)] | None = None
+    logit_bias: Nothing | None = None
+    logprobs: Literal[False] | None = None
+    top_logprobs: None = None
+    modalities: Annotated[list[Literal["text"]], Field(max_length=1)] | None = None
+    reasoning_effort: Literal["none"] | None = None
+    store: Literal[False] | None = None
+    metadata: Nothing | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
 
 class ImageRequest(_Body):
@@ -125,6 +143,12 @@ class ImageRequest(_Body):
     top_k: TopK | None = None
     top_p: TopP | None = None
     user: Text | None = None
+    # what asks for nothing
+    quality: Literal["auto", "standard"] | None = None
+    style: None = None
+    background: Literal["auto", "opaque"] | None = None
+    moderation: Literal["auto"] | None = None
+    stream: Literal[False] | None = None
 
 
 class ReconstructRequest(_Body):

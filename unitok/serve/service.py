@@ -16,7 +16,7 @@ from unitok.serve.metrics import Metrics
 from unitok.serve.model import ServedModel
 from unitok.serve.process import RemoteModels
 from unitok.serve.scheduler import Scheduler
-from unitok.serve.schemas import ErrorAnswer
+from unitok.serve.schemas import SEEDS, ErrorAnswer
 from unitok.serve.settings import ServeSettings
 
 T = TypeVar("T")
@@ -88,8 +88,10 @@ class Service:
                 404, "model_not_found", f"model {shown!r} is not served; this is {self.settings.name!r}", "model"
             )
 
-    def check_number(self, n: int) -> None:
-        """ApiError 400 for more answers or pictures than one request may ask for."""
+    def check_number(self, n: int, seed: int | None) -> None:
+        """ApiError 400 for more answers or pictures than one request may ask for, or than there are seeds."""
+        if (seed or 0) + n > SEEDS:
+            raise bad("invalid_value", f"seed={seed}: the last of {n} would be beyond 2^63 - 1", "seed")
         if n > self.settings.max_n:
             raise bad("n_too_large", f"n={n}: expected at most {self.settings.max_n}", "n")
 

@@ -127,8 +127,12 @@ async function learn() {
 
 $("key-form").addEventListener("submit", (event) => {
   event.preventDefault();
-  sessionStorage.setItem(KEY, $("key").value.trim());
-  learn();
+  const key = $("key").value.trim();
+  shown(async () => {
+    if (!/^[\x21-\x7e]+$/.test(key)) throw new Error("A key has no letters beyond ASCII and no spaces; copy it again");
+    sessionStorage.setItem(KEY, key);
+    await learn();
+  });
 });
 startTabs();
 startDrops();
