@@ -207,7 +207,12 @@ class CodeFolder:
         path = self.out / f"{unit.name}.json"
         if not path.is_file():
             return None
-        return load_json_object(text_of(path.read_bytes(), str(path)), str(path))
+        try:
+            return load_json_object(text_of(path.read_bytes(), str(path)), str(path))
+        except DataError as error:
+            if path.with_suffix(".tar").exists():
+                raise DataError(f"{error}; remove it and its .tar, and they are made again") from None
+            return None  # of a machine that failed: the unit is made again
 
     @staticmethod
     def _is_whole(tar: Path, said: dict[str, Any]) -> bool:

@@ -104,7 +104,10 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Writes a small file of the folder, which appears when it is complete."""
     temporary = temporary_name(path)
     try:
-        temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="ascii")  # names of files need not be Unicode
+        with temporary.open("w", encoding="ascii") as file:  # names of files need not be Unicode
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # or a power failure may leave the name with nothing in it
         os.replace(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)

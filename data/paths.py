@@ -52,8 +52,15 @@ def expand_braces(spec: str) -> list[str]:
         raise DataError(f"{spec}: a brace has no partner; expected a pattern such as part-{{00..09}}.tar") from None
 
 
+def cache_folder() -> Path:
+    """Where fetched files stay: `$UNITOK_CACHE/urls`, or `unitok/urls` in the user's cache folder."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "unitok"
+    return Path(os.environ.get("UNITOK_CACHE") or cache) / "urls"
+
+
 def file_stamp(path: Path) -> bytes:
-    """What changes when a file is written anew: its size and time of change; of no file, that it is none."""
+    """What changes when a file is written anew: its size and time of change (of a fetched one, whose time is that of
+    the fetch, its size); of no file, that it is none."""
     try:
         found = os.stat(path)
     except ValueError:  # a null byte
@@ -62,6 +69,8 @@ def file_stamp(path: Path) -> bytes:
         if not is_of_the_file(error):
             raise
         return b"none"
+    if f"{os.sep}urls{os.sep}" in str(path) and path.is_relative_to(cache_folder()):  # mostly told by the first
+        return str(found.st_size).encode()
     return f"{found.st_size} {found.st_mtime_ns}".encode()
 
 

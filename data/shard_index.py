@@ -16,6 +16,7 @@ import struct
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
 from multiprocessing import get_context
@@ -142,8 +143,11 @@ def _valid_rows(index: IndexFile, stats: dict[str, _Stat]) -> dict[str, int]:
 
 def _kept(index: IndexFile, folder: Path, replaced: set[str]) -> Iterator[tuple[str, _Stat, TarTable]]:
     """The entries of an index that are still true."""
-    there = {entry.name for entry in os.scandir(folder)}
-    stats = {name: _stat(folder / name) for name in index.names if name in there and name not in replaced}
+    there, stats = {entry.name for entry in os.scandir(folder)}, {}
+    for name in index.names:
+        if name in there and name not in replaced:
+            with suppress(DataError):  # a link to nothing, or just removed: nobody asked for it
+                stats[name] = _stat(folder / name)
     for name, row in _valid_rows(index, stats).items():
         yield name, stats[name], index.table(row)
 

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from unitok.core.errors import DataError
-from unitok.data.paths import expand_braces
+from unitok.data.paths import cache_folder, expand_braces
 
 _SCHEME = re.compile(r"^[a-z][a-z0-9+.-]*://")
 _RECORDS = re.compile(r"\.(jsonl?|parquet)\?")
@@ -27,12 +27,6 @@ def suffix_of(spec: str) -> str:
     elif _RECORDS.search(spec):
         spec = spec.partition("?")[0]
     return Path(spec).suffix.lower()
-
-
-def cache_folder() -> Path:
-    """Where fetched files stay: `$UNITOK_CACHE/urls`, or `unitok/urls` in the user's cache folder."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "unitok"
-    return Path(os.environ.get("UNITOK_CACHE") or cache) / "urls"
 
 
 def local_files(spec: str) -> list[Path]:

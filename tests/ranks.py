@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from unitok.core.distributed import free_port
-from unitok.core.sampling import forking
+from unitok.core.workers import forking
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,5 +1,6 @@
 """What the loop knows of its data: bad samples over all ranks and workers, workers that die, mixtures that changed."""
 
+import gc
 import json
 import multiprocessing
 import os
@@ -25,7 +26,8 @@ from unitok.core.distributed import rank
 from unitok.core.errors import DataError, RankLostError, UserError, WorkerLostError
 from unitok.core.loop import train
 from unitok.core.runlog import read_log
-from unitok.core.sampling import SampleOrder, loader_deaths
+from unitok.core.sampling import SampleOrder, batches
+from unitok.core.workers import loader_deaths
 
 
 @pytest.fixture
@@ -215,6 +217,73 @@ def test_a_worker_without_shared_memory_would_only_fail_again() -> None:
     assert caught.value.exit_code == 2
     with pytest.raises(RuntimeError, match="^something else"), loader_deaths():
         raise RuntimeError("something else")
+
+
+class Unsendable:
+    """Cannot be handed over by a worker, where it is made."""
+
+    def __init__(self, reason: str) -> None:
+        self.reason = reason
+
+    def __reduce__(self) -> Any:
+        raise RuntimeError(self.reason)
+
+
+class Stuck(ToyTask):
+    def __init__(self, reason: str) -> None:
+        super().__init__()
+        self.reason = reason
+
+    def load_batch(self, indices: list[int], epoch: int) -> Any:
+        return Unsendable(self.reason)
+
+
+@pytest.mark.parametrize(
+    ("reason", "kind", "said"),
+    [
+        ("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)", UserError, "--shm"),
+        ("cannot be pickled", WorkerLostError, "a worker that loads data is gone"),
+    ],
+)
+def test_a_batch_that_cannot_be_handed_over_ends_the_run(
+    reason: str, kind: type[UserError], said: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """torch's worker would drop it, and the loop wait for ever."""
+    with pytest.raises(UserError, match=said) as caught:
+        run_toy(Stuck(reason), tmp_path, num_workers=2)
+    assert type(caught.value) is kind and not multiprocessing.active_children()
+    assert f"a worker that loads data: {reason}" in capfd.readouterr().err
+
+
+def test_what_a_dead_worker_has_sent_cannot_be_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory is asked for at the worker's own socket."""
+
+    def reset(_self: Any) -> Any:
+        os.kill(_self._workers[0].pid, signal.SIGKILL)
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+    monkeypatch.setattr(torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_next_data", reset)
+    stream = batches(ToyTask(), SampleOrder(50, 0), 0, 50, 5, 2)
+    with pytest.raises(WorkerLostError, match="Connection reset by peer|is killed by signal"), loader_deaths():
+        next(stream)
+    assert not multiprocessing.active_children()
+
+
+def test_workers_that_cannot_be_started(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The limit of processes is reached with the second: none is left, and nothing waits for the first."""
+    fork, forked = os.fork, []
+
+    def limited() -> int:
+        if forked:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        forked.append(fork())
+        return forked[-1]
+
+    monkeypatch.setattr(os, "fork", limited)
+    with pytest.raises(UserError, match=r"cannot be started \(Resource temporarily unavailable\); lower num_workers"):
+        next(batches(ToyTask(), SampleOrder(50, 0), 0, 50, 5, 2))
+    gc.collect()
+    assert not multiprocessing.active_children() and "Traceback" not in capsys.readouterr().err
 
 
 # ---- stage one

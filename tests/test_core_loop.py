@@ -25,9 +25,10 @@ from unitok.core.errors import EXIT_RESUME, CheckpointError, ConfigError, DataEr
 from unitok.core.loop import train
 from unitok.core.run import TrainConfig, locked
 from unitok.core.runlog import RunLog, read_log, truncate_log
-from unitok.core.sampling import SampleOrder, batches, forking
+from unitok.core.sampling import SampleOrder, batches
 from unitok.core.signals import StopSignals
 from unitok.core.task import Network
+from unitok.core.workers import forking
 
 
 def test_order_visits_every_sample_once_per_epoch() -> None:
@@ -296,6 +297,26 @@ def test_a_run_from_a_named_checkpoint_may_begin_there_again(tmp_path: Path) -> 
     with pytest.raises(CheckpointError, match=r"step_6 is corrupt: .*or set resume_fallback=true"):
         run_toy(ToyTask(), out, **settings)
     assert run_toy(ToyTask(), out, **settings, resume_fallback=True) == straight[2:]
+
+
+@pytest.mark.parametrize("damage", ["cut", "gone", "other"])
+def test_a_run_from_a_named_checkpoint_falls_back_where_the_newest_state_is_damaged(
+    damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    straight = run_toy(ToyTask(), tmp_path / "straight", steps=8, save_every=2, keep_last=4)
+    start, out = tmp_path / "straight" / "checkpoints" / "step_2", tmp_path / "branch"
+    settings = {"steps": 8, "save_every": 2, "keep_last": 4, "resume": str(start)}
+    run_toy(ToyTask(), out, **settings)
+    state = out / "checkpoints" / "step_8" / "state.json"
+    if damage == "gone":
+        state.unlink()
+    else:
+        state.write_text("[]" if damage == "other" else state.read_text()[:40])
+    with pytest.raises(CheckpointError, match=r"step_8 is corrupt: .*or set resume_fallback=true"):
+        run_toy(ToyTask(), out, **settings)
+    capsys.readouterr()
+    assert run_toy(ToyTask(), out, **settings, resume_fallback=True) == straight[2:]
+    assert "step_6 (step 6)" in capsys.readouterr().out
 
 
 def test_two_processes_never_train_into_one_folder(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
+from unitok.cli import main
 from unitok.core.errors import DataError
 from unitok.data import bad, decoding, shard_index
 from unitok.data.bad import SourceError
@@ -204,3 +205,10 @@ def test_a_single_picture_is_tried_again_too(sources, monkeypatch):
     failing(monkeypatch, 99)
     with pytest.raises(SourceError, match="errno 5"):
         [decoding.load_image(sources / "folder" / f"im{n}.png") for n in range(4)]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here: only Linux has it")
+def test_a_full_disk_under_a_report_is_one_line(tmp_path, capsys):
+    assert main(["data", "check", "shapes:train?num=3&seed=1&size=32", "--json", "/dev/full"]) == 2
+    said = capsys.readouterr().err
+    assert said.endswith("unitok: error: an output cannot be written: No space left on device\n")

@@ -87,6 +87,20 @@ def test_a_part_of_a_folder_keeps_the_entries_of_the_rest(tmp_path, monkeypatch)
     assert ShardReader(tmp_path / "b").keys[-1] == "s00099" and len(scanned) == 5
 
 
+def test_shards_that_nobody_asks_for_may_be_links_to_nothing(tmp_path):
+    a, b, c = write_shards(samples(30), tmp_path / "real", 10)
+    folder = tmp_path / "links"
+    folder.mkdir()
+    for path in (a, b):
+        (folder / path.name).symlink_to(path)
+    assert len(ShardReader(folder)) == 20
+    a.unlink()
+    (folder / c.name).symlink_to(c)
+    assert ShardReader([folder / b.name, folder / c.name]).keys[0] == "s00010"
+    with pytest.raises(DataError, match=f"{a.name} does not exist"):
+        ShardReader([folder / a.name])
+
+
 @pytest.mark.parametrize("damage", ["empty", "cut", "foreign", "version"])
 def test_a_broken_index_is_made_again(tmp_path, damage):
     write_shards(samples(12), tmp_path / "a", 5)

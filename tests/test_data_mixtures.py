@@ -11,7 +11,7 @@ from unitok.cli import main
 from unitok.core.config import load_config
 from unitok.core.errors import ConfigError, DataError
 from unitok.core.runlog import read_log
-from unitok.core.sampling import forking
+from unitok.core.workers import forking
 from unitok.data.images import ImageBatches, ImageDataConfig
 from unitok.data.mixtures import MixtureSource
 from unitok.data.source import open_source

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from unitok.core.errors import DataError
-from unitok.core.sampling import forking
+from unitok.core.workers import forking
 from unitok.data.check import check_source
 from unitok.data.codes import CodeSample, CodeSource, write_codes
 from unitok.data.conversations import Turn, import_llava, parse_conversations, validate_conversation

@@ -14,7 +14,7 @@ from pipelines import make_pipeline
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError
-from unitok.core.sampling import forking
+from unitok.core.workers import forking
 from unitok.eval.geneval import make_grid, score_prompt
 from unitok.eval.geneval_detect import SHAPES_RULE, shapes_detector
 from unitok.eval.geneval_run import GENERATION, generate_folder, geneval_metrics, read_generation, score_run

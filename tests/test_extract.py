@@ -21,7 +21,7 @@ from tiny import make_tokenizer
 from unitok.cli import main
 from unitok.core.distributed import free_port
 from unitok.core.errors import ConfigError, DataError, WorkerLostError
-from unitok.core.sampling import forking
+from unitok.core.workers import forking
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
 from unitok.data.shard_index import INDEX_FILE
@@ -110,6 +110,32 @@ def test_what_is_done_is_kept_and_what_is_damaged_made_again(tokenizer, shards, 
     assert sum(encoded) == 15 and made(tmp_path) == expected
     extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
     assert sum(encoded) == 15 and made(tmp_path) == expected
+
+
+def test_an_empty_file_of_a_machine_that_failed_is_made_again(tokenizer, shards, expected, tmp_path):
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    first = min(tmp_path.glob("codes-*.json"))
+    first.write_bytes(b"")
+    with pytest.raises(DataError, match=r"is not JSON .*; remove it and its \.tar, and they are made again"):
+        extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    first.with_suffix(".tar").unlink()
+    (tmp_path / "header.json").unlink()
+    extract_codes(tokenizer, open_source(shards), tmp_path, 3, progress=False)
+    assert made(tmp_path) == expected
+
+
+def test_fetched_shards_are_the_same_wherever_and_whenever(tokenizer, shards, tmp_path, monkeypatch):
+    """The time of a fetched file is that of the fetch."""
+    source, seen = f"file://{sorted(Path(shards).glob('*.tar'))[0]}", []
+    for name in ("one", "two"):
+        monkeypatch.setenv("UNITOK_CACHE", str(tmp_path / name))
+        extract_codes(tokenizer, open_source(source), tmp_path / "out", 3, progress=False)
+        seen.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("codes-*")})
+    assert seen[0] == seen[1] and len(seen[0]) == 2
+    fetched = next((tmp_path / "two").rglob("*.tar"))
+    fetched.write_bytes(sorted(Path(shards).glob("*.tar"))[1].read_bytes())
+    with pytest.raises(DataError, match="input is '.*', this run has"):
+        extract_codes(tokenizer, open_source(source), tmp_path / "out", 3, progress=False)
 
 
 def test_codes_of_something_else_are_refused(tokenizer, shards, expected, tmp_path):

@@ -15,7 +15,7 @@ import torch
 import torch.utils.data
 
 from unitok.core.errors import ConfigError, UserError
-from unitok.core.sampling import loader_deaths
+from unitok.core.workers import begin_worker, loaded, loader_deaths
 from unitok.data.bad import SourceError, patiently
 from unitok.data.code_units import (
     UNIT_SIZE,
@@ -191,13 +191,15 @@ class _Job:
         ]
         if self.num_workers == 0:
             return ([images[index] for index in part] for part in parts)
-        return torch.utils.data.DataLoader(
+        loader = torch.utils.data.DataLoader(
             images,
             batch_sampler=parts,
             num_workers=self.num_workers,
             collate_fn=list,
             generator=torch.Generator(),  # the loader draws a seed, which must not be the caller's
+            worker_init_fn=begin_worker,
         )
+        return loaded(loader)
 
     @torch.no_grad()
     def _encode(self, batch: list[tuple[CodeSample, torch.Tensor | None]]) -> Iterator[CodeSample]:

@@ -4,6 +4,7 @@ Commands live in `unitok.commands`; heavy libraries are imported only once a com
 """
 
 import argparse
+import errno
 import importlib
 import io
 import os
@@ -16,6 +17,7 @@ from unitok.commands.checkpoint import add_checkpoint_arguments
 from unitok.core.errors import UserError
 from unitok.core.quiet import quiet_libraries
 
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # of a write, which does not say to which file
 DEFAULT_MODEL = "runs/demo/model"
 DEFAULT_TOKENIZER = "runs/demo/model/visual_tokenizer"
 
@@ -52,9 +54,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:  # an output that cannot be written, a disk that is full
-        if error.filename is None:
+        if error.filename is None and error.errno not in _FULL:
             raise
-        print(f"unitok: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        what = "an output cannot be written" if error.filename is None else error.filename
+        print(f"unitok: error: {what}: {error.strerror}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("unitok: interrupted", file=sys.stderr)

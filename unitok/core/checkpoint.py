@@ -125,7 +125,13 @@ def set_aside(path: Path) -> Path:
 
 
 def latest_complete(folder: Path) -> Path | None:
-    """The newest checkpoint that has its marker, or None. Folders without it are skipped with a warning."""
+    """The newest checkpoint that has its marker, or None."""
+    found = all_complete(folder)
+    return found[-1] if found else None
+
+
+def all_complete(folder: Path) -> list[Path]:
+    """The checkpoints that have their marker, by step. Folders without it are skipped with a warning."""
     found = {}
     for path in sorted(Path(folder).glob("step_*")) if Path(folder).is_dir() else []:
         match = re.fullmatch(r"step_(\d+)", path.name)
@@ -133,7 +139,7 @@ def latest_complete(folder: Path) -> Path | None:
             found[int(match.group(1))] = path
         elif path.is_dir() and path.suffix != CORRUPT:
             logger.warning("checkpoint %s was cut short (no %s): skipped", path, MARKER)
-    return found[max(found)] if found else None
+    return [found[step] for step in sorted(found)]
 
 
 def step_of(path: Path) -> int:
@@ -185,18 +191,18 @@ def origin(path: Path) -> dict[str, str]:
     return {"path": str(path.resolve()), "marker": _hash(path / MARKER)}
 
 
-def came_from(path: Path, start: Path) -> bool:
+def came_from(path: Path, start: Path) -> bool | None:
     """Whether the checkpoint `path` is of a run that started from the checkpoint `start`: from the same one, wherever
-    it lies now, or from that place where nothing lies any more."""
+    it lies now, or from that place where nothing lies any more. None where its state cannot be read."""
     try:
         said = read_state(path).get("started_from")
-    except ValueError:  # corrupt, so it is not known
-        return False
-    if said is None:
-        return False
-    if (start / MARKER).is_file():
-        return said["marker"] == _hash(start / MARKER)
-    return said["path"] == str(start.resolve())
+        if said is None:
+            return False
+        if (start / MARKER).is_file():
+            return said["marker"] == _hash(start / MARKER)
+        return said["path"] == str(start.resolve())
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return None
 
 
 def load_checkpoint(path: Path, engines: dict[str, Any], emas: dict[str, Ema]) -> dict[str, Any]:

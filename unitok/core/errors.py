@@ -4,6 +4,9 @@ EXIT_USER = 2  # something given, or the machine, must be put right first
 EXIT_RESUME = 75  # EX_TEMPFAIL: nothing is wrong with what was given; the same command goes on from the last checkpoint
 
 
+_LOADER_DEATHS = ("DataLoader worker", "Pin memory thread exited")  # how torch begins
+
+
 class UserError(ValueError):
     """Something given from outside does not fit; the message says what was given, what was expected, what to do."""
 
@@ -45,7 +48,7 @@ class WorkerLostError(UserError):
 def is_loader_death(error: BaseException) -> bool:
     """Whether it is torch's word that a worker of a loader has died: a RuntimeError, raised wherever the main thread
     happens to be, also where files are written."""
-    return isinstance(error, RuntimeError) and str(error).lstrip().startswith("DataLoader worker")
+    return isinstance(error, RuntimeError) and str(error).lstrip().startswith(_LOADER_DEATHS)
 
 
 class RankLostError(UserError):

@@ -31,10 +31,11 @@ from unitok.core.optim import lr_at
 from unitok.core.rng import derive_seed
 from unitok.core.run import Run, TrainConfig, identity, locked, resume, set_up
 from unitok.core.runlog import RunLog
-from unitok.core.sampling import SampleOrder, batches, loader_deaths, order_of
+from unitok.core.sampling import SampleOrder, batches, order_of
 from unitok.core.signals import StopSignals
 from unitok.core.task import Task
 from unitok.core.watchdog import Watchdog
+from unitok.core.workers import loader_deaths
 
 Evaluator = Callable[[dict[str, nn.Module], int], dict[str, float]]
 

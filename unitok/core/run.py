@@ -181,7 +181,7 @@ def resumed_folder(config: TrainConfig) -> Path | None:
     task made at its start. A universal checkpoint carries these files with it."""
     if config.resume not in ("auto", "never"):
         path = Path(config.resume).resolve()
-        if _newest_from(config, path) is not None:
+        if _has_gone_on(config, path):
             return Path(config.output_dir)
         return path / RUN_FILES if (path / RUN_FILES).is_dir() else path.parent.parent
     folder = Path(config.output_dir)
@@ -192,9 +192,8 @@ def _find_checkpoint(run: Run) -> Path | None:
     config = run.config
     if config.resume not in ("auto", "never"):
         path = Path(config.resume)
-        if _newest_from(config, path) is not None:
-            _newest_whole(run.checkpoints, config.resume_fallback)
-            newest = _newest_from(config, path)
+        if _has_gone_on(config, path):
+            newest = _newest_whole(run.checkpoints, config.resume_fallback)
             if newest is not None:
                 return newest
         checkpoint.verify(path)
@@ -206,10 +205,12 @@ def _find_checkpoint(run: Run) -> Path | None:
     return _newest_whole(run.checkpoints, config.resume_fallback)
 
 
-def _newest_from(config: TrainConfig, start: Path) -> Path | None:
-    """The newest checkpoint of output_dir, if it is of a run that started from the checkpoint `start`."""
-    newest = checkpoint.latest_complete(Path(config.output_dir) / "checkpoints")
-    return newest if newest is not None and checkpoint.came_from(newest, start) else None
+def _has_gone_on(config: TrainConfig, start: Path) -> bool:
+    """Whether output_dir holds the run that started from the checkpoint `start`, as the newest of its checkpoints says
+    that can be read."""
+    found = reversed(checkpoint.all_complete(Path(config.output_dir) / "checkpoints"))
+    said = (checkpoint.came_from(path, start) for path in found)
+    return next((one for one in said if one is not None), False)
 
 
 def _newest_whole(folder: Path, fall_back: bool) -> Path | None:

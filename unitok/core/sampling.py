@@ -6,14 +6,9 @@ So the whole state of the stream is one number, `samples_seen` of a checkpoint, 
 no rank holds a list of samples (see `permutation`).
 """
 
-import ctypes
-import gc
-import os
 import signal
-import sys
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -22,13 +17,13 @@ import torch
 import torch.utils.data
 
 from unitok.core.distributed import rank, world_size
-from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError, WorkerLostError, is_loader_death
+from unitok.core.errors import CheckpointError, ConfigError, DataError, UserError
 from unitok.core.permutation import Permutation, kind_of_order
 from unitok.core.task import Task
+from unitok.core.workers import begin_worker, loaded
 
 K = TypeVar("K", int, tuple[int, int, int])
 V = TypeVar("V")
-_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
 class Recent(Generic[K, V]):
@@ -168,53 +163,11 @@ class _Loads(torch.utils.data.Dataset):
             return error
 
 
-def _begin_worker(_worker: int) -> None:
-    """A signal to the whole group means the loop: it needs its workers until the checkpoint is written. They end with
-    their parent, at once: they hold its lock on the run's folder, and a killed run may be started again right away.
-    """
+def _begin_deaf_worker(worker: int) -> None:
+    """A signal to the whole group means the loop: it needs its workers until the checkpoint is written."""
+    begin_worker(worker)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's workers look for their parent every 5 s
-        ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGKILL)
-
-
-@contextmanager
-def forking() -> Iterator[None]:
-    """Context around forks: what this process has left behind is freed before, and never in a fork, from its first
-    instruction on. An ended process group, say, would join threads there that a fork does not have (a hang, or a
-    segmentation fault)."""
-    parent, frozen_before = os.getpid(), gc.get_freeze_count() > 0
-    gc.collect()
-    gc.freeze()
-    try:
-        yield
-    finally:
-        if os.getpid() == parent and not frozen_before:
-            gc.unfreeze()
-
-
-@contextmanager
-def loader_deaths() -> Iterator[None]:
-    """Context around whatever goes on while torch's loaders have workers: one that dies is told in one line.
-
-    torch raises its RuntimeError where the main thread happens to be (from the signal that a child has ended), not only
-    where a batch is asked for.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        if not is_loader_death(error):
-            raise
-        text = " ".join(str(error).split())
-        if "Bus error" in text:  # would only come again
-            raise UserError(
-                "a worker that loads data had no room in shared memory (/dev/shm); give the machine or container more "
-                "(--shm-size), or set num_workers=0"
-            ) from error
-        raise WorkerLostError(
-            f"a worker that loads data is gone ({text.rstrip('. ')}); the same command goes on. If it comes again, "
-            "memory runs out: lower num_workers"
-        ) from error
 
 
 def batches(
@@ -236,30 +189,11 @@ def batches(
         batch_size=None,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_begin_worker,
+        worker_init_fn=_begin_deaf_worker,
         prefetch_factor=2,
     )
-    with forking():
-        stream = iter(loader)
-    try:
+    with closing(loaded(loader)) as stream:
         for batch in stream:
             if isinstance(batch, UserError):
                 raise batch
             yield batch
-    finally:
-        _end_workers(stream)
-
-
-def _end_workers(stream: Any) -> None:
-    """Kill what still runs: torch and multiprocessing would send SIGTERM, which workers ignore, and one that waits for
-    a lock that a killed worker held never ends by itself. The process would hang at its exit."""
-    in_main = threading.current_thread() is threading.main_thread()
-    if in_main:  # torch's handler would take these deaths for faults
-        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    try:
-        for worker in stream._workers:
-            worker.kill()
-        stream._shutdown_workers()
-    finally:
-        if in_main:
-            signal.signal(signal.SIGCHLD, handler or signal.SIG_DFL)
