@@ -92,6 +92,11 @@ class UniTokPipeline:
             if isinstance(source, Path):  # also where its weights are stored in half as many bits
                 tokenizer = load_model_folder(UniTok, source, dtype=torch.float32)
             check_same_codes(self.model, tokenizer)
+            if self.processor.image_size != tokenizer.config.image_size:
+                raise UserError(
+                    f"image_size={self.processor.image_size} of the processor, but the visual tokenizer reads "
+                    f"{tokenizer.config.image_size}; mend processor_config.json"
+                )
             self._tokenizer = tokenizer.to(self.model.device).eval().requires_grad_(False)
         return self._tokenizer
 

@@ -197,8 +197,8 @@ class UniTokProcessor:
             )
         settings = read_json(folder / PROCESSOR_FILE)
         image_size = settings.get("image_size")
-        if not isinstance(image_size, int):
-            raise CheckpointError(f"{folder / PROCESSOR_FILE}: image_size is {image_size!r}, expected a number")
+        if type(image_size) is not int or image_size < 1:
+            raise CheckpointError(f"{folder / PROCESSOR_FILE}: image_size is {image_size!r}, expected pixels of a side")
         config = UniTokMLLMConfig.from_pretrained(folder)
         more = {name: settings[name] for name in ("image_preprocess", "truncate_pixels") if name in settings}
         return cls(load_text_tokenizer(folder), config, image_size, **more)

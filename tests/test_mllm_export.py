@@ -168,6 +168,15 @@ def test_a_damaged_sampler_is_refused(copy, settings, message):
     assert "generation_config.json" in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("size", [0, True, "32", None, 48])
+def test_another_size_of_pictures_is_refused(copy, size):
+    file = copy / "processor_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_size": size}))
+    with pytest.raises(UserError, match="image_size") as error:
+        _ = UniTokPipeline.from_pretrained(copy, device="cpu").tokenizer
+    assert "processor_config.json" in str(error.value)
+
+
 def test_settings_of_the_sampler_that_are_null_are_the_neutral_ones(copy):
     names = ("guidance_scale", "do_sample", "temperature", "depth_temperature", "top_k", "top_p")
     file = copy / "generation_config.json"
