@@ -118,5 +118,8 @@ def _from_diffusers(name: str) -> Any:
 
 def system_names(paths: list[str]) -> list[str]:
     """A short name of each for the table's columns: the folder's, with more of the path where two are equal."""
+    if len(set(paths)) < len(paths):
+        twice = next(path for path in paths if paths.count(path) > 1)
+        raise UserError(f"{twice} is given twice; name each system once")
     names = [Path(path).name or path for path in paths]
     return [name if names.count(name) == 1 else path for name, path in zip(names, paths, strict=True)]

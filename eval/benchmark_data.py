@@ -77,6 +77,7 @@ def load_documents(name: str, data: str | None = None) -> Any:
 
 
 _LOADED: dict[str, str] = {}
+_NEEDED = ("question", "answer", "answers", "index", "options")  # of a benchmark's fields: null is no value of these
 
 
 def loaded_documents() -> dict[str, str]:
@@ -126,20 +127,27 @@ def _rotated(documents: Any, rule: Benchmark) -> Any:
     """Every document as often as it has options, numbered by `rotation`."""
     texts = _texts(documents, rule)
     turns = [(index, turn) for index, doc in enumerate(texts) for turn in range(rule.rotations(doc))]
+    if lost := set(range(len(texts))) - {index for index, _ in turns}:
+        raise DataError(f"question {texts[min(lost)].get('index')!r} has no options: expected texts under A, B, C, D")
     return documents.select([index for index, _ in turns]).add_column("rotation", [turn for _, turn in turns])
 
 
 def _read_jsonl(path: Path, rule: Benchmark) -> Any:
+    import pyarrow as pa
     from datasets import Dataset
 
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
             raise DataError(f"{path}, line {number}: {line[:60]!r} is not JSON") from None
         if not isinstance(row, dict):
             raise DataError(f"{path}, line {number}: expected an object with {', '.join(rule.fields)}")
+        if empty := [name for name in rule.fields if name in _NEEDED and name in row and row[name] is None]:
+            raise DataError(f"{path}, line {number}: {empty[0]} is null; give it a value, or leave the line out")
         for field in rule.images:
             if field in row:
                 row[field] = _beside(row[field], path.parent)
@@ -147,7 +155,11 @@ def _read_jsonl(path: Path, rule: Benchmark) -> Any:
     if not rows:
         raise DataError(f"{path}: holds no documents")
     names = list(dict.fromkeys(name for row in rows for name in row))
-    return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    try:
+        return Dataset.from_list([{name: row.get(name) for name in names} for row in rows])
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        reason = " ".join(str(error).split())
+        raise DataError(f"{path}: a field is of one kind in one line and of another elsewhere ({reason})") from None
 
 
 def _beside(picture: Any, folder: Path) -> Any:

@@ -158,7 +158,7 @@ def _mmmu_correct(doc: Doc, answer: str) -> float:
 
 def _soft(doc: Doc, answer: str) -> float:
     answers = doc["answers"]
-    return soft_accuracy(answer, [one["answer"] if isinstance(one, Mapping) else one for one in answers])
+    return soft_accuracy(answer, [str(one["answer"] if isinstance(one, Mapping) else one) for one in answers])
 
 
 def _pope_pair(doc: Doc, answer: str) -> tuple[str, str]:

@@ -4,7 +4,9 @@ N images, H W pixels.
 """
 
 import contextlib
+import os
 import sys
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,7 +72,7 @@ def write_batch(paths: Sequence[Path], file: Path) -> None:
         with Image.open(path) as image:
             arrays.append(np.asarray(image.convert("RGB")))
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.stem}.tmp.npz")
+    temporary = file.with_name(f".{file.stem}.{os.getpid()}.tmp.npz")
     np.savez(temporary, arr_0=np.stack(arrays))
     temporary.replace(file)
 
@@ -93,7 +95,7 @@ def gfid_metrics(
     generated = Features(network)
     add_files(generated, paths, batch_size, "features, generated")
     features, n = generated.gathered(), len(paths)
-    kind = _kind(reference)
+    kind = reference_kind(reference)
     if kind == "statistics":
         with contextlib.redirect_stdout(sys.stderr):
             isc = isc_features_to_metric(features[LOGITS], splits=min(10, n), shuffle=True, rng_seed=seed)
@@ -109,14 +111,14 @@ def gfid_metrics(
     return [Metric(name, float(found[name]), None, n) for name in ("fid", "isc", "kid", "precision", "recall")], kind
 
 
-def _kind(reference: Path) -> str:
+def reference_kind(reference: Path) -> str:
     """ "folder", or of an npz "statistics" or "images"."""
     if reference.is_dir():
         return "folder"
     try:
         with np.load(reference, allow_pickle=False) as file:
             names = set(file.files)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(
             f"--reference {reference} cannot be read ({type(error).__name__}); give a folder of images or an .npz"
         ) from None

@@ -36,7 +36,7 @@ def load_prompts(path: Path | str) -> list[dict[str, Any]]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(
             f"cannot read GenEval prompts from {path} ({type(error).__name__}); get {PROMPTS_FROM}"

@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
 
 GENERATION = "generation.json"
+_COUNTS = {"num_prompts", "samples_per_prompt"}  # of its protocol, which may grow
 _SETTINGS = "settings.json"
-_DIGEST = "image_sha256"  # in the rows of a part only: a drawing made anew is scored anew
+_DIGEST = "image_sha256"  # in the rows of a part only, with what is asked for: what was made anew is scored anew
 
 
 def read_rewrite(path: Path | str, prompts: Iterable[str]) -> dict[str, str]:
@@ -66,30 +67,30 @@ def generation_protocol(pipeline: "UniTokPipeline", sampler: Mapping[str, Any], 
 
 
 def write_generation(folder: Path, protocol: Mapping[str, Any], seed: int, model: Path | str) -> None:
-    """`generation.json` of a folder, by the first process, before the images: a folder never holds two protocols.
+    """`generation.json` of a folder, before the images: a folder never holds two protocols.
 
-    More prompts or samples may be added later.
+    Every process looks; the first of them writes, and whoever finds none. More prompts or samples may be added later.
 
     Raises:
         UserError: what is there was generated in another way; it says in what.
     """
     from unitok.mllm.many import own_share
 
-    if own_share()[0] != 0:
-        return
     checkpoint = {"path": str(model), "sha256": checkpoint_hash(model)}
     record = {"protocol": dict(protocol), "seed": seed, "checkpoint": checkpoint}
     before = read_generation(folder)
     if before is not None:
         for name, (old, new) in protocol_differences(_fixed(before), _fixed(record)).items():
             raise UserError(f"{folder / GENERATION}: made with {name} {old}, now it is {new}; give another --out")
-    write_results(folder / GENERATION, record)
+        for name in _COUNTS & record["protocol"].keys():  # what is there stays there
+            record["protocol"][name] = max(record["protocol"][name], before["protocol"].get(name) or 0)
+    if before is None or own_share()[0] == 0:
+        write_results(folder / GENERATION, record)
 
 
 def _fixed(record: Mapping[str, Any]) -> dict[str, Any]:
     """What may not change within a folder."""
-    free = {"num_prompts", "samples_per_prompt"}
-    protocol = {name: value for name, value in record["protocol"].items() if name not in free}
+    protocol = {name: value for name, value in record["protocol"].items() if name not in _COUNTS}
     return {**protocol, "seed": record["seed"], "checkpoint": record["checkpoint"]["sha256"]}
 
 
@@ -211,11 +212,12 @@ def score_run(
     samples = list_samples(folder, limit)
     if not samples:
         raise DataError(f"{folder} holds no GenEval sample; expected NNNNN/metadata.jsonl and NNNNN/samples/NNNNN.png")
+    _check_complete(folder, len(samples), limit)
     detector.check([metadata for _, metadata in samples])
     parts = out.with_name(out.name + ".parts")
     _same_settings(parts, detector.protocol())
     names = {path: path.relative_to(folder).as_posix() for path, _ in samples}
-    digests = {name: hashlib.sha256(path.read_bytes()).hexdigest() for path, name in names.items()}
+    digests = {names[path]: _digest_of(path, metadata) for path, metadata in samples}
     known = _scored(parts, digests)
     first, step = part
     own = [(path, metadata) for path, metadata in samples[first::step] if names[path] not in known]
@@ -230,6 +232,24 @@ def score_run(
     rows = [known[name] for name in digests]
     write_text(out, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
+
+
+def _check_complete(folder: Path, found: int, limit: int | None) -> None:
+    """DataError where `generation.json` names more images than there are."""
+    counts = (read_generation(folder) or {}).get("protocol") or {}
+    if not _COUNTS <= counts.keys():
+        return
+    prompts = counts["num_prompts"] if limit is None else min(limit, counts["num_prompts"])
+    if found < prompts * counts["samples_per_prompt"]:
+        raise DataError(
+            f"{folder} holds {found} of {prompts * counts['samples_per_prompt']} images; give the command that makes "
+            "them again, which goes on, or score fewer prompts (--limit)"
+        )
+
+
+def _digest_of(path: Path, metadata: Mapping[str, Any]) -> str:
+    """Of an image and what it is asked for."""
+    return hashlib.sha256(path.read_bytes() + json.dumps(metadata).encode()).hexdigest()
 
 
 def _read(path: Path) -> Image.Image:

@@ -3,6 +3,7 @@
 Any model's file can be read: `hf` on the language model before image training is the row beside which ours stands.
 """
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -54,22 +55,30 @@ def lm_eval_runs(data: Mapping[str, Any], path: Path) -> dict[str, dict[str, Any
 
 def beside(samples: Path, task: str) -> dict[str, Any] | None:
     """The protocol of the run whose answers `samples_TASK_DATE.jsonl` holds; None where its results are not there."""
-    results = samples.with_name(f"{_PREFIX}{samples.stem.rpartition('_')[2]}.json")
-    if not results.is_file():
-        return None
-    data = read_results(results)
-    return _protocol(data, task) if is_lm_eval(data) and task in data["configs"] else None
+    for results in sorted(samples.parent.glob(f"*_{glob.escape(date_of(samples))}.json")):
+        data = read_results(results)
+        if is_lm_eval(data) and task in data["configs"]:
+            return _protocol(data, task)
+    return None
 
 
 def samples_beside(results: Path, task: str) -> Path | None:
     """The answers of a task that lie beside lm-eval's results, where the run kept them."""
-    path = results.with_name(f"samples_{task}_{results.stem.removeprefix(_PREFIX)}.jsonl")
+    path = results.with_name(f"samples_{task}_{date_of(results)}.jsonl")
     return path if path.is_file() else None
 
 
-def newest(folder: Path, since: float) -> Path | None:
-    """lm-eval's results file in `folder` or below that was written at `since` (seconds) or later."""
-    found = [path for path in folder.rglob(f"{_PREFIX}*.json") if path.stat().st_mtime >= since]
+def date_of(path: Path) -> str:
+    """The date in the name of a file that lm-eval wrote: results_DATE.json, samples_TASK_DATE.jsonl."""
+    return path.stem.rpartition("_")[2]
+
+
+def newest(output: Path, since: float) -> Path | None:
+    """lm-eval's results file of --output_path (a folder and those below, or FILE.json, of which it makes
+    FILE_DATE.json) that was written at `since` (seconds) or later."""
+    named = output.suffix == ".json"
+    files = output.parent.glob(f"{glob.escape(output.stem)}_*.json") if named else output.rglob(f"{_PREFIX}*.json")
+    found = [path for path in files if path.stat().st_mtime >= since]
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 

@@ -16,7 +16,7 @@ from unitok.data.conversations import MARKS
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.build import new_text_config
 from unitok.mllm.lora import add_adapters
-from unitok.mllm.recipes import apply_recipe, check_recipe
+from unitok.mllm.recipes import apply_recipe, check_recipe, unreached
 from unitok.mllm.settings import MllmTrainConfig
 from unitok.tokenizer import UniTokConfig
 from unitok.tokenizer.configuration import VITAMIN_SIZES
@@ -45,7 +45,7 @@ def planned_model(config: MllmTrainConfig, file: Path | str) -> tuple[UniTokMLLM
         model = UniTokMLLM(sizes)
         if config.lora is not None:
             add_adapters(model.backbone, config.lora, config.seed)
-    apply_recipe(model, config.recipe)
+    apply_recipe(model, config.recipe, unreached(config))
     return model, notes
 
 

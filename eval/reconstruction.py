@@ -109,12 +109,12 @@ def evaluate_reconstruction(
 
 
 def _mean(name: str, values: list[float]) -> dict[str, float]:
-    """Mean and standard error of the mean."""
+    """Mean and, of more than one, standard error of the mean."""
     if not values:
         raise DataError("no image of the source can be read; look at it with unitok data check")
     array = torch.tensor(values, dtype=torch.float64)
-    error = (array.var() / len(values)).sqrt().item() if len(values) > 1 else 0.0
-    return {name: array.mean().item(), f"{name}_se": error}
+    error = {f"{name}_se": (array.var() / len(values)).sqrt().item()} if len(values) > 1 else {}
+    return {name: array.mean().item()} | error
 
 
 def _scene_kept(sample: Any, original: Image.Image, reconstruction: Image.Image) -> tuple[bool, bool] | None:

@@ -26,7 +26,7 @@ from unitok import __version__
 from unitok.core.errors import DataError
 from unitok.eval.curves import curve_names, curve_svg, is_finite
 from unitok.eval.results import DEMO_HEADERS, demo_table, read_results
-from unitok.eval.vqa_accuracy import soft_accuracy
+from unitok.eval.vqa_accuracy import is_answer
 
 STAGES = (("tokenizer", "Stage one: tokenizer"), ("mllm", "Stage two: unified model"))
 TAG_NAMES = {
@@ -216,7 +216,7 @@ def _read_chat(path: Path) -> list[dict[str, Any]]:
     turns = []
     for entry in json.loads(path.read_text("utf-8")):
         turn = {"role": entry["role"], "content": entry["content"], "image": None, "expected": entry.get("expected")}
-        turn["correct"] = turn["expected"] and soft_accuracy(turn["content"], [turn["expected"]]) == 1.0
+        turn["correct"] = turn["expected"] and is_answer(turn["content"], turn["expected"])
         if entry.get("image"):
             turn["image"] = _beside(path.parent / "images" / "chat" / "index", entry["image"])
         turns.append(turn)

@@ -3,6 +3,7 @@
 import importlib
 import json
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def read_samples(path: Path | str, limit: int | None = None) -> tuple[str, list[
     """
     path, samples = Path(path), []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read ({type(error).__name__}); give a samples_*.jsonl file") from None
     for number, line in enumerate(lines[:limit], 1):
@@ -91,7 +92,8 @@ def _metric(benchmark_name: str, name: str, value: float, items: Sequence[Any]) 
     if all(isinstance(item, float | bool) for item in items) and abs(mean(items) - value) < 1e-12:
         return share(name, items)
     rule = benchmark(benchmark_name).metrics[name]
-    return Metric(name, value, bootstrap_error(rule.total, items, rule.unit), len(items))
+    units = len(items) if rule.unit is None else len({rule.unit(item) for item in items})
+    return Metric(name, value, bootstrap_error(rule.total, items, rule.unit), units)
 
 
 def load_judge(spec: str) -> Judge:
@@ -112,7 +114,7 @@ def judged(samples: Sequence[Sample], judge: Judge) -> list[float]:
     for sample in samples:
         doc = sample["doc"]
         value = judge(doc["question"], str(doc.get("answer")), sample["answer"])
-        if isinstance(value, str) or not 0 <= value <= 1:
+        if not isinstance(value, Real) or not 0 <= value <= 1:
             raise DataError(f"the judge gave {value!r} for {doc['question'][:60]!r}; expected a number in [0, 1]")
         scores.append(float(value))
     return scores

@@ -233,7 +233,7 @@ def write_results(path: Path | str, results: Mapping[str, Any]) -> Path:
     if bad:
         raise DataError(f"{path} not written: {bad} is not a finite number; check the evaluation that gave it")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(results, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     temporary.replace(path)
     return path

@@ -59,8 +59,9 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
     """A row for each way of answering, the BASELINE first.
 
     A row holds `way`, `batch`, `seconds` and `answer_tokens_per_second` of whole answers, `decode_tokens_per_second`
-    (all ids but the first, which waits for the prompt), `ratio` of the whole answers' rate to the baseline's, and
-    `same_ids` as the baseline. Raises UserError where prompt and answer do not fit the backbone.
+    (all ids but the first, which waits for the prompt; None where they took no measurable time), `ratio` of the whole
+    answers' rate to the baseline's, and `same_ids` as the baseline. Raises UserError where prompt and answer do not fit
+    the backbone.
     """
     work = work or ChatWork()
     needed = work.text_length + model.config.num_image_positions + work.new_tokens
@@ -83,14 +84,14 @@ def answer_speed(model: UniTokMLLM, work: ChatWork | None = None, repeats: int =
             first[name] = min(seconds, first.get(name, seconds))
     rows = []
     for name, (_, own, tokens) in ways.items():
-        rate = len(own) * tokens / whole[name]
+        rate, decoding = len(own) * tokens / whole[name], whole[name] - first[name]
         rows.append(
             {
                 "way": name,
                 "batch": len(own) if ways[name][0] is together else 1,
                 "seconds": whole[name],
                 "answer_tokens_per_second": rate,
-                "decode_tokens_per_second": len(own) * (tokens - 1) / (whole[name] - first[name]),
+                "decode_tokens_per_second": len(own) * (tokens - 1) / decoding if decoding > 0 else None,
                 "ratio": rate / (len(prompts) * work.new_tokens / whole[BASELINE]),
                 "same_ids": answers[name] == [one[:tokens] for one in answers[BASELINE][: len(own)]],
             }

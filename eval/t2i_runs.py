@@ -10,6 +10,7 @@ The first two are scored by vision-language models of their own programs (mPLUG,
 """
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -45,8 +46,15 @@ def load_dpg(path: Path) -> list[Item]:
     """A folder of ID.txt files, one prompt each."""
     if not path.is_dir():
         raise DataError(f"{path}: expected the folder dpg_bench/prompts with one .txt file a prompt")
-    files = sorted(path.glob("*.txt"))
-    return _checked([Item(file.stem, file.read_text(encoding="utf-8").strip()) for file in files], path)
+    files = sorted(file for file in path.glob("*.txt") if not file.name.startswith("."))
+    return _checked([Item(file.stem, _text_of(file)) for file in files], path)
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read ({type(error).__name__}); expected one prompt as text") from None
 
 
 def load_genai(path: Path) -> list[Item]:
@@ -178,7 +186,7 @@ def _finish(out: Path, bench: str, item: Item) -> bool:
         with Image.open(file) as image:
             images.append(image.convert("RGB"))
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.stem}.tmp{target.suffix}")
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.tmp{target.suffix}")
     make_grid(images).save(temporary, **(JPEG if spec.suffix == ".jpeg" else {}))
     temporary.replace(target)
     return True

@@ -11,7 +11,7 @@ from unitok.core.errors import DataError
 from unitok.core.rng import numpy_rng
 from unitok.data.source import good_samples
 from unitok.eval.progress import batches, progress
-from unitok.eval.vqa_accuracy import normalise_answer, soft_accuracy
+from unitok.eval.vqa_accuracy import is_answer, normalise_answer
 
 Answer = Callable[[list[Image.Image], list[str]], list[str]]  # (images, questions) -> one answer each
 
@@ -110,7 +110,7 @@ def _record(question: Question, prediction: str) -> dict[str, Any]:
         "question": question.text,
         "answer": question.answer,
         "prediction": prediction,
-        "correct": soft_accuracy(prediction, [question.answer]) == 1.0,
+        "correct": is_answer(prediction, question.answer),
     }
 
 

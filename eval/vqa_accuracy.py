@@ -50,6 +50,15 @@ def normalise_answer(text: str) -> str:
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in _ARTICLES)
 
 
+def is_answer(prediction: str, answer: str) -> bool:
+    """Whether a prediction is the one right answer, in the form in which answers are compared; in their own where
+    nothing is left of the answer in that, as of "A"."""
+    wanted = normalise_answer(answer)
+    if not wanted:
+        return prediction.strip().lower() == answer.strip().lower()
+    return normalise_answer(prediction) == wanted
+
+
 def _strip_punctuation(text: str) -> str:
     joined_number = _COMMA_IN_NUMBER.search(text) is not None
     out = text

@@ -133,7 +133,7 @@ def mme_acc_plus(items: Sequence[tuple[str, str, bool]]) -> float:
 
 def gqa_correct(text: str, answer: str) -> bool:
     """Equal but for case and full stops at the end."""
-    return text.strip().rstrip(".").lower() == answer
+    return text.strip().rstrip(".").lower() == answer.strip().lower()
 
 
 # ---- Multiple choice

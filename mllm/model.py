@@ -103,8 +103,10 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
     def no_weight_decay(self) -> set[str]:
         """Names of parameters that weight decay would only distort."""
-        names = {"depth.head.bias", "embedder.positions"}
-        return names | {name for name, _ in self.named_parameters() if "embed_tokens" in name or "embeddings" in name}
+        # by kind: families call embeddings wte, embed_in, embed_positions; biases of experts have two dimensions
+        embeddings = {f"{path}.weight" for path, one in self.named_modules() if isinstance(one, nn.Embedding)}
+        names = {"embedder.positions"} | {name for name, _ in self.named_parameters() if name.endswith("bias")}
+        return embeddings | names
 
     def attach_tokenizer(self, tokenizer: UniTok) -> None:
         """Take codebooks and, where the shapes agree, the projection out of the code space from a visual tokenizer."""

@@ -7,6 +7,8 @@ align        LLaVA-1.5's first step (understanding only): the MLP alone
 llava_sft    LLaVA-1.5's second step: MLP, backbone and text head (with `lora` likewise)
 """
 
+from collections.abc import Collection
+
 from torch import nn
 
 from unitok.core.errors import ConfigError
@@ -40,14 +42,23 @@ def check_recipe(config: MllmTrainConfig) -> None:
         raise ConfigError(f"recipe={config.recipe} does not train the backbone, so lora has no place; set lora=null")
 
 
-def apply_recipe(model: nn.Module, recipe: Recipe) -> None:
-    """Turn on the gradients of what `recipe` trains, and off those of everything else.
+def unreached(config: MllmTrainConfig) -> tuple[str, ...]:
+    """Parts that no loss of this mixture reaches: all that would happen to them is weight decay."""
+    mixture = config.data.mixture
+    parts = () if mixture.text_to_image > 0 else DEPTH
+    if mixture.total == mixture.text:  # documents alone
+        parts += MLP + PROJECTION
+    return parts
+
+
+def apply_recipe(model: nn.Module, recipe: Recipe, unreached: Collection[str] = ()) -> None:
+    """Turn on the gradients of what `recipe` trains, and off those of everything else, and of the parts `unreached`.
 
     With adapters in the model (put there before) they are trained in place of backbone and text head. A projection that
     is the visual tokenizer's own (`visual_input` other than "codes") stays as it is.
     """
     adapters = any(is_adapter(name) for name, _ in model.named_parameters())
-    parts = TRAINED[recipe]
+    parts = tuple(part for part in TRAINED[recipe] if part not in unreached)
     if adapters:
         parts = tuple(part for part in parts if part not in LANGUAGE)
     if model.config.visual_input != "codes":

@@ -14,7 +14,7 @@ from unitok.mllm.lora import add_adapters
 from unitok.mllm.model import UniTokMLLM
 from unitok.mllm.pipeline import check_same_codes
 from unitok.mllm.processor import UniTokProcessor
-from unitok.mllm.recipes import apply_recipe
+from unitok.mllm.recipes import apply_recipe, unreached
 from unitok.mllm.settings import MllmTrainConfig
 from unitok.tokenizer import UniTok
 
@@ -50,7 +50,7 @@ def prepare_model(model: UniTokMLLM, config: MllmTrainConfig, device: torch.devi
     model.cross_entropy = choose_method(config.cross_entropy, device)
     if config.lora is not None:
         add_adapters(model.backbone, config.lora, config.seed)
-    apply_recipe(model, config.recipe)
+    apply_recipe(model, config.recipe, unreached(config))
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
 

@@ -75,6 +75,34 @@ def test_a_question_is_not_asked_without_its_picture(name, tmp_path):
             pictures(doc)
 
 
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("textvqa", {"answers": None}, r"data\.jsonl, line 1: answers is null"),
+        ("pope", {"question": None}, r"data\.jsonl, line 1: question is null"),
+        ("pope", {"answer": ["yes"]}, r"data\.jsonl: a field is of one kind in one line and of another"),
+        ("mmbench", {"A": 1, "B": 2, "C": 3, "D": 4}, "has no options"),
+    ],
+)
+def test_rows_without_what_is_asked_are_refused_before_anything_is(name, changes, message, tmp_path):
+    documents = [one for one in DOCUMENTS[name] if one.get("index", 0) < 1000]
+    rows = [documents[0] | changes] + ([] if name == "mmbench" else documents)
+    with pytest.raises(DataError, match=message) as error:
+        write_documents(tmp_path, name, rows)
+    assert "\n" not in str(error.value)
+
+
+def test_a_line_ends_where_the_file_says(tmp_path):
+    """Other marks that Unicode takes for ends of lines are text; empty lines are none."""
+    documents = [DOCUMENTS["pope"][0] | {"question": f"Is there{mark}a dog?"} for mark in "\u2028\u2029\x85"]
+    folder = tmp_path / "pope"
+    folder.mkdir()
+    (folder / "red.png").write_bytes(png("red"))
+    lines = [json.dumps(one, ensure_ascii=False) for one in documents]
+    (folder / "data.jsonl").write_text("\n\n".join(lines) + "\n", encoding="utf-8")
+    assert [doc["question"] for doc in load_documents("pope", str(tmp_path))] == [d["question"] for d in documents]
+
+
 def test_the_hash_of_documents_is_of_what_is_asked_and_scored(tmp_path):
     documents = DOCUMENTS["pope"]
     found = {}

@@ -219,6 +219,46 @@ def test_a_grid_holds_all_samples_that_were_added(export, tmp_path):
     assert [count for count, _ in seen] == [1, 3, 4, 4] and seen[2] == seen[3], "nothing was added"
 
 
+def test_no_process_adds_images_of_other_settings(export, tmp_path, capsys, monkeypatch):
+    for rank, more, code in (("0", (), 0), ("1", ("--seed", "5"), 2), ("1", ("--guidance", "1"), 2), ("1", (), 0)):
+        with monkeypatch.context() as launcher:
+            launcher.setenv("RANK", "0"), launcher.setenv("WORLD_SIZE", "1")  # the command sets them
+            assert command(export, tmp_path / "out", "--rank", rank, "--world-size", "2", *more) == code
+        assert not code or "now it is" in capsys.readouterr().err
+    assert len(list((tmp_path / "out").rglob("samples/*.png"))) == 6
+
+
+def test_what_is_missing_is_no_score(export, tmp_path):
+    """Images that `generation.json` names, also where a smaller command was given since; fewer prompts by --limit."""
+    out, scored = tmp_path / "out", tmp_path / "results.jsonl"
+    assert command(export, out) == 0
+    assert command(export, out, "--limit", "1") == 0
+    counts = read_generation(out)["protocol"]
+    assert (counts["num_prompts"], counts["samples_per_prompt"]) == (3, 2)
+    (out / "00002" / "samples" / "00001.png").unlink()
+    with pytest.raises(DataError, match=r"holds 5 of 6 images; .*goes on, or score fewer prompts \(--limit\)"):
+        score_run(out, shapes_detector(), scored)
+    assert len(score_run(out, shapes_detector(), scored, limit=2)) == 4
+    assert command(export, out) == 0
+    assert len(score_run(out, shapes_detector(), scored)) == 6
+
+
+def test_a_prompt_that_asks_for_something_else_is_scored_anew(tmp_path):
+    write_folder(tmp_path / "images")
+    out, file = tmp_path / "results.jsonl", tmp_path / "images" / "00000" / "metadata.jsonl"
+    before = score_run(tmp_path / "images", shapes_detector(), out)
+    entry = json.loads(file.read_text())
+    entry["include"] = [{"class": "triangle", "count": 4}]
+    file.write_text(json.dumps(entry))
+    calls = []
+    after = score_run(tmp_path / "images", counting_detector(calls), out)
+    asked = [row["filename"].startswith("00000/") for row in after]
+    assert len(calls) == sum(asked) > 0 and not any(
+        row["correct"] for row, own in zip(after, asked, strict=True) if own
+    )
+    assert [row for row, own in zip(after, asked, strict=True) if not own] == before[sum(asked) :]
+
+
 def test_scores_tell_how_the_images_were_made(export, tmp_path, capsys):
     assert command(export, tmp_path / "images", "--limit", "1", "--guidance", "3", "--seed", "5") == 0
     assert main(["eval", "geneval-score", str(tmp_path / "images"), "--detector", "shapes"]) == 0

@@ -128,6 +128,15 @@ def test_other_files_than_the_benchmarks_are_refused(bench, content, message, tm
         BENCHES[bench].load(path)
 
 
+def test_prompts_of_dpg_are_text_files(tmp_path):
+    (tmp_path / "1.txt").write_text("a red circle")
+    (tmp_path / "._1.txt").write_bytes(b"\x00\x05\x16\x07\xff")  # macOS leaves such files beside others
+    assert [item.prompt for item in BENCHES["dpg"].load(tmp_path)] == ["a red circle"]
+    (tmp_path / "2.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"2\.txt cannot be read \(UnicodeDecodeError\)"):
+        BENCHES["dpg"].load(tmp_path)
+
+
 def test_options_that_do_not_belong_together(export, tmp_path, capsys):
     assert command(export, "dpg", "dpg", tmp_path, "--inception", "x") == 2
     assert "only for mjhq" in capsys.readouterr().err

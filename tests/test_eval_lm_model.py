@@ -1,18 +1,23 @@
 """The unified model inside lm-eval: text as `hf`, pictures as our own pipeline, and the command itself."""
 
 import json
+import shutil
+import time
 
 import pipelines
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import make_text_tokenizer, make_tokenizer, roughen
 from transformers import LlamaForCausalLM
 
 from unitok.cli import main
+from unitok.commands.lm_eval import _write_runs
 from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import Turn
 from unitok.data.source import open_source
 from unitok.eval.benchmark_data import documents_hash
+from unitok.eval.lm_eval_results import date_of
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.processor import UniTokProcessor
@@ -227,7 +232,7 @@ metric_list: [{metric: acc, aggregation: mean, higher_is_better: true}]
 """
 LOCAL = """
 from PIL import Image
-from unitok.eval.vqa import soft_accuracy
+from unitok.eval.vqa_accuracy import soft_accuracy
 def pictures(doc): return [Image.open(doc["path"])]
 def score(doc, results): return {"acc": soft_accuracy(results[0], [doc["answer"]])}
 """
@@ -255,7 +260,7 @@ def world(pipe, samples, tmp_path_factory):
 
 
 def test_the_command_runs_a_vqa_and_a_text_task_offline(world, pipe, lm, hf, samples, monkeypatch):
-    from unitok.eval.vqa import soft_accuracy
+    from unitok.eval.vqa_accuracy import soft_accuracy
 
     for name, value in (("HF_HUB_OFFLINE", "1"), ("HF_DATASETS_OFFLINE", "1"), ("HF_HOME", str(world / "hub"))):
         monkeypatch.setenv(name, value)
@@ -330,6 +335,30 @@ def test_kept_answers_give_standard_errors_and_captions_a_perplexity(world, monk
     assert main(["eval", "rescore", str(samples), *model, "--out", str(again)]) == 0
     assert main(["report", str(out), str(again)]) == 0, "re-scored answers have the protocol of the run that gave them"
     assert "shapes_text" in capsys.readouterr().out
+
+
+def test_kept_answers_are_those_of_their_model(world, monkeypatch):
+    """lm-eval's cache knows the rank alone; and its results may have a name of their own."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    other = shutil.copytree(world / "model", world / "other")
+    state = load_file(other / "model.safetensors")
+    state["lm_head.weight"] = -state["lm_head.weight"]
+    save_file(state, other / "model.safetensors", metadata={"format": "pt"})
+    kept = []
+    for model in ("model", "other", "model"):
+        command = ["lm-eval", "--model_args", f"pretrained={world / model}", "--device", "cpu", "--limit", "3"]
+        command += ["--tasks", "unitok_shapes", "--use_cache", str(world / "cache"), "--gen_kwargs", "max_gen_toks=4"]
+        named = world / f"{model}-{len(kept)}.json"
+        assert main([*command, "--output_path", str(named), "--log_samples", "--out", str(world / "runs.json")]) == 0
+        assert json.loads((world / "runs.json").read_text())["runs"]["unitok_shapes"]["metrics"][0]["n"] == 3
+        answers = next(
+            world.glob(f"**/samples_unitok_shapes_{date_of(next(world.glob(f'{named.stem}_*.json')))}.jsonl")
+        )
+        kept.append([json.loads(line)["resps"] for line in answers.read_text().splitlines()])
+    assert kept[0] == kept[2] != kept[1] and len(list(world.glob("cache-*"))) == 2
+    with pytest.raises(UserError, match="lm-eval wrote no results into"):
+        _write_runs(world / "nothing", time.time() + 60, "out.json")
 
 
 def test_an_unknown_task_is_one_line(capsys):

@@ -12,8 +12,8 @@ import pytest
 from unitok.eval import vqa_metrics as metrics
 from unitok.eval.geneval import score_prompt
 from unitok.eval.geneval_score import COLORS
-from unitok.eval.vqa import soft_accuracy
-from unitok.eval.vqa_accuracy import normalise_answer
+from unitok.eval.vqa_accuracy import is_answer, normalise_answer, soft_accuracy
+from unitok.eval.vqa_metrics import gqa_correct
 
 WORDS = "the a an none zero two ten eleven dont don't its it's couldnt've John's U.S. 3.5 1,000 10,000.".split()
 WORDS += "t-shirt and/or a.m. yes! (red) O'Neil no stop; -5".split()
@@ -81,6 +81,16 @@ def test_answers_are_normalised_step_by_step():
 )
 def test_normal_forms_by_hand(text, normal):
     assert normalise_answer(text) == normal
+
+
+def test_one_answer_may_be_an_article():
+    """Nothing is left of it in the form of the official scorer, which an empty prediction would equal."""
+    assert is_answer("A", "A") and is_answer(" a", "A") and not is_answer("", "A") and not is_answer("the", "A")
+    assert is_answer("The red.", "red") and not is_answer("", "red") and not is_answer("blue", "red")
+
+
+def test_gqa_is_equal_but_for_case():
+    assert gqa_correct("yes", "Yes") and gqa_correct("Yes.", "yes") and not gqa_correct("yes please", "Yes")
 
 
 def test_soft_accuracy_leaves_each_person_out():

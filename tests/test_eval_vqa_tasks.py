@@ -262,6 +262,8 @@ def test_a_judge_must_give_a_share(run, tmp_path):
     _, samples = read_samples(write_samples(run, "mmvet", tmp_path / "samples.jsonl"))
     with pytest.raises(DataError, match=r"the judge gave 3 .*\[0, 1\]"):
         judged(samples, lambda *_: 3)
+    with pytest.raises(DataError, match=r"the judge gave None .*\[0, 1\]"):
+        judged(samples, lambda *_: None)
 
 
 def test_captions_are_the_text_of_the_shapes_world():

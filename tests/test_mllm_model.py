@@ -316,6 +316,22 @@ def test_no_weight_decay_names_exist():
     names = model.no_weight_decay()
     assert names <= dict(model.named_parameters()).keys()
     assert {"backbone.embed_tokens.weight", "embedder.positions", "depth.code_embeddings.0.weight"} <= names
+    assert "depth.head.bias" in names and "depth.head.weight" not in names and "lm_head.weight" not in names
+
+
+@pytest.mark.parametrize(
+    ("family", "tables"),
+    [
+        ("gpt_neox", {"backbone.embed_in.weight"}),
+        ("gpt2", {"backbone.wte.weight", "backbone.wpe.weight"}),
+        ("opt", {"backbone.decoder.embed_tokens.weight", "backbone.decoder.embed_positions.weight"}),
+    ],
+)
+def test_embeddings_of_every_family_are_not_decayed(family, tables):
+    model = UniTokMLLM(mllm_config(text={"model_type": family, "num_hidden_layers": 1}, depth_intermediate_size=40))
+    names = model.no_weight_decay()
+    assert tables <= names <= {"embedder.positions", *dict(model.named_parameters())}
+    assert not {name for name in names if name.endswith("proj.weight")}
 
 
 @pytest.mark.parametrize(

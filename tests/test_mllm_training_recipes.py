@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 from stages import COMMON, mllm_values, plain_steps, run_stage, task_of
-from tiny import PlainEngine, make_mllm, random_codes
+from tiny import TEXTS, PlainEngine, make_mllm, random_codes
 
 from unitok.core.config import load_config
 from unitok.core.errors import CheckpointError, ConfigError, DataError
@@ -121,6 +121,27 @@ def test_other_families_train_by_every_recipe(folder: Path, tmp_path: Path, fami
     parts = set(counts(model))
     expected = {part for part in EXPECTED[recipe] if recipe in UNDERSTANDING or part not in ("backbone", "lm_head")}
     assert parts == expected | (set() if recipe in UNDERSTANDING else {"adapters"})
+
+
+@pytest.mark.parametrize(
+    ("mixture", "still"),
+    [
+        (CHAT_ONLY, ("depth.",)),
+        ("data.mixture={text_to_image: 0, caption: 0, chat: 0, text: 1}", ("depth.", "embedder.")),
+    ],
+)
+def test_what_no_loss_reaches_is_left_as_it_is(folder: Path, tmp_path: Path, mixture: str, still: tuple) -> None:
+    """Weight decay alone would shrink it: what a model has learnt before, and this run does not teach."""
+    options = ["recipe=pretrain", mixture, "optimizer.weight_decay=0.5"]
+    if "text: 1" in mixture:
+        (tmp_path / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+        options.append(f"data.texts=[{tmp_path / 'texts.jsonl'}]")
+    start = task_of(folder, tmp_path, *options).build()["mllm"].module.model.state_dict()
+    model, _ = plain_steps(task_of(folder, tmp_path, *options))
+    same = {name for name, value in model.state_dict().items() if torch.equal(value, start[name])}
+    assert same == {name for name in start if name.startswith((*still, "embedder.codebooks"))}
+    plan = counts(model)
+    assert set(plan) == {part for part in EXPECTED["pretrain"] if not part.startswith(tuple(p[:-1] for p in still))}
 
 
 def test_a_recipe_refuses_what_it_cannot_learn(folder: Path, tmp_path: Path) -> None:

@@ -147,6 +147,17 @@ def make_task(**changes):
     )
 
 
+def test_an_image_alone_has_nothing_to_be_compared_with(monkeypatch):
+    task = make_task(engine={"micro_batch_size": 1, "accumulation_steps": 64})
+    task.check_batch()
+    loss = task.config.loss.model_copy(update={"contrastive": 1.0})
+    task.config = task.config.model_copy(update={"loss": loss})
+    with pytest.raises(ConfigError, match=r"micro_batch_size=1 on one rank: .*always 0; raise it"):
+        task.build()
+    monkeypatch.setattr("unitok.tokenizer.task.world_size", lambda: 2)
+    task.check_batch()
+
+
 @pytest.mark.parametrize(("step", "adaptive"), [(2, True), (3, False), (3, True), (4, True)])
 def test_one_step_equals_the_naive_losses(networks, step, adaptive):
     """The task puts the adversarial gradient in at the reconstruction; gradients must be those of the plain sum."""

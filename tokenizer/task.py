@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from unitok.core.bad_share import Reading
 from unitok.core.distributed import rank, world_size
 from unitok.core.engine import clamp_parameter_
+from unitok.core.errors import ConfigError
 from unitok.core.optim import OptimizerConfig, warmup_ramp
 from unitok.core.rng import derive_seed, torch_rng
 from unitok.core.run import resumed_folder
@@ -88,9 +89,20 @@ class TokenizerTask(Task):
 
     # ---- networks
 
+    def check_batch(self) -> None:
+        """ConfigError for a global micro-batch from which a loss learns nothing."""
+        size = self.config.engine.micro_batch_size
+        if self.config.loss.contrastive > 0 and size * world_size() < 2:
+            raise ConfigError(
+                f"engine.micro_batch_size={size} on one rank: the contrastive loss compares the images of one "
+                "micro-batch, and of one alone it is always 0; raise it (accumulation adds nothing to it), or set "
+                "loss.contrastive=0"
+            )
+
     def build(self) -> dict[str, Network]:
         """Networks with the same weights on every rank."""
         config = self.config
+        self.check_batch()
         sizes = config.model.model_dump()
         if sizes["text_tower"] is not None and sizes["text_tower"].get("tokenizer") == "sentencepiece":
             self.text_file = self._sentencepiece_file(sizes["text_tower"])

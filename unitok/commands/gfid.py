@@ -37,7 +37,7 @@ def add_gfid_arguments(parser: argparse.ArgumentParser, model: str) -> None:
 
 def gfid(arguments: argparse.Namespace) -> int:
     """Draw this process's share; figures once all images are there."""
-    from unitok.eval.class_generation import count_classes, generate_classes, write_batch
+    from unitok.eval.class_generation import count_classes, generate_classes, reference_kind, write_batch
     from unitok.eval.geneval_run import generation_protocol, write_generation
 
     use_share(arguments)
@@ -46,6 +46,8 @@ def gfid(arguments: argparse.Namespace) -> int:
         _plan(arguments, num)
         return 0
     network = fid_network(arguments)
+    if network is not None:
+        reference_kind(Path(arguments.reference))  # hours before it is read
     pipeline, out = load_pipeline(arguments), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     protocol = generation_protocol(pipeline, sampler_of(arguments), classes=count_classes(pipeline))

@@ -2,6 +2,7 @@
 
 import argparse
 import fnmatch
+import hashlib
 import json
 import os
 import sys
@@ -72,6 +73,7 @@ def lm_eval(arguments: argparse.Namespace) -> int:
         parsed = _parsed(harness, command)
         parsed.include_path = task_folders(getattr(parsed, "include_path", None))
         _seed_model(parsed)
+        _own_cache(parsed)
         try:
             harness.execute(parsed)
         except ValueError as error:
@@ -101,6 +103,19 @@ def _seed_model(parsed: argparse.Namespace) -> None:
         parsed.model_args = {"seed": seeds[0], **(parsed.model_args or {})}
 
 
+def _own_cache(parsed: argparse.Namespace) -> None:
+    """Answers are kept by model: lm-eval's file is told apart by the rank alone, and gives them to any other model."""
+    if getattr(parsed, "model", None) != "unitok" or not getattr(parsed, "use_cache", None):
+        return
+    from unitok.eval.results import checkpoint_hash
+
+    given = dict(parsed.model_args or {})
+    folder = given.pop("pretrained", None)
+    known = checkpoint_hash(folder) if folder and Path(folder).is_dir() else folder
+    digest = hashlib.blake2b(repr((known, sorted(given.items()))).encode(), digest_size=6).hexdigest()
+    parsed.use_cache = f"{parsed.use_cache}-{digest}"
+
+
 def _take_out(argv: list[str]) -> tuple[list[str], str | None]:
     """lm-eval's arguments, and the file of --out, which is ours."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -114,19 +129,21 @@ def _take_out(argv: list[str]) -> tuple[list[str], str | None]:
 
 def _write_runs(folder: Path, since: float, out: str | None) -> None:
     """What lm-eval wrote, once more in the form of every run; figures of kept answers with their standard errors."""
-    from unitok.eval.lm_eval_results import is_ours, lm_eval_runs, newest, samples_beside
+    from unitok.eval.lm_eval_results import date_of, is_ours, lm_eval_runs, newest, samples_beside
     from unitok.eval.rescore import read_samples, rescore_samples
     from unitok.eval.results import metrics_form, read_results, write_results
 
-    path = newest(folder.parent if folder.suffix == ".json" else folder, since)
+    path = newest(folder, since)
     if path is None:  # `ls` and `validate` measure nothing
+        if out:
+            raise UserError(f"--out {out}: lm-eval wrote no results into {folder}, so there is nothing to write")
         return
     runs = lm_eval_runs(read_results(path), path)
     for task, run in runs.items():
         samples = samples_beside(path, task) if is_ours(task) else None
         if samples is not None:
             run["metrics"] = metrics_form(rescore_samples(*read_samples(samples))[0])
-    target = Path(out) if out else path.with_name(path.name.replace("results_", "runs_", 1))
+    target = Path(out) if out else path.with_name(f"runs_{date_of(path)}.json")
     print(write_results(target, {"runs": runs}))
 
 

@@ -211,7 +211,9 @@ def _rows(found: dict[str, Any]) -> list[list[str]]:
 
 def _answer_row(part: dict[str, Any]) -> list[str]:
     equal = "equal ids" if part["same_ids"] else "DIFFERENT IDS"
-    note = f"{part['ratio']:.2f}x generate, {equal}; after the first id {part['decode_tokens_per_second']:.1f}"
+    decoding = part["decode_tokens_per_second"]
+    later = "" if decoding is None else f"; after the first id {decoding:.1f}"
+    note = f"{part['ratio']:.2f}x generate, {equal}{later}"
     return [f"answers: {part['way']}", f"{part['answer_tokens_per_second']:.1f}", *["-"] * 6, note]
 
 
