@@ -69,9 +69,14 @@ def file_stamp(path: Path) -> bytes:
         if not is_of_the_file(error):
             raise
         return b"none"
+    return stamp_of(path, found.st_size, found.st_mtime_ns)
+
+
+def stamp_of(path: Path, size: int, mtime_ns: int) -> bytes:
+    """`file_stamp` of a file of which both are known."""
     if f"{os.sep}urls{os.sep}" in str(path) and path.is_relative_to(cache_folder()):  # mostly told by the first
-        return str(found.st_size).encode()
-    return f"{found.st_size} {found.st_mtime_ns}".encode()
+        return str(size).encode()
+    return f"{size} {mtime_ns}".encode()
 
 
 def walk(folder: Path) -> Iterator[tuple[Path, bool]]:

@@ -22,7 +22,7 @@ from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
-from unitok.data.paths import file_stamp, files_ending, printable, walk
+from unitok.data.paths import file_stamp, files_ending, printable, stamp_of, walk
 from unitok.data.records import open_records
 from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
@@ -109,12 +109,15 @@ class ShardSource(Source):
     def key(self, index: int) -> str:
         return self.reader.keys[index]
 
+    def _shard(self, index: int) -> Path:
+        return self.reader.paths[int(np.searchsorted(self._ends, index, side="right"))]
+
     def place(self, index: int) -> str:
-        shard = self.reader.paths[int(np.searchsorted(self._ends, index, side="right"))]
-        return f"{shard}:{self.key(index)}"
+        return f"{self._shard(index)}:{self.key(index)}"
 
     def stamp(self, index: int) -> bytes:
-        return super().stamp(index) + str(self.reader.place(index)[0].stat).encode()
+        path, stat = self._shard(index), self.reader.place(index)[0].stat
+        return super().stamp(index) + (file_stamp(path) if stat is None else stamp_of(path, *stat))
 
     def read(self, index: int, shrink_of: ShrinkOf | None = None) -> Sample:
         members = self.reader.read(index, (*_IMAGES, "txt", "json"))  # all in one go

@@ -13,6 +13,7 @@ from unitok.data.decoding import IMAGE_EXTENSIONS as IMAGE_EXTENSIONS
 from unitok.data.decoding import MAX_PIXELS, to_rgb
 from unitok.data.decoding import decode_image as decode_image
 from unitok.data.decoding import load_image as load_image
+from unitok.data.preprocess import PREPROCESS
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
@@ -22,7 +23,6 @@ RELEASED_PREPROCESS = {
     "vae_val": (1.125, Image.Resampling.LANCZOS),  # reconstruction measures (rFID) during training
     "clip_val": (1.0, Image.Resampling.BICUBIC),  # zero-shot classification
 }
-PREPROCESS = ("plain", "padded", *RELEASED_PREPROCESS)
 # An image decoded at a part of its size keeps at least so many times the pixels that a crop needs. At 1.25 crops of two
 # photographs differ by 2.4 of 255 levels on average (35 dB) from those of the whole image.
 DRAFT_SURPLUS = 1.25

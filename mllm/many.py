@@ -8,7 +8,6 @@ import json
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ import unitok
 from unitok.core.distributed import is_distributed, rank, world_size
 from unitok.core.errors import UserError
 from unitok.mllm.pipeline import UniTokPipeline, seeds_of
+from unitok.mllm.sampler import SETTINGS, check_settings
 from unitok.tokenizer.extract import Share
 
 RECORD = "unitok"  # text entry of a PNG that says how it was made
@@ -121,12 +121,12 @@ def image_records(
 
 
 def _settings(pipeline: UniTokPipeline, sampler: dict[str, Any]) -> dict[str, Any]:
-    """Those of the export and those given, as they are written into records; UserError for one that is no number."""
+    """Those of the export and those given, as they are written into records: numpy's own numbers have no place there.
+    UserError for one that is not one number for all."""
     given = {name: value for name, value in sampler.items() if value is not None}
-    if wrong := [name for name, value in given.items() if not isinstance(value, Real | np.bool_)]:
-        raise UserError(f"{wrong[0]}={given[wrong[0]]!r}: expected one number for all images")
-    # numpy's own numbers have no place in JSON
-    return pipeline.image_sampler | {name: np.asarray(value).item() for name, value in given.items()}
+    given = {name: value.item() if isinstance(value, np.generic) else value for name, value in given.items()}
+    check_settings({name: value for name, value in given.items() if name in SETTINGS})
+    return pipeline.image_sampler | given
 
 
 def own_share() -> tuple[int, int]:

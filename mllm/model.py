@@ -25,7 +25,7 @@ from unitok.mllm.embedder import CodeEmbedder
 from unitok.mllm.generation import CodeGenerationMixin
 from unitok.mllm.losses import LossMixin
 from unitok.mllm.quantize import refuse_quantized
-from unitok.mllm.sampler import check_settings
+from unitok.mllm.sampler import SETTINGS, check_settings
 from unitok.mllm.shards import open_shards
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.projection import ProjectionAttention
@@ -321,11 +321,8 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
 
 def _checked_sampler(settings: Any, file: Path) -> dict[str, Any]:
     """Settings of `generate_codes`; CheckpointError for anything else."""
-    known = {"guidance_scale", "do_sample", "temperature", "depth_temperature", "top_k", "top_p"}
-    if not isinstance(settings, dict) or settings.keys() - known:
-        raise CheckpointError(
-            f"{file}: image_sampler is {settings!r}; expected an object of {', '.join(sorted(known))}"
-        )
+    if not isinstance(settings, dict) or settings.keys() - set(SETTINGS):
+        raise CheckpointError(f"{file}: image_sampler is {settings!r}; expected an object of {', '.join(SETTINGS)}")
     said = {name: value for name, value in settings.items() if value is not None}
     try:
         check_settings(said)

@@ -13,8 +13,9 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 from unitok.core.errors import CheckpointError, DataError, UserError
 from unitok.core.pretrained import read_json
 from unitok.data.conversations import BEGIN_IMAGE, END_IMAGE, IMAGE_MARK, Turn
+from unitok.data.preprocess import PREPROCESS
 from unitok.data.sentencepieces import load_sentencepiece
-from unitok.data.transforms import PREPROCESS, eval_transform, load_image
+from unitok.data.transforms import eval_transform, load_image
 from unitok.mllm.configuration import UniTokMLLMConfig
 from unitok.mllm.sequence import Sequence, SequenceBuilder, chat_template, pad_left
 
@@ -92,7 +93,7 @@ def load_text_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 class UniTokProcessor:
     """Chat template, layouts and image preprocessing of one model.
 
-    `image_preprocess` of chat images, one of `unitok.data.transforms.PREPROCESS`: that of the codes that the model was
+    `image_preprocess` of chat images, one of `unitok.data.preprocess.PREPROCESS`: that of the codes that the model was
     trained on; "padded" adds borders, as the released model expects. `truncate_pixels`: drawn images get the next lower
     of 256 values, as the released scripts save them.
 

@@ -18,6 +18,7 @@ Setting = float | Sequence[float] | Tensor
 _SMALLEST = 2.0**-25  # in place of a random number 0, whose logarithm is not finite
 # Beyond these a temperature changes nothing that can be seen (the likeliest choice, an even one), but logits overflow.
 _COLDEST, _HOTTEST = 1e-6, 1e6
+SETTINGS = ("guidance_scale", "do_sample", "temperature", "depth_temperature", "top_k", "top_p")  # of `generate_codes`
 MAX_GUIDANCE = 1000.0  # far beyond what draws anything; logits still fit fp32 at the coldest temperature
 _MAX_TOP_K = 2**31 - 1  # more entries than any vocabulary has
 
@@ -160,9 +161,9 @@ class CodeSampler:
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """UserError for settings of `generate_codes`, one for all images, that are no numbers or out of range."""
+    """UserError for SETTINGS that are not one number for all images, or out of range."""
     if wrong := [name for name, value in settings.items() if not isinstance(value, int | float)]:
-        raise UserError(f"{wrong[0]}={settings[wrong[0]]!r}: expected a number")
+        raise UserError(f"{wrong[0]}={settings[wrong[0]]!r}: expected one number for all images")
     check_guidance(settings.get("guidance_scale", 1.0))
     neutral = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     CodeSampler([0], **(neutral | {name: value for name, value in settings.items() if name != "guidance_scale"}))

@@ -1,5 +1,6 @@
 """Both training stages on tiny models: their configuration files, runs on any number of ranks, and interruptions."""
 
+import json
 import os
 import signal
 from collections.abc import Callable, Sequence
@@ -206,6 +207,18 @@ def mix_by_rank(task: Task) -> None:
         return original(sample, index, epoch)
 
     task._sequence = sequence  # type: ignore[method-assign]
+
+
+EVERY_KIND = "data.mixture={text_to_image: 2, caption: 1, plain: 1, chat: 2, text: 2}"  # with `write_recipes`
+
+
+def write_recipes(folder: Path) -> Path:
+    """`mllm.yaml`, what it names, and `texts.jsonl`, in a folder of their own."""
+    (folder / "mllm.yaml").write_text(yaml.safe_dump(COMMON | mllm_values(folder) | {"output_dir": "unset"}))
+    documents = [{"text": f"the {number} th red circle is left of a blue square"} for number in range(7)]
+    documents.append({"text": "a green triangle " * 40})
+    (folder / "texts.jsonl").write_text("\n".join(map(json.dumps, documents)) + "\n")
+    return folder
 
 
 def task_of(folder: Path, out: Path, *options: str, file: str = "mllm.yaml") -> MllmTask:

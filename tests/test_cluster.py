@@ -30,7 +30,7 @@ PYTHON = STAND_IN + (
 )
 SCONTROL = STAND_IN + '[[ $1 == show ]] && printf "node-0\\nnode-1\\n"\nexit 0\n'
 
-pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="no bash, in which the launch scripts are written")
 
 
 def run(tmp_path: Path, script: str, *arguments: str, **environment: str) -> tuple[int, list[str], str]:

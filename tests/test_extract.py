@@ -126,13 +126,15 @@ def test_an_empty_file_of_a_machine_that_failed_is_made_again(tokenizer, shards,
 
 def test_fetched_shards_are_the_same_wherever_and_whenever(tokenizer, shards, tmp_path, monkeypatch):
     """The time of a fetched file is that of the fetch."""
-    source, seen = f"file://{sorted(Path(shards).glob('*.tar'))[0]}", []
-    for name in ("one", "two"):
-        monkeypatch.setenv("UNITOK_CACHE", str(tmp_path / name))
-        extract_codes(tokenizer, open_source(source), tmp_path / "out", 3, progress=False)
-        seen.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("codes-*")})
-    assert seen[0] == seen[1] and len(seen[0]) == 2
-    fetched = next((tmp_path / "two").rglob("*.tar"))
+    source, other = (f"file://{path}" for path in sorted(Path(shards).glob("*.tar"))[:2])
+    for spec, out in ((source, tmp_path / "out"), (f"mix:{source};{other}", tmp_path / "mixed")):
+        seen = []
+        for name in ("one", "two"):
+            monkeypatch.setenv("UNITOK_CACHE", str(tmp_path / name))
+            extract_codes(tokenizer, open_source(spec), out, 3, progress=False)
+            seen.append({path.name: path.stat().st_mtime_ns for path in out.glob("codes-*")})
+        assert seen[0] == seen[1] and len(seen[0]) == 2
+    fetched = next((tmp_path / "two").rglob(source.rpartition("/")[2]))
     fetched.write_bytes(sorted(Path(shards).glob("*.tar"))[1].read_bytes())
     with pytest.raises(DataError, match="input is '.*', this run has"):
         extract_codes(tokenizer, open_source(source), tmp_path / "out", 3, progress=False)

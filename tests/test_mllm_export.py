@@ -152,8 +152,8 @@ def test_shards_that_are_not_what_their_index_says_are_refused(export, tmp_path)
     [
         (5, "image_sampler is 5; expected an object of"),
         ({"top_q": 5}, "image_sampler is .*expected an object of"),
-        ({"temperature": "0.9"}, "image_sampler: temperature='0.9': expected a number"),
-        ({"top_p": [0.9]}, r"image_sampler: top_p=\[0.9\]: expected a number"),
+        ({"temperature": "0.9"}, "image_sampler: temperature='0.9': expected one number"),
+        ({"top_p": [0.9]}, r"image_sampler: top_p=\[0.9\]: expected one number"),
         ({"temperature": 0}, "image_sampler: temperature=0: must be positive"),
         ({"depth_temperature": -1.0}, "image_sampler: depth_temperature=-1.0"),
         ({"guidance_scale": -3}, "image_sampler: guidance_scale=-3"),

@@ -132,6 +132,7 @@ def test_settings_are_one_number_each_and_names_differ(pipe, tmp_path):
         ({"temperature": [0.3, 0.5]}, r"temperature=\[0.3, 0.5\]: expected one number for all images"),
         ({"top_p": torch.tensor([0.5])}, "top_p=tensor.*: expected one number"),
         ({"top_k": "5"}, "top_k='5': expected one number"),
+        ({"top_p": 1.5}, "top_p=1.5: expected a share"),
         ({"names": ["one.png"]}, "1 different names for 2 prompts"),
         ({"names": ["one.png", "one.png"]}, "1 different names for 2 prompts"),
     ):
@@ -139,6 +140,7 @@ def test_settings_are_one_number_each_and_names_differ(pipe, tmp_path):
             generate_many(pipe, PROMPTS[:2], tmp_path, **changes)
     options = {"temperature": np.float32(0.5), "top_k": np.int64(3), "do_sample": np.bool_(True)}
     (path,) = generate_many(pipe, PROMPTS[:1], tmp_path, **options)
+    generate_many(pipe, PROMPTS[:1], tmp_path / "released", embedder_cache="released")  # no number, but a setting too
     record = json.loads(Image.open(path).info[RECORD])
     assert record["settings"] == pipe.image_sampler | {"temperature": 0.5, "top_k": 3, "do_sample": True}
     assert record["device"] == "cpu"

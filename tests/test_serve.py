@@ -8,7 +8,8 @@ from PIL import Image
 from pipelines import make_pipeline, picture
 from serving import data_url, eventually, question, running, unpacked
 
-from unitok.data.transforms import PREPROCESS, eval_transform
+from unitok.data.preprocess import PREPROCESS
+from unitok.data.transforms import eval_transform
 from unitok.mllm.chat import TextSampling, generate_answers
 from unitok.mllm.session import answer_text, text_deltas
 from unitok.serve.answers import Row, TextStream, answer_rows

@@ -272,7 +272,7 @@ def test_pixels_equal_the_recorded_ones(image):
         assert torch.equal(eval_transform(given, 64, name), io[f"{image}.{recorded}"]), name
     assert np.array_equal(np.asarray(pad_to_square(given)), io[f"{image}.pad_square_uint8"].numpy())
     assert torch.equal(padded_transform(given, 64), io[f"{image}.mllm_vqa(pad,resize64x64 bilinear)"])
-    with pytest.raises(UserError, match="expected one of plain, padded, inference, vae_val, clip_val"):
+    with pytest.raises(UserError, match="expected one of plain, inference, vae_val, clip_val, padded"):
         eval_transform(given, 64, "val")
 
 

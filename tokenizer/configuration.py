@@ -8,12 +8,12 @@ from typing import Any, Literal, get_args
 from transformers import PretrainedConfig
 
 from unitok.core.errors import ConfigError
+from unitok.data.preprocess import Preprocess
 
 TextTokenizerKind = Literal["clip", "sentencepiece"]
 ProjectionKind = Literal["attention", "linear"]
 QuantizerKind = Literal["multi_codebook", "residual"]
 CodebookInit = Literal["uniform", "normal"]
-Preprocess = Literal["plain", "inference", "vae_val", "clip_val"]
 DOWNSAMPLING = 16  # stem, two convolutional stages and the strided convolution before the blocks halve the image each
 
 

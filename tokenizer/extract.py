@@ -93,7 +93,7 @@ def extract_codes(
     Args:
         latents: with the vectors before quantization, for models that read those (`visual_input: continuous`).
         num_workers: processes that read images ahead. unit_size: images of a code shard where the source is no shards.
-        preprocess: one of `unitok.data.transforms.PREPROCESS` (None: the tokenizer's own). The header says which, and
+        preprocess: one of `unitok.data.preprocess.PREPROCESS` (None: the tokenizer's own). The header says which, and
             a model that is trained on the codes prepares the pictures of chats in the same way.
 
     Raises:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.core.errors import UserError
+from unitok.data.preprocess import PREPROCESS
 
 _PRINTED = 20  # lines of a kind; --json has more
 
@@ -109,7 +110,7 @@ def add_codes_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--preprocess",
-        choices=("plain", "padded", "inference", "vae_val", "clip_val"),
+        choices=PREPROCESS,
         help='how images become squares (default: as the tokenizer says); "padded" is what the released model and '
         "LLaVA's recipe read",
     )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from unitok.core.errors import UserError
+from unitok.data.preprocess import OF_TOKENIZERS
 
 
 def add_reconstruction_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -25,7 +26,7 @@ def add_reconstruction_arguments(parser: argparse.ArgumentParser, default: str) 
         "--image-size", type=int, metavar="N", help="for models of diffusers, which have none of their own"
     )
     parser.add_argument(
-        "--preprocess", choices=("plain", "inference", "vae_val", "clip_val"),
+        "--preprocess", choices=OF_TOKENIZERS,
         help="how images are cut to size, for all models (default: as UniTok was trained, which others follow)",
     )  # fmt: skip
 

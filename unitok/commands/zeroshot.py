@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.core.errors import UserError
-
-PREPROCESS = ("clip_val", "inference", "vae_val", "plain")
+from unitok.data.preprocess import OF_TOKENIZERS
 
 
 def add_zeroshot_arguments(parser: argparse.ArgumentParser, default: str) -> None:
@@ -28,7 +27,9 @@ def add_zeroshot_arguments(parser: argparse.ArgumentParser, default: str) -> Non
     parser.add_argument(
         "--templates", metavar="imagenet|simple|photo|FILE", help="default: imagenet; photo for the shapes world"
     )
-    parser.add_argument("--preprocess", choices=PREPROCESS, default="clip_val", help="of UniTok (default: %(default)s)")
+    parser.add_argument(
+        "--preprocess", choices=OF_TOKENIZERS, default="clip_val", help="of UniTok (default: %(default)s)"
+    )
     parser.add_argument("--captions", metavar="SOURCE", help="images with captions: also recall in both directions")
     parser.add_argument("--probe-c", type=float, default=1.0, metavar="C", help="inverse penalty of the linear probe")
     parser.add_argument("--limit", type=int, metavar="N", help="use only N images, as many of every class")

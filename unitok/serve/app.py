@@ -57,7 +57,7 @@ def create_app(
     _add_facts(app, service)
     _add_pages(app)
     _describe(app, settings.name)
-    paths = frozenset(path_of(route) for route in app.routes)
+    paths = frozenset(path for route in app.routes if (path := path_of(route)))
     app.add_middleware(Guard, settings=settings, scheduler=scheduler, metrics=metrics, paths=paths)
     return app
 
