@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from extraction import made
 from test_data_sources import fill_folder
-from test_extract import made
 from tiny import make_tokenizer
 
 from unitok.cli import main
