@@ -15,6 +15,7 @@ from ranks import run_ranks
 
 from unitok import cli
 from unitok.core import checkpoint, launch, watchdog
+from unitok.core.distributed import init_distributed, shutdown_distributed
 from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError, RankLostError, StoppedError
 from unitok.core.runlog import RunLog, read_log
 
@@ -101,6 +102,29 @@ def test_watchdog_is_silent_when_all_is_well(tmp_path: Path, quick: None, capfd:
 
 
 # ---- full disks
+
+
+class SlowAnswers(torch.distributed.TCPStore):
+    """A store that is asked over a slow line."""
+
+    def check(self, keys: list[str]) -> bool:
+        time.sleep(0.5)
+        return super().check(keys)
+
+
+def test_no_thread_of_the_watchdog_outlives_it(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call of the store from which a thread returns while the interpreter is taken down ends the rank by SIGABRT."""
+
+    def run() -> list[bool]:
+        init_distributed("cpu")
+        with watchdog.Watchdog(60.0) as watching:
+            time.sleep(0.4)  # the first beat is in the middle of its questions
+        alive = [thread.is_alive() for thread in watching._threads]
+        shutdown_distributed()
+        return alive
+
+    monkeypatch.setattr(watchdog.dist, "TCPStore", SlowAnswers)
+    assert run_ranks(2, run) == [[False, False]] * 2
 
 
 def _limited(size: int, on: int) -> Any:

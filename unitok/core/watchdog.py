@@ -85,8 +85,13 @@ class Watchdog:
         self.timeout = self._given
 
     def close(self) -> None:
-        """Stop watching."""
+        """Stop watching. Waits for the threads: one that is in a call of the store while the interpreter is taken down
+        would end the process with SIGABRT, after all is done. Seconds at most: a store whose host is gone may never
+        answer."""
         self._stopped.set()
+        self._known.set()  # nobody need wait for it any more
+        for thread in self._threads:
+            thread.join(END_SECONDS)
 
     # ---- an error of the main thread
 
