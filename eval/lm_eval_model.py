@@ -302,6 +302,8 @@ def _open(pretrained: str | UniTokPipeline, device: str | None, dtype: torch.dty
     if device and device.startswith("cuda") and not torch.cuda.is_available():
         _LOGGER.warning("device %s (lm-eval's default): no GPU here, running on the CPU", device)
         device = None
+    if device == "cuda:0" and is_distributed():
+        device = None  # lm-eval's default too: each rank has a GPU of its own
     return UniTokPipeline.from_pretrained(Path(pretrained), device or inference_device(), dtype)
 
 

@@ -74,7 +74,8 @@ class TextHead(nn.Linear):
 def _liger_sums(features_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Sums:
     from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", return_token_accuracy=True)
+    # summed over chunks of tokens: in bf16 the weight's gradient would lose what the later ones add
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum", accum_dtype=torch.float32, return_token_accuracy=True)
     if torch.is_autocast_enabled(features_ND.device.type):  # the kernel takes both in one dtype
         dtype = torch.get_autocast_dtype(features_ND.device.type)
         features_ND, weight_VD = features_ND.to(dtype), weight_VD.to(dtype)

@@ -73,12 +73,21 @@ class LayerSteps:
         self.num_heads, self.num_kv_heads = parts.num_heads, parts.num_kv_heads
         make = like.new_zeros if zeroed else like.new_empty  # a mask hides numbers, but no NaN
         self.cache = make(rows, 2 * self.num_kv_heads, slots, parts.head_dim)
-        self.keys, self.values = self.cache.chunk(2, dim=1)
         self.views: dict[tuple[int, int], tuple[Tensor, Tensor, Tensor]] = {}
         self.qkv = joined_after_norm(parts.norm, [parts.query, parts.key, parts.value], rows)
         self.out = joined([parts.out], rows)
         self.gate_up = joined_after_norm(parts.mlp_norm, [parts.gate, parts.up], rows)
         self.down = joined([parts.down], rows)
+
+    # Views made anew, not held: to the compiler a held one is a second input that shares the memory of the first. It
+    # would copy the whole cache to write one slot, and refuse quantized weights beside.
+    @property
+    def keys(self) -> Tensor:
+        return self.cache.narrow(1, 0, self.num_kv_heads)
+
+    @property
+    def values(self) -> Tensor:
+        return self.cache.narrow(1, self.num_kv_heads, self.num_kv_heads)
 
     def __call__(
         self, x_RD: Tensor, slot: Tensor | int, end: int, turn: tuple[Tensor, Tensor], mask: Tensor | None
@@ -91,8 +100,8 @@ class LayerSteps:
             column, keys, values = self._views(slot, end)
             column.copy_(qkv[:, self.num_heads :])
         else:
-            keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
             self.cache.index_copy_(2, slot, qkv[:, self.num_heads :].unsqueeze(2))
+            keys, values = self.keys.narrow(2, 0, end), self.values.narrow(2, 0, end)
         # Heads that share keys and values stand where several query positions would: no key is repeated.
         query = qkv[:, : self.num_heads].view(rows, self.num_kv_heads, -1, self.head_dim)
         if end == 1:  # the weight of the only key is 1
@@ -139,7 +148,6 @@ class LayerSteps:
         """Go on with these rows."""
         self.views.clear()
         self.cache = self.cache.index_select(0, rows)
-        self.keys, self.values = self.cache.chunk(2, dim=1)
 
     def _heads(self, x_ND: Tensor) -> Tensor:
         """Queries, keys and values `[N, H + 2 KV, d]`, not yet turned."""

@@ -166,7 +166,9 @@ class DepthTransformer(nn.Module):
         """Logits `[N, V]` of code `index`; `inputs` is `hidden_ND` for index 0, else the code `[N]` before it. For
         inference: no gradient flows."""
         x_ND = cache.in_proj(inputs) if index == 0 else self.code_embeddings[index - 1](inputs)
-        x_ND = cache.layers(x_ND, index, index + 1, cache.turns[index])
+        # A compiler copies the whole cache to write a slot that is a number.
+        slot = cache.slots[index] if torch.compiler.is_compiling() else index
+        x_ND = cache.layers(x_ND, slot, index + 1, cache.turns[index])
         return cache.heads[index if len(cache.heads) > 1 else 0](x_ND)
 
 
@@ -177,6 +179,7 @@ class DepthCache:
         parts = [layer.parts() for layer in depth.layers]
         norm = (depth.norm.weight, depth.norm.eps)
         self.layers = DecoderSteps(parts, norm, count, depth.num_codebooks, like)
+        self.slots = torch.arange(depth.num_codebooks, device=like.device).split(1)
         self.in_proj = depth.in_proj if isinstance(depth.in_proj, nn.Identity) else joined([depth.in_proj], count)
         head = depth.head
         self.heads = [

@@ -18,8 +18,8 @@ LinearMap = Callable[[Tensor], Tensor]
 
 
 def linear_map(weight: Tensor, bias: Tensor | None, rows: int, owner: Tensor, name: Hashable = ()) -> LinearMap:
-    """`x -> x @ weight.T + bias` for inputs `[rows, in]`, prepared where that pays. The weight is copied: a later
-    change of it is not seen. `owner`: the parameter that the weight is, or that it belongs to under a `name`."""
+    """`x -> x @ weight.T + bias` for inputs `[rows, in]`, prepared where that pays. A weight that is copied for it
+    is not seen to change later. `owner`: the parameter that the weight is, or that it belongs to under a `name`."""
     return _made_of([weight], lambda: weight, bias, rows, owner, name)
 
 
@@ -60,9 +60,12 @@ def joined(modules: Sequence[nn.Module], rows: int) -> LinearMap:
     return lambda x: torch.cat([module(x) for module in modules], dim=-1)
 
 
-def joined_in_a_row(first: Tensor, second: Tensor, bias: Tensor, rows: int, name: Hashable) -> LinearMap:
-    """`x -> x @ (second @ first).T + bias`: two linear maps as one. `second` is a parameter."""
-    return _made_of([first, second], lambda: second @ first, bias, rows, second, name)
+def joined_in_a_row(first: Tensor, bias: Tensor, second: nn.Linear, rows: int, name: Hashable) -> LinearMap:
+    """`x -> second(x @ first.T + bias)`: two linear maps, one where weights are copied anyway."""
+    if not (can_pack(first) and can_pack(second.weight)):
+        return lambda x: second(nn.functional.linear(x, first, bias))
+    sources = [first, second.weight]
+    return _made_of(sources, lambda: second.weight.detach() @ first, second(bias), rows, second.weight, name)
 
 
 def rms_norm(x: Tensor, norm: tuple[Tensor, float]) -> Tensor:

@@ -81,10 +81,13 @@ def generate_many(
     overlap = pipeline.model.device.type == "cuda" if overlap is None else overlap
 
     def finish(indices: Sequence[int], codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> None:
-        for index, pixels in zip(indices, _decode(pipeline, codes_BKL, sampled), strict=True):
+        for index, pixels in zip(indices, _decode(pipeline, codes_BKL, stream, sampled), strict=True):
             write_image(pipeline.picture(pixels), paths[index], records[index], prompts[index])
             if on_image is not None:
                 on_image(index, paths[index])
+
+    # One for all batches: torch keeps the memory of each stream apart.
+    stream = torch.cuda.Stream(pipeline.model.device) if overlap and pipeline.model.device.type == "cuda" else None
 
     with ThreadPoolExecutor(max_workers=1) as worker:
         pending: Future[None] | None = None
@@ -95,7 +98,7 @@ def generate_many(
             if pending is not None:
                 pending.result()  # an error of the last batch ends it all
             if overlap:
-                sampled = torch.cuda.current_stream(codes_BKL.device).record_event() if codes_BKL.is_cuda else None
+                sampled = torch.cuda.current_stream(codes_BKL.device).record_event() if stream is not None else None
                 pending = worker.submit(finish, indices, codes_BKL, sampled)
             else:
                 finish(indices, codes_BKL, None)
@@ -211,13 +214,13 @@ def _software() -> str:
 
 
 @torch.no_grad()
-def _decode(pipeline: UniTokPipeline, codes_BKL: Tensor, sampled: torch.cuda.Event | None) -> Tensor:
-    """Pixels `[B, 3, H, W]`. `sampled` marks where the codes are complete: decode beside what follows it on the GPU."""
-    if sampled is None:
-        return pipeline.decode(codes_BKL)
-    stream = torch.cuda.Stream(codes_BKL.device)
+def _decode(
+    pipeline: UniTokPipeline, codes_BKL: Tensor, stream: torch.cuda.Stream | None, sampled: torch.cuda.Event | None
+) -> Tensor:
+    """Pixels `[B, 3, H, W]` on the CPU. `sampled` marks where the codes are complete: on `stream` they are decoded, and
+    brought here, beside what follows it on the GPU."""
+    if stream is None or sampled is None:
+        return pipeline.decode(codes_BKL).cpu()
     stream.wait_event(sampled)
     with torch.cuda.stream(stream):
-        pixels = pipeline.decode(codes_BKL)
-    stream.synchronize()
-    return pixels
+        return pipeline.decode(codes_BKL).cpu()

@@ -4,9 +4,11 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from core_toys import ToyTask, run_toy, spoil
 
 from unitok import cli
@@ -79,3 +81,22 @@ def test_copies_of_killed_processes_are_deleted(tmp_path: Path, monkeypatch: pyt
         with reshard.universal_copy(tmp_path / "net" / "state", lambda *_: None) as other:
             assert {path.name for path in tmp_path.iterdir()} == {copy.name, other.name}
     assert not list(tmp_path.iterdir())
+
+
+def test_counters_of_steps_are_where_their_parameters_are() -> None:
+    """DeepSpeed reads them to the CPU, one for all parameters under ZeRO 3; a fused optimizer on a GPU takes them only
+    there, and each advances its own. "meta" stands for the GPU."""
+    parameters, step = [torch.nn.Parameter(torch.empty(3, device="meta")) for _ in range(2)], torch.tensor(7.0)
+    optimizer = SimpleNamespace(
+        param_groups=[{"params": parameters, "lr": 0.5}], state={parameter: {"step": step} for parameter in parameters}
+    )
+    engine = SimpleNamespace(
+        optimizer=SimpleNamespace(optimizer=optimizer),
+        module=torch.nn.Identity(),
+        _config=SimpleNamespace(),
+        load_checkpoint=lambda folder, tag: (folder, tag),
+        checkpoint_engine=SimpleNamespace(load=lambda *_: {}),
+    )
+    assert reshard.load_universal(engine, Path("folder"), "tag") == ("folder", "tag")
+    steps = [optimizer.state[parameter]["step"] for parameter in parameters]
+    assert [one.device.type for one in steps] == ["meta"] * 2 and steps[0] is not steps[1]

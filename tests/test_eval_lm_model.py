@@ -16,6 +16,7 @@ from unitok.commands.lm_eval import _write_runs
 from unitok.core.errors import DataError, UserError
 from unitok.data.conversations import Turn
 from unitok.data.source import open_source
+from unitok.eval import lm_eval_model
 from unitok.eval.benchmark_data import documents_hash
 from unitok.eval.lm_eval_results import date_of
 from unitok.mllm.build import BackboneConfig, UniTokMLLMSettings, build_model
@@ -63,6 +64,18 @@ def hf(pipe):
     llama.model.load_state_dict(pipe.model.backbone.state_dict())
     llama.lm_head.load_state_dict(pipe.model.lm_head.state_dict())
     return HFLM(pretrained=llama, tokenizer=pipe.processor.tokenizer, backend="causal", batch_size=2)
+
+
+@pytest.mark.parametrize(("device", "ranks", "expected"), [
+    ("cuda:0", False, "cuda:0"), ("cuda:0", True, "own"), (None, True, "own"), ("cuda:3", True, "cuda:3"),
+])  # fmt: skip
+def test_each_rank_has_its_own_gpu(device, ranks, expected, monkeypatch):
+    """lm-eval's default, cuda:0, names no GPU in particular."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(lm_eval_model, "is_distributed", lambda: ranks)
+    monkeypatch.setattr(lm_eval_model, "inference_device", lambda: "own")
+    monkeypatch.setattr(lm_eval_model.UniTokPipeline, "from_pretrained", lambda folder, device, dtype: device)
+    assert lm_eval_model._open("folder", device, torch.float32) == expected
 
 
 @pytest.fixture(scope="module")

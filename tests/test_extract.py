@@ -10,6 +10,7 @@ from test_data_sources import fill_folder
 from tiny import make_tokenizer
 
 from unitok.cli import main
+from unitok.core.distributed import inference_device
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.code_units import units_of
 from unitok.data.codes import CodeSource
@@ -219,6 +220,27 @@ def test_shares_come_from_the_launcher(monkeypatch):
     for given in ((4, 4), (-1, 4), (0, None), (None, 4)):
         with pytest.raises(ConfigError, match="expected|both"):
             Share.of_launcher(*given)
+
+
+@pytest.mark.parametrize(
+    ("variables", "number"),
+    [
+        ({}, 0),
+        ({"LOCAL_RANK": "3"}, 3),
+        ({"SLURM_LOCALID": "2"}, 2),
+        ({"SLURM_LOCALID": "2", "LOCAL_RANK": "1"}, 1),
+        ({"SLURM_LOCALID": "5"}, 1),  # more processes than GPUs that this one sees
+    ],
+)
+def test_the_gpu_is_the_one_of_the_launcher(variables, number, monkeypatch):
+    for name in ("LOCAL_RANK", "SLURM_LOCALID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert inference_device() == torch.device("cpu") or torch.cuda.is_available()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert inference_device() == torch.device("cuda", number)
 
 
 def test_units_cover_a_source_once(shards):

@@ -178,7 +178,7 @@ def test_static_steps_equal_growing_ones(settings, cache):
     sizes = {"rows": 6, "slots": 64, "length": length, "guided": True, "alone": cache == "released"}
     with torch.no_grad():
         stepper = PositionStepper(model, static=True, **sizes)
-        step = torch.compile(stepper.step, fullgraph=True, dynamic=False, backend="eager")
+        step = torch.compile(stepper.step, fullgraph=True, dynamic=False, backend="aot_eager")
         for _ in range(2):  # a kept stepper serves the next call as well
             columns = [stepper.start(model.embed(ids, None), mask, CodeSampler(seeds, **settings), 3.0)]
             for _ in range(length - 1):

@@ -8,7 +8,11 @@ import torch
 from tiny import BOI, BOS, PAD, make_mllm
 
 from unitok.mllm import UniTokMLLM, graphed
+from unitok.mllm.precision import cast_weights
+from unitok.mllm.quantize import quantize_weights
+from unitok.mllm.sampler import CodeSampler
 from unitok.mllm.sequence import pad_left
+from unitok.mllm.stepper import PositionStepper
 
 PROMPTS = [[BOS, 20, 21, 22, BOI], [BOS, 23, BOI], [BOS, 24, 25, BOI]]
 
@@ -118,3 +122,61 @@ def test_the_longest_unused_goes_first(gpu):
     assert len(gpu.recorded) == made
     sample(model, 2)
     assert len(gpu.recorded) == made + 1
+
+
+def static_steps(model, alone, compiler=None):
+    """Codes `[B, K, L]` of static steps, compiled with a backend if one is given; the stepper beside."""
+    stepper = PositionStepper(model, rows=3, slots=32, length=6, guided=False, alone=alone, static=True)
+    step = stepper.step
+    if compiler is not None:
+        torch._dynamo.reset_code(PositionStepper.step.__code__)
+        step = torch.compile(step, fullgraph=True, dynamic=False, backend=compiler)
+
+    def codes():
+        ids, mask = pad_left(PROMPTS, PAD)
+        columns = [stepper.start(model.embed(ids, None), mask, CodeSampler((1, 2, 3), False, 1.0, 0, 1.0), 1.0)]
+        for _ in range(5):
+            columns.append(step(columns[-1], 6, 32))
+        return torch.stack(columns, dim=-1)
+
+    return codes
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["consistent", "released"])
+def test_quantized_steps_compile(alone):
+    """The compiler's second stage refuses inputs that share memory where weights are of a class of their own."""
+    model = quantize_weights(cast_weights(make_mllm(), torch.bfloat16), "int8")
+    with torch.no_grad():
+        assert torch.equal(static_steps(model, alone, "aot_eager")(), static_steps(model, alone)())
+
+
+def test_a_step_writes_its_slots_alone():
+    """In the compiler's functional form every cache is written by one `index_put` a step, of which Inductor makes
+    a write in place; the scatter of a view would copy the whole cache."""
+    from torch._dynamo.backends.common import aot_autograd
+
+    called = []
+
+    def record(graph, inputs):
+        called.extend(str(node.target) for node in graph.graph.nodes if node.op == "call_function")
+        return graph
+
+    with torch.no_grad():
+        static_steps(make_mllm(), False, aot_autograd(fw_compiler=record))()
+    assert "aten.index_put.default" in called or "aten.index_copy.default" in called, sorted(set(called))
+    assert not {one for one in called if "scatter" in one or "as_strided" in one}
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["consistent", "released"])
+def test_kept_steps_see_weights_that_change_where_they_lie(alone):
+    """As an optimizer's step, an average's swap and `attach_tokenizer` change them. In bf16 the CPU keeps no copies,
+    like a GPU."""
+    model = cast_weights(make_mllm(), torch.bfloat16)
+    torch.manual_seed(0)
+    with torch.no_grad():
+        kept = static_steps(model, alone)
+        before = kept()
+        for value in (*model.parameters(), *model.buffers()):
+            value.copy_(value.flip(0) * 1.25) if value.is_floating_point() else None
+        assert torch.equal(kept(), static_steps(model, alone)())
+        assert not torch.equal(kept(), before)

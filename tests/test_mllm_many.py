@@ -3,7 +3,9 @@
 import copy
 import json
 import threading
+from contextlib import contextmanager
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +14,8 @@ from PIL import Image
 from pipelines import make_pipeline
 
 from unitok.core.errors import UserError
-from unitok.mllm.many import RECORD, generate_many, own_share, write_image
+from unitok.mllm import many
+from unitok.mllm.many import RECORD, generate_many, image_records, own_share, write_image
 from unitok.mllm.pipeline import UniTokPipeline
 from unitok.mllm.quantize import quantize_weights
 
@@ -50,6 +53,46 @@ def test_images_are_those_of_the_pipeline(pipe, expected, overlap, tmp_path):
     record = json.loads(Image.open(paths[2]).info[RECORD])
     assert record["prompt"] == "red" and record["seed"] == 5
     assert record["settings"] == {"guidance_scale": 2.0, "temperature": 0.9, "top_k": 12, "top_p": 0.95}
+
+
+def test_a_gpu_decodes_beside_on_one_stream(pipe, expected, tmp_path, monkeypatch):
+    """With stand-ins for the GPU: torch keeps the memory of each stream apart, and copying pixels on the sampler's
+    stream would wait for what is sampled next."""
+    made, waited, inside = [], [], []
+
+    class Pixels(torch.Tensor):
+        def cpu(self):
+            inside.append(len(on_stream))
+            return self.as_subclass(torch.Tensor)
+
+    on_stream = []
+
+    @contextmanager
+    def entered(stream):
+        on_stream.append(stream)
+        yield
+        on_stream.pop()
+
+    def stream(device):
+        made.append(SimpleNamespace(wait_event=waited.append))
+        return made[-1]
+
+    model = SimpleNamespace(device=SimpleNamespace(type="cuda"))
+    other = SimpleNamespace(
+        model=model,
+        picture=pipe.picture,
+        decode=lambda codes: pipe.decode(codes).as_subclass(Pixels),
+        sample_codes=pipe.sample_codes,
+        image_sampler=pipe.image_sampler,
+    )
+    monkeypatch.setattr(many, "image_records", lambda _, prompts, seeds, **__: image_records(pipe, prompts, seeds))
+    monkeypatch.setattr(torch.cuda, "Stream", stream)
+    monkeypatch.setattr(torch.cuda, "stream", entered)
+    event = SimpleNamespace(record_event=lambda: "sampled")
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: event)
+    paths = generate_many(other, PROMPTS, tmp_path, seed=3, batch_size=2)
+    assert contents(paths) == expected
+    assert len(made) == 1 and waited == ["sampled"] * 3 and inside == [1] * 3
 
 
 def test_ranks_share_the_work(pipe, expected, tmp_path, monkeypatch):

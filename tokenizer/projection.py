@@ -29,8 +29,7 @@ class ProjectionAttention(nn.Module):
 
     def forward(self, x_BLC: Tensor) -> Tensor:
         batch, length, _ = x_BLC.shape
-        bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv = F.linear(x_BLC, self.qkv.weight, bias).view(
+        qkv = F.linear(x_BLC, self.qkv.weight, self.qkv_bias()).view(
             batch, length, 3, self.num_heads, self.inner_dim // self.num_heads
         )
         q_BHLD, k_BHLD, v_BHLD = qkv.permute(2, 0, 3, 1, 4).unbind(0)
@@ -38,6 +37,10 @@ class ProjectionAttention(nn.Module):
         if self.average_heads:
             return self.proj(out_BHLD.mean(dim=1))
         return self.proj(out_BHLD.transpose(1, 2).reshape(batch, length, self.inner_dim))
+
+    def qkv_bias(self) -> Tensor:
+        """Of queries, keys (none) and values, `[3 * inner_dim]`."""
+        return torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
 
 
 class AttentionProjection(nn.Module):

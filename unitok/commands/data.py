@@ -61,8 +61,6 @@ def codes(arguments: argparse.Namespace) -> int:
     stopped = f"extraction to {arguments.out} was stopped; complete shards stay, the same command goes on"
     with stopped_by_sigterm(stopped):
         share = Share.of_launcher(arguments.rank, arguments.world_size)
-        if "SLURM_LOCALID" in os.environ:
-            os.environ.setdefault("LOCAL_RANK", os.environ["SLURM_LOCALID"])  # which GPU, as the other launchers say it
         source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction, text_only=True)
         if arguments.unit_size is not None and reader_of(source) is not None:
             raise UserError(

@@ -110,10 +110,13 @@ def training_device(device: str = "auto") -> torch.device:
 
 
 def inference_device() -> torch.device:
-    """Where a model in use goes: the GPU of this process (the launcher's LOCAL_RANK, else the first), or the CPU."""
+    """Where a model in use goes: the GPU of this process, by its number on this host (the LOCAL_RANK of torchrun and
+    deepspeed, the SLURM_LOCALID of srun, else 0), or the CPU. Processes beyond the GPUs they see share them: srun may
+    show each its own alone."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    number = os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+    return torch.device("cuda", int(number) % torch.cuda.device_count())
 
 
 def init_distributed(device: str = "auto") -> torch.device:
@@ -140,6 +143,9 @@ def init_distributed(device: str = "auto") -> torch.device:
         deepspeed.ops.__compatible_ops__ = {}
         if use_cuda:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            # Where NCCL hears that a rank is gone, torch would end this one by SIGABRT. As "2" it ends the collective:
+            # the next call raises, and our watchdog says who it was.
+            os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "2")
         deepspeed.init_distributed("nccl" if use_cuda else "gloo", auto_mpi_discovery=False, verbose=False)
     return torch.device("cuda", torch.cuda.current_device()) if use_cuda else torch.device("cpu")
 

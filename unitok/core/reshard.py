@@ -134,7 +134,8 @@ def load_universal(engine: Any, folder: Path, tag: str) -> Any:
 
     DeepSpeed then loads what its optimizer holds and nothing else; the rest of the network follows here.
     Under ZeRO 3 DeepSpeed gives all parameter groups the first one's settings (its weight decay, say) and all states
-    one and the same step counter, which each of them would then advance: both are put right here.
+    one and the same step counter, which each of them would then advance; and the counters are on the CPU, where a fused
+    optimizer on a GPU refuses them. All that is put right here.
     """
     groups = engine.optimizer.optimizer.param_groups
     settings = [{key: value for key, value in group.items() if key != "params"} for group in groups]
@@ -145,8 +146,8 @@ def load_universal(engine: Any, folder: Path, tag: str) -> Any:
         engine._config.load_universal_checkpoint = False
     for group, own in zip(groups, settings, strict=True):
         group.update(own)
-    for state in engine.optimizer.optimizer.state.values():
+    for parameter, state in engine.optimizer.optimizer.state.items():
         if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+            state["step"] = state["step"].to(parameter.device, copy=True)
     _load_rest(engine.module, engine.checkpoint_engine.load(str(folder / tag / REST), "cpu"))
     return loaded
