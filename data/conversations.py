@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
+from unitok.data.paths import leads_out
 
 IMAGE_MARK = "<image>"
 BEGIN_IMAGE, END_IMAGE = "<boi>", "<eoi>"
@@ -126,9 +127,13 @@ def import_llava(json_path: Path | str, images: Path | str, out: Path | str) -> 
         (the written file, records kept, records left out)
 
     Raises:
-        DataError: the file cannot be read or no record is usable.
+        DataError: the file cannot be read, no record is usable, there is no such folder or OUT/train.jsonl is there.
     """
     json_path, images, out = Path(json_path), Path(images), Path(out)
+    if not images.is_dir():
+        raise DataError(f"--images {images}: is no folder; give the one that the records' image paths start from")
+    if (out / "train.jsonl").exists():
+        raise DataError(f"{out / 'train.jsonl'} exists already; give a new folder or delete it")
     records = _load_llava(json_path)
     lines, dropped = [], 0
     for number, record in enumerate(records):
@@ -166,6 +171,8 @@ def _convert_llava(record: Any, images: Path, out: Path, where: str, number: int
     if name is not None:
         if not isinstance(name, str):
             raise DataError(f"{where}: image is {_short(name)}; expected a path")
+        if leads_out(name):
+            raise DataError(f"{where}: image {_short(name)} leads out of the folder {images}; give a path inside it")
         path = images / name
         if not path.is_file():
             raise DataError(f"{where}: image {path} does not exist")

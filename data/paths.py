@@ -23,6 +23,11 @@ def printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def leads_out(name: str) -> bool:
+    """Whether a path that is meant to be within a folder names another place."""
+    return Path(name).is_absolute() or ".." in Path(name).parts
+
+
 def matching_files(spec: str) -> list[Path]:
     """The files that a path, a glob or a brace pattern of these means, sorted by pattern; a path need not exist.
 

@@ -18,7 +18,7 @@ import numpy as np
 from unitok.core.errors import DataError
 from unitok.data.bad import SampleError
 from unitok.data.decoding import Decoded, Shrink
-from unitok.data.paths import file_stamp, printable
+from unitok.data.paths import file_stamp, leads_out, printable
 from unitok.data.samples import Source
 from unitok.data.words import Words, is_unicode, load_json_object, text_of, words_from_json
 
@@ -101,7 +101,7 @@ class RecordSource(Source):
     def _image_path(self, name: str, index: int) -> Path:
         if self.images is None:
             return self.path.parent / name
-        if Path(name).is_absolute() or ".." in Path(name).parts:
+        if leads_out(name):
             raise SampleError(
                 f"{self.place(index)}: image {name!r} leads out of the folder {self.images}; give a path inside it",
                 "path outside",

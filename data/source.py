@@ -22,7 +22,7 @@ from unitok.data.captions import caption, questions, whole_captions
 from unitok.data.decoding import IMAGE_EXTENSIONS, MAX_PIXELS, RARE_EXTENSIONS, Decoded, Shrink
 from unitok.data.mixtures import MixtureSource, SourceShare, parse_mixture
 from unitok.data.parquet import ParquetSource
-from unitok.data.paths import file_stamp, files_ending, printable, stamp_of, walk
+from unitok.data.paths import file_stamp, files_ending, matching_files, printable, stamp_of, walk
 from unitok.data.records import open_records
 from unitok.data.samples import Sample, ShrinkOf, Source
 from unitok.data.samples import good_samples as good_samples
@@ -228,6 +228,32 @@ def open_source(
     return _open(spec, open_one, max_pixels, text_only, seed, ())
 
 
+def has_split(spec: "str | Path", split: str) -> bool:
+    """Whether `open_source` finds a split of this name: in a mixture, in any member. Those of shapes have their own
+    check."""
+    shares = parse_mixture(spec)
+    if shares is not None:
+        return any(has_split(share.source, split) for share in shares)
+    path = Path(spec)
+    if str(spec).partition(":")[0] == "shapes" or os.path.isdir(path / split):
+        return True
+    return os.path.isdir(path) and any(file.name.startswith(f"{split}-") for file in files_ending(path, ".parquet"))
+
+
+def is_read_from(spec: "str | Path", folder: Path) -> bool:
+    """Whether what is written into `folder` would become part of this source, or hide it."""
+    shares = parse_mixture(spec)
+    if shares is not None:
+        return any(is_read_from(share.source, folder) for share in shares)
+    text = str(spec)
+    if not folder.is_dir() or is_url(text) or text.partition(":")[0] == "shapes":
+        return False
+    if os.path.isdir(text):
+        return folder.samefile(text)
+    tars = [file for file in matching_files(text) if suffix_of(file.name) == ".tar"]
+    return any(folder.samefile(file.parent) for file in tars if file.is_file())
+
+
 def _open(
     spec: Any, open_one: Callable[[str], Source], max_pixels: int, text_only: bool, seed: int, outer: tuple
 ) -> Source:
@@ -271,7 +297,10 @@ def _open_one(text: str, split: str | None, max_bad_fraction: float) -> Source:
 
 
 def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Source:
-    if files_ending(path, ".tar"):  # img2dataset writes notes in .parquet beside them
+    tars = files_ending(path, ".tar")
+    if tars and all(tar.name.startswith("codes-") and tar.with_suffix(".json").is_file() for tar in tars):
+        raise DataError(f"{path} holds codes, which stage two reads (data.codes); name the images they come from")
+    if tars:  # img2dataset writes notes in .parquet beside them
         return ShardSource(str(path), max_bad_fraction)
     tables = files_ending(path, ".parquet")
     if tables:

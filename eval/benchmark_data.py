@@ -37,13 +37,16 @@ def missing_data(name: str, data: str | None = None) -> str | None:
     if benchmark(name).generated:
         return None
     if folder is None:
-        return f"from the hub: {hub} (set {DATA_VARIABLE} to a folder to use local data)"
+        fetch = _fetch(hub, f"DIR/{_SHARED.get(name, name)}")
+        return f"from the hub: {hub} (to use local data: {fetch}, and set {DATA_VARIABLE}=DIR)"
     if (folder / DATA_FILE).is_file() or next(folder.rglob("*.parquet"), None):
         return None
     found = f"no {DATA_FILE} and no .parquet file in {folder}" if folder.is_dir() else f"no folder {folder}"
-    return (
-        f"{found}: hf download {hub} --repo-type dataset --local-dir {folder}, or put {DATA_FILE} with pictures there"
-    )
+    return f"{found}: {_fetch(hub, folder)}, or put {DATA_FILE} with pictures there"
+
+
+def _fetch(hub: str, folder: Path | str) -> str:
+    return f"hf download {hub} --repo-type dataset --local-dir {folder}"
 
 
 def load_documents(name: str, data: str | None = None) -> Any:

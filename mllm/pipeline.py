@@ -188,7 +188,8 @@ class UniTokPipeline:
         for row, text in zip(rows, texts, strict=True):
             if limit is not None and len(row) + new > limit:
                 raise ContextError(
-                    f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; shorten the prompt"
+                    f"a prompt of {len(row)} ids and {new} new ones: the backbone reads {limit}; give a shorter prompt "
+                    "or ask for fewer ids"
                 )
             tokenizer = self.processor.tokenizer
             if tokenizer.unk_token_id in row:

@@ -132,3 +132,18 @@ def test_shards_with_endings_of_any_case_and_shards_in_a_sub_folder(tmp_path):
     shard.rename(shard.with_name("A.TAR"))
     for spec in (shard.parent, shard.with_name("A.TAR")):
         assert open_source(spec).key(0) == "x"
+
+
+def test_a_split_that_is_not_there_is_told(tmp_path, capsys):
+    fill_folder(tmp_path / "images" / "val", count=2)
+    fill_folder(tmp_path / "images", count=1)
+    report = tmp_path / "new" / "report.json"
+    assert main(["data", "check", str(tmp_path / "images"), "--split", "val", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["num_samples"] == 2
+    assert main(["data", "check", "shapes:train?num=3", "--split", "val"]) == 0
+    mixture = f"mix:1={tmp_path / 'images'};1=shapes:train?num=3"
+    assert main(["data", "check", mixture, "--split", "val"]) == 0
+    capsys.readouterr()
+    for source in (str(tmp_path / "images"), "shapes:train?num=3"):
+        assert main(["data", "check", source, "--split", "vla"]) == 2
+        assert "vla" in capsys.readouterr().err

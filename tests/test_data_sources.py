@@ -241,14 +241,21 @@ def test_llava_import(tmp_path):
         {"id": "8", "image": "gone.png", "conversations": TALK},
         {"id": "9", "conversations": TALK},
         {"id": "10", "image": "im0.png", "conversations": TALK[:1]},
+        {"id": "11", "image": "../images/im0.png", "conversations": TALK},  # out of the folder, as `?images=` has it
+        {"id": "12", "image": str(tmp_path / "images" / "im0.png"), "conversations": TALK},
     ]
     (tmp_path / "llava.json").write_text(json.dumps(records))
     path, kept, dropped = import_llava(tmp_path / "llava.json", tmp_path / "images", tmp_path / "out")
-    assert (kept, dropped) == (1, 3)
+    assert (kept, dropped) == (1, 5)
+    with pytest.raises(DataError, match="train.jsonl exists already"):
+        import_llava(tmp_path / "llava.json", tmp_path / "images", tmp_path / "out")
+    with pytest.raises(DataError, match="nowhere: is no folder"):
+        import_llava(tmp_path / "llava.json", tmp_path / "nowhere", tmp_path / "out3")
+    assert not (tmp_path / "out3").exists()
     source = open_source(path)
     assert source[0].conversations == parse_conversations(TALK, "") and source[0].meta == {"id": "7"}
     (tmp_path / "bad.json").write_text(json.dumps(records[1:]))
-    for name, message in (("bad.json", "none of 3"), ("gone.json", "cannot be read")):
+    for name, message in (("bad.json", "none of 5"), ("gone.json", "cannot be read")):
         with pytest.raises(DataError, match=message):
             import_llava(tmp_path / name, tmp_path / "images", tmp_path / "out2")
 

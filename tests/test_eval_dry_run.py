@@ -105,6 +105,10 @@ def test_dry_run_of_lm_eval(capsys, tmp_path, monkeypatch):
     for word in ("hf download lmms-lab/POPE", "hellaswag", "from the hub", "missing: none: the unified model"):
         assert word in shown
     assert "unitok_mme" not in shown
+    monkeypatch.delenv("UNITOK_DATA")
+    assert main(["lm-eval", "--dry-run", *arguments]) == 0
+    fetch = "hf download lmms-lab/POPE --repo-type dataset --local-dir DIR/pope, and set UNITOK_DATA=DIR"
+    assert fetch in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

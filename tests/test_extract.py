@@ -1,6 +1,7 @@
 """Extraction of codes by many processes: the same bytes however the work is shared, interrupted or repeated."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -204,6 +205,28 @@ def test_the_size_of_a_unit_is_an_option_where_there_are_no_shards(tokenizer, sh
     assert "0:9" in capsys.readouterr().err
     assert main([*command, "--shards", str(shards), "--out", str(tmp_path / "none")]) == 2
     assert "--unit-size 9" in capsys.readouterr().err and not (tmp_path / "none").exists()
+
+
+def test_codes_are_not_written_among_what_they_are_made_of(tokenizer, shards, tmp_path, capsys):
+    """They would hide the pictures of a folder, and count as shards of it."""
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    fill_folder(tmp_path / "images", count=3)
+    copies = tmp_path / "shards"
+    shutil.copytree(shards, copies)
+    command = ["data", "codes", "--tokenizer", str(tmp_path / "tokenizer"), "--shards"]
+    for source, out in (
+        (tmp_path / "images", tmp_path / "images" / "." / "."),
+        (copies, copies),
+        (copies / "*.tar", copies),
+        (f"mix:1={tmp_path / 'images'};1={copies}", copies),
+    ):
+        before = sorted(out.iterdir())
+        assert main([*command, str(source), "--out", str(out)]) == 2
+        assert "is the folder of the source" in capsys.readouterr().err and sorted(out.iterdir()) == before
+    assert main([*command, str(tmp_path / "images"), "--out", str(tmp_path / "codes")]) == 0
+    for action, rest in ((["data", "check"], []), (command, ["--out", str(tmp_path / "x")])):
+        assert main([*action, str(tmp_path / "codes"), *rest]) == 2
+        assert "holds codes, which stage two reads" in capsys.readouterr().err
 
 
 def test_shares_come_from_the_launcher(monkeypatch):

@@ -226,6 +226,7 @@ def test_hardware_names_and_peaks():
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--price", "nan"], "--price nan: expected dollars"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--price", "inf"], "a finite number of at least 0"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "--chat-ids", "0"], "--chat-ids 0: expected at least 2"),
+        (["--config", "mllm/shapes.yaml", "--gpus", "1", "--caption-ids", "99999"], "of at most data.max_length="),
         (["--config", "mllm/bench.yaml", "--gpus", "1"], "configuration of a speed measurement"),
         (["--config", "nowhere.yaml", "--gpus", "1"], "neither a file nor a packaged one"),
         (["--config", "mllm/shapes.yaml", "--gpus", "1", "stepz=3"], "unknown key 'stepz'"),

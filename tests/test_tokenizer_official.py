@@ -86,6 +86,16 @@ def test_a_sentencepiece_tower_travels_with_its_file(tmp_path):
     save_official(tokenizer, tmp_path / "out" / "x.pth")
     loaded = UniTok.from_official(tmp_path / "out" / "x.pth")
     assert torch.equal(loaded.tokenize_text(TEXTS), tokenizer.tokenize_text(TEXTS))
+    save_official(tokenizer, tmp_path / "out" / "again.pth")  # of the same model: they share the file
+    other = make_tokenizer(text_tower=text_tower(vocab_size=size))
+    other.set_text_model(train_sentencepiece([text[::-1] for text in TEXTS], tmp_path / "other.model", 48))
+    with pytest.raises(ConfigError, match="text_tokenizer.model is another checkpoint's"):
+        save_official(other, tmp_path / "out" / "y.pth")
+    assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".pth", ".model", ".json"}
+    assert not (tmp_path / "out" / "y.pth").exists()
+    assert torch.equal(
+        UniTok.from_official(tmp_path / "out" / "x.pth").tokenize_text(TEXTS), loaded.tokenize_text(TEXTS)
+    )
     (tmp_path / "out" / "text_tokenizer.model").unlink()
     with pytest.raises(CheckpointError, match="text_tokenizer.model"):
         UniTok.from_official(tmp_path / "out" / "x.pth")

@@ -71,12 +71,14 @@ def save_official(model: UniTok, path: str | Path) -> list[str]:
         "usage_updates": int(model.quantizer.usage_updates),
     }
     partial = path.with_name(path.name + ".partial")
+    text_model, target = model.text_model_file, path.parent / TEXT_MODEL_FILE
+    text = None if text_model is None else text_model.read_bytes()
+    if text is not None and target.is_file() and target.read_bytes() != text:
+        raise ConfigError(f"{target} is another checkpoint's; write this one into a folder of its own")
     if vit_config is not None:
         _write_sizes(path.parent / VIT_CONFIG_FILE, vit_config)
-    if model.text_model_file is not None:
-        target = path.parent / TEXT_MODEL_FILE
-        if model.text_model_file.resolve() != target.resolve():
-            target.write_bytes(model.text_model_file.read_bytes())
+    if text is not None and not target.is_file():
+        target.write_bytes(text)
     torch.save(content, partial)
     partial.replace(path)
     return [name for name in model.state_dict() if name.startswith("distill_head.")]

@@ -49,7 +49,7 @@ def codes(arguments: argparse.Namespace) -> int:
     from unitok.core.signals import stopped_by_sigterm
     from unitok.data.code_units import UNIT_SIZE
     from unitok.data.shards import reader_of
-    from unitok.data.source import open_source
+    from unitok.data.source import is_read_from, open_source
     from unitok.tokenizer import UniTok
     from unitok.tokenizer.extract import Share, extract_codes
 
@@ -61,6 +61,8 @@ def codes(arguments: argparse.Namespace) -> int:
     stopped = f"extraction to {arguments.out} was stopped; complete shards stay, the same command goes on"
     with stopped_by_sigterm(stopped):
         share = Share.of_launcher(arguments.rank, arguments.world_size)
+        if is_read_from(arguments.shards, Path(arguments.out)):
+            raise UserError(f"--out {arguments.out}: is the folder of the source; give one of its own")
         source = open_source(arguments.shards, max_bad_fraction=arguments.max_bad_fraction, text_only=True)
         if arguments.unit_size is not None and reader_of(source) is not None:
             raise UserError(
@@ -172,8 +174,12 @@ def check(arguments: argparse.Namespace) -> int:
     """Read a whole source and print what is in it; exit code 1 when samples are bad."""
     from unitok.data.check import check_opened
     from unitok.data.decoding import MAX_PIXELS
-    from unitok.data.source import open_source
+    from unitok.data.source import has_split, open_source
 
+    if arguments.split is not None and not has_split(arguments.source, arguments.split):
+        raise UserError(f"--split {arguments.split}: {arguments.source} has no folder or .parquet files of that name")
+    if arguments.json:  # before a source is read that may take hours
+        Path(arguments.json).parent.mkdir(parents=True, exist_ok=True)
     pixels = arguments.max_pixels or MAX_PIXELS
     source = open_source(arguments.source, arguments.split, max_bad_fraction=1.0, max_pixels=pixels, text_only=True)
     report = check_opened(source, arguments.limit)

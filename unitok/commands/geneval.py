@@ -186,6 +186,8 @@ def show_side_by_side(paths: list[Path], html: str | None, mixed_protocols: bool
     from unitok.eval.compare import as_html, as_text, compare
     from unitok.eval.geneval_run import write_text
 
+    if html:
+        Path(html).parent.mkdir(parents=True, exist_ok=True)
     tables = compare(paths, mixed_protocols)
     print(as_text(tables))
     if html:

@@ -42,6 +42,12 @@ def plan(arguments: argparse.Namespace) -> int:
         hardware = replace(hardware, price=arguments.price)
     if isinstance(config, MllmTrainConfig):
         given = {"caption": arguments.caption_ids, "chat": arguments.chat_ids, "document": arguments.document_ids}
+        for name, ids in given.items():
+            if ids is not None and ids > config.data.max_length:
+                raise UserError(
+                    f"--{name}-ids {ids}: training takes samples of at most data.max_length={config.data.max_length} "
+                    "ids; give no more, or change it too"
+                )
         lengths = replace(Lengths(), **{name: ids for name, ids in given.items() if ids is not None})
         found = plan_mllm(config, arguments.config, arguments.gpus, hardware, arguments.mfu, lengths)
     else:

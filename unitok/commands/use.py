@@ -102,7 +102,8 @@ def is_image_name(name: str) -> bool:
 def image_file(option: str, name: str) -> Path:
     """A file for one image, its folder made; UserError unless it is of a kind that we write."""
     if Path(name).suffix.lower().lstrip(".") not in IMAGE_EXTENSIONS:
-        raise UserError(f"{option} {name}: expected a folder or a file ending in .{', .'.join(IMAGE_EXTENSIONS)}")
+        also = "a folder or " if option == "--out" else ""
+        raise UserError(f"{option} {name}: expected {also}a file ending in .{', .'.join(IMAGE_EXTENSIONS)}")
     path = Path(name)
     if path.is_dir():
         raise UserError(f"{option} {name}: is a folder; expected a file")
