@@ -117,7 +117,7 @@ def distances(generated: Mapping[str, Tensor], reference: Mapping[str, Tensor], 
         size = min(KID_SUBSET_SIZE, count // 2)
         kid = {"kid_subsets": KID_SUBSETS, "kid_subset_size": size, "rng_seed": seed, "verbose": False}
         out |= kid_features_to_metric(ours, theirs, **kid)
-        out |= prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, verbose=False)
+        out |= prc_features_to_metric(ours, theirs, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False)
     return {
         "fid": out["frechet_inception_distance"],
         "isc": out["inception_score_mean"],

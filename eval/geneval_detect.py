@@ -137,6 +137,9 @@ def mask2former_detector(
     @torch.no_grad()
     def detect(image: Image.Image) -> list[Found]:
         outputs = model(**processor(images=image, return_tensors="pt").to(device))
+        # transformers draws the segments on the CPU, and takes no mask from elsewhere for it
+        outputs.class_queries_logits = outputs.class_queries_logits.cpu()
+        outputs.masks_queries_logits = outputs.masks_queries_logits.cpu()
         (found,) = processor.post_process_instance_segmentation(
             outputs,
             threshold=min(rule.threshold, rule.counting_threshold),
@@ -144,7 +147,7 @@ def mask2former_detector(
             return_binary_maps=True,
         )
         segments = found["segments_info"]
-        masks = np.asarray(found["segmentation"].cpu()).astype(bool) if segments else []
+        masks = np.asarray(found["segmentation"]).astype(bool) if segments else []
         return [
             Found(kinds[segment["label_id"]], mask_box(mask), float(segment["score"]), image, name_color, mask)
             for segment, mask in zip(segments, masks, strict=True)

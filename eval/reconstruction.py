@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from PIL import Image
 
+from unitok.core.checkpoint import on_main
 from unitok.core.distributed import all_gather_object, rank, world_size
 from unitok.core.errors import DataError
 from unitok.data.detector import agrees, detect
@@ -98,7 +99,8 @@ def evaluate_reconstruction(
     for name in measures:
         figures |= _mean(name, [value for own, _, _ in everyone for value in own[name]])
     if features is not None:
-        found = distances(features[0].gathered(), features[1].gathered(), seed)
+        gathered = [one.gathered() for one in features]
+        found = on_main(lambda: distances(*gathered, seed))  # minutes of work, and much memory: once
         figures |= {"rfid": found.pop("fid"), **{k: v for k, v in found.items() if not k.startswith("num_")}}
     agreements = [one for _, own, _ in everyone for one in own]
     figures |= _agreement(agreements)

@@ -26,9 +26,11 @@ from unitok.eval.speed_chat import ChatWork
 from unitok.mllm import UniTokMLLM, UniTokMLLMConfig
 from unitok.mllm.build import new_text_config
 from unitok.mllm.configuration import IGNORE
+from unitok.mllm.cross_entropy import choose_method
 from unitok.mllm.precision import cast_weights
 from unitok.mllm.quantize import stored_bytes, weight_bytes
 from unitok.mllm.sampler import CodeSampler
+from unitok.mllm.start import set_attention
 
 MllmSizes = config_from_signature(UniTokMLLMConfig, "MllmSizes", skip=("text_config",))
 _BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**32}  # far more than any cache holds
@@ -201,6 +203,8 @@ def speed_metrics(found: dict[str, Any], repeats: int) -> list[Metric]:
 def training_speed(model: UniTokMLLM, sizes: TrainingSizes, setting: Setting) -> dict[str, Any]:
     """Figures of forward pass, backward pass and an AdamW step on text-to-image samples, packed as the configurations
     of large models do; leaves the weights changed."""
+    set_attention(model, "auto", setting.device, setting.precision)  # as training has them
+    model.cross_entropy = choose_method("auto", setting.device)
     padded = _training_batch(model, sizes, setting.seed)
     packed = _packed(padded)
     model.train()

@@ -153,7 +153,8 @@ class TracedEngine:
 
 
 def bf16_products(enabled: bool) -> Any:
-    return torch.autocast("cpu", torch.bfloat16) if enabled else nullcontext()
+    """As the engines have it: without copies of weights that stay (`build_engine`)."""
+    return torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if enabled else nullcontext()
 
 
 @contextmanager

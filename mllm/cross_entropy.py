@@ -13,7 +13,9 @@ from torch.utils.checkpoint import checkpoint
 
 from unitok.core.errors import ConfigError
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in fp32, and as much again for their gradient
+# Logits of one chunk: 64 MiB in fp32, and as much again for their gradient. On a GPU four times as many: there every
+# chunk reads the head's weights and adds to their gradient: of a large vocabulary that takes longer than its products.
+CHUNK_ELEMENTS, CHUNK_ELEMENTS_GPU = 2**24, 2**26
 
 # loss, number of right guesses (one for each sub-code), sum of the squared largest logits. A plain tuple: these are
 # outputs of modules, and ZeRO must find the tensors in them.
@@ -33,7 +35,7 @@ def summed_losses(
 ) -> Sums:
     """Sums for the logits `head(features)`, with gradients.
 
-    "plain" computes them all at once; "chunked" so many tokens at a time that a chunk has at most CHUNK_ELEMENTS
+    "plain" computes them all at once; "chunked" so many tokens at a time that a chunk has at most CHUNK_ELEMENTS(_GPU)
     logits, which the backward pass computes again.
 
     Call it inside the forward of the module that owns the head's weights. ZeRO-3 then gathers them once each way, and
@@ -41,7 +43,8 @@ def summed_losses(
     """
     rows = features.shape[0]
     if method != "plain":
-        rows = max(1, CHUNK_ELEMENTS // (targets[:1].numel() * num_classes or 1))
+        elements = CHUNK_ELEMENTS_GPU if features.is_cuda else CHUNK_ELEMENTS
+        rows = max(1, elements // (targets[:1].numel() * num_classes or 1))
     if features.shape[0] <= rows:
         return sums_of_logits(head(features), targets)
 

@@ -4,7 +4,9 @@ B batch, T sequence, I images of a batch in order of appearance, K codebooks, L 
 predicted image positions.
 """
 
+import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,14 @@ def split_by_length(lengths: list[int], always: bool = False) -> list[list[int]]
     costs = {n: n * lengths[order[n - 1]] + (len(order) - n) * lengths[order[-1]] for n in range(1, len(order))}
     best = min(costs, key=costs.get)
     return [order[:best], order[best:]]
+
+
+def sequence_ends(position_ids_T: Tensor) -> dict[str, Any]:
+    """Where sequences of a packed row end, under transformers' names of flash-attn's arguments."""
+    starts = (position_ids_T == 0).nonzero().flatten().int()
+    ends = F.pad(starts, (0, 1), value=position_ids_T.numel())
+    longest = int(ends.diff().max())
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 class LossMixin:
@@ -93,13 +103,18 @@ class LossMixin:
     def _packed_hidden_states(self, inputs_BTD: Tensor, position_ids_BT: Tensor) -> Tensor:
         """The backbone's output of packed rows: from positions that start anew transformers makes block-diagonal masks.
 
-        flash-attn's kernels for sequences of different lengths want all of them in one row.
+        flash-attn's kernels for sequences of different lengths want all of them in one row. Where the sequences begin
+        is found here once: transformers would ask the GPU in every layer, and wait.
         """
         shape = inputs_BTD.shape
+        sequences: dict[str, Any] = {}
         if self.backbone.config._attn_implementation.startswith("flash"):
             inputs_BTD, position_ids_BT = inputs_BTD.flatten(0, 1)[None], position_ids_BT.flatten()[None]
+            parameters = inspect.signature(self.backbone.forward).parameters.values()
+            if any(one.kind is one.VAR_KEYWORD for one in parameters):
+                sequences = sequence_ends(position_ids_BT[0])
         hidden_BTD = self.backbone(
-            inputs_embeds=inputs_BTD, position_ids=position_ids_BT, use_cache=False
+            inputs_embeds=inputs_BTD, position_ids=position_ids_BT, use_cache=False, **sequences
         ).last_hidden_state
         return hidden_BTD.view(shape)
 

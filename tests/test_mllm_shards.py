@@ -16,8 +16,8 @@ from tiny import make_mllm, mllm_config
 from torch import nn
 from transformers.initialization import no_init_weights
 
-from unitok.core.distributed import init_distributed, rank, shutdown_distributed
-from unitok.core.engine import EngineConfig, partitioned, whole_parameters
+from unitok.core.distributed import init_distributed, is_main, rank, shutdown_distributed
+from unitok.core.engine import EngineConfig, partitioned, whole_on_main, whole_parameters
 from unitok.core.errors import CheckpointError
 from unitok.mllm import UniTokMLLM
 from unitok.mllm.backbone import empty_model, load_model
@@ -173,8 +173,16 @@ def _load_partitioned(folder, out):
     try:
         model = load_model(folder, ZERO3)
         assert all(hasattr(parameter, "ds_id") for parameter in model.parameters())
+        with whole_on_main(model):
+            main = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        assert not any(parameter.numel() for parameter in model.parameters()), "parts again"
         with whole_parameters(model):
-            return {name: value.detach().clone() for name, value in model.state_dict().items()}
+            whole = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        if is_main():
+            assert all(torch.equal(main[name], value) for name, value in whole.items())
+        else:
+            assert not any(main[name].numel() for name, _ in model.named_parameters()), "only rank 0 holds it all"
+        return whole
     finally:
         shutdown_distributed()
 

@@ -11,6 +11,7 @@ import torch
 from reference import relative
 from tiny import BOS, EOS, IMAGE, PAD, assert_same_gradients, gradients, make_mllm, mllm_config, random_codes, roughen
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_flash_attention_utils import prepare_fa_kwargs_from_position_ids
 
 from unitok.core.errors import ConfigError, DataError
 from unitok.data.packing import first_fit_decreasing
@@ -287,6 +288,10 @@ def test_flash_attention_gets_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def watched(**inputs: Any) -> Any:
         shapes.append(inputs["inputs_embeds"].shape[:2])
+        (ends, _), (longest, _) = prepare_fa_kwargs_from_position_ids(inputs["position_ids"])
+        given = [inputs[f"{name}_{end}"] for name in ("cu_seq_lens", "max_length") for end in "qk"]
+        assert all(torch.equal(one, ends) and one.dtype == torch.int32 for one in given[:2])
+        assert given[2:] == [longest] * 2 and type(given[2]) is int
         model.backbone.config._attn_implementation = "sdpa"
         return forward(**inputs)
 

@@ -207,8 +207,11 @@ class _Job:
         pictured = [(sample, pixels) for sample, pixels in batch if pixels is not None]
         if pictured:
             pixels = torch.stack([pixels for _, pixels in pictured]).to(self.tokenizer.device)
-            codes = self.tokenizer.encode(pixels).cpu()
-            vectors = self.tokenizer.latents(pixels).half().cpu() if self.latents else None
+            if self.latents:
+                codes, vectors = self.tokenizer.codes_and_latents(pixels)
+                codes, vectors = codes.cpu(), vectors.half().cpu()
+            else:
+                codes, vectors = self.tokenizer.encode(pixels).cpu(), None
         for row, (sample, _) in enumerate(pictured):
             sample.codes = codes[row]
             sample.latents = None if vectors is None else vectors[row]

@@ -197,11 +197,17 @@ def freeze(model: UniTok, config: TokenizerTrainConfig) -> None:
         model.logit_scale.requires_grad_(False)
 
 
+GRAPHS = 32  # of one class of blocks, over all stages, training and evaluation
+
+
 def compile_blocks(model: UniTok) -> None:
     """torch.compile for every transformer block and convolutional stage, in place: names of parameters stay."""
     blocks = [*model.encoder.blocks, *model.decoder.blocks, *model.encoder.backbone.stages]
     blocks += [*model.decoder.up_conv2, *model.decoder.up_conv3]
     if model.text_encoder is not None:
         blocks += list(model.text_encoder.transformer.resblocks)
+    # One graph for each shape: blocks of a class share their code, of which dynamo keeps eight graphs, and after the
+    # second shape it would make the sizes symbolic.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for block in blocks:
-        block.compile()
+        block.compile(dynamic=False)

@@ -195,6 +195,14 @@ class UniTok(PreTrainedModel):
             return self.quantizer.normalized(self.quant_proj(encoded_BLC.float()))
 
     @torch.no_grad()
+    def codes_and_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        """What `encode` and `latents` give, for one pass through the encoder."""
+        encoded_BLC = self._encoded(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            features_BLC = self.quant_proj(encoded_BLC.float())
+            return self.quantizer.encode(features_BLC), self.quantizer.normalized(features_BLC)
+
+    @torch.no_grad()
     def decode(self, codes: Tensor, image_shape: tuple[int, int] | None = None) -> Tensor:
         """Pixels `[B, 3, H, W]`, clamped to [-1, 1], of codes `[B, K, L]`; `image_shape` when not square."""
         with torch.autocast(codes.device.type, enabled=False):

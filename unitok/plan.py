@@ -66,7 +66,7 @@ FORMULAS = {
     "4 min(T, 5e8), under 1 and 2 / N",
     "gathered": "ZeRO 3: b min(P, 1.05e9) held whole around the layer at work",
     "activations": "traced: the most that forward and backward pass of one micro-batch hold at a time, autocast's bf16 "
-    "copies of weights and one chunk of logits included",
+    "copies of weights at work and one chunk of logits included",
     "total": "the most at a time: without accumulation gradients grow while activations go (under ZeRO 1 and 2 from "
     "the first full bucket on), so less than the sum",
     "contrastive": "16 G D + 24 B G: features and logits of the global batch (G pairs, B of this GPU, width D)",

@@ -10,7 +10,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from unitok.core.config import Config
-from unitok.core.distributed import rank, world_size
+from unitok.core.distributed import is_main, rank, world_size
 from unitok.core.errors import ConfigError
 from unitok.core.optim import OptimizerConfig
 
@@ -73,6 +73,9 @@ def build_engine(
     settings = deepspeed_config(config)
     if config.precision != "autocast":
         torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # global of DeepSpeed: an earlier run may have set it
+    # Also global. Weights are used once a pass: kept, their bf16 copies only fill the memory (12 GB of a 7B model), and
+    # the parts of a weight's gradient would be summed in bf16 where it is used in chunks.
+    torch.set_autocast_cache_enabled(config.precision != "autocast")
     adamw = torch.optim.AdamW(
         optimizer_groups, lr=optimizer.lr, betas=optimizer.betas, eps=optimizer.eps, fused=True, foreach=False
     )
@@ -123,7 +126,8 @@ class GradientGuard:
 
     def _hook(self, index: int) -> Any:
         def look(gradient: Tensor) -> None:
-            self.bad[index] |= ~torch.isfinite(gradient).all()
+            if gradient.numel():  # the largest one tells, in one pass without temporaries: NaN stays NaN
+                self.bad[index] |= ~torch.isfinite(torch.linalg.vector_norm(gradient, float("inf")))
 
         return look
 
@@ -199,6 +203,26 @@ def whole_parameters(module: nn.Module | Iterable[nn.Parameter], write: bool = F
 
     with deepspeed.zero.GatheredParameters(parameters, modifier_rank=0 if write else None):
         yield
+
+
+@contextmanager
+def whole_on_main(module: nn.Module) -> Iterator[None]:
+    """All parameters of `module` whole on rank 0 inside the block (every rank must enter). Those that ZeRO 3 has in
+    parts are gathered one after the other and held in host memory: the whole network would not fit beside what
+    training has on a GPU. They are for reading alone."""
+    held: list[tuple[nn.Parameter, Tensor]] = []
+    try:
+        for parameter in module.parameters():
+            if hasattr(parameter, "ds_id"):
+                with whole_parameters([parameter]):
+                    whole = parameter.detach().to("cpu", copy=True) if is_main() else None
+                if whole is not None:
+                    held.append((parameter, parameter.data))
+                    parameter.data = whole
+        yield
+    finally:
+        for parameter, part in held:
+            parameter.data = part
 
 
 @contextmanager

@@ -24,7 +24,7 @@ from unitok.core.distributed import (
     shutdown_distributed,
     world_size,
 )
-from unitok.core.engine import set_learning_rate, whole_parameters
+from unitok.core.engine import set_learning_rate, whole_on_main
 from unitok.core.errors import EXIT_RESUME, ConfigError
 from unitok.core.non_finite import Buffers, stop_or_skip
 from unitok.core.optim import lr_at
@@ -286,7 +286,7 @@ def _export(run: Run) -> None:
 
     with _inference_modules(run) as modules, contextlib.ExitStack() as stack:
         for module in modules.values():
-            stack.enter_context(whole_parameters(module))
+            stack.enter_context(whole_on_main(module))
         checkpoint.on_main(lambda: write(modules))
 
 
