@@ -39,7 +39,7 @@ class ParquetSource(Source):
 
     def __init__(self, spec: str, max_bad_fraction: float, files: Sequence[Path] | None = None) -> None:
         super().__init__(spec, max_bad_fraction)
-        self.files = list(files or _expand(spec))
+        self.files, self.fetched = list(files or _expand(spec)), is_url(spec)
         groups = [_row_groups(file) for file in self.files]
         broken = {str(f): found for f, found in zip(self.files, groups, strict=True) if isinstance(found, str)}
         whole = [found if isinstance(found, list) else [] for found in groups]
@@ -126,10 +126,14 @@ class ParquetSource(Source):
 
     def _read_image(self, index: int, shrink: Shrink | None) -> Decoded:
         value = self._row(index).get(self.image_column)
+        path = value if isinstance(value, str) else None
         if isinstance(value, dict):
             value, path = value.get("bytes"), value.get("path")
-            if value is None and isinstance(path, str):
-                return self._load(self.files[self._groups[self._place(index)[0]][0]].parent / path, shrink)
+        if isinstance(path, str) and path and not isinstance(value, bytes):
+            if self.fetched:  # whatever it names would be a file of this machine
+                reason = f"{self.place(index)} names the image {path!r}, which a URL does not bring"
+                raise SampleError(reason, "missing image")
+            return self._load(self.files[self._groups[self._place(index)[0]][0]].parent / path, shrink)
         if not isinstance(value, bytes):
             raise SampleError(f"{self.place(index)} has no image in column {self.image_column}", "missing image")
         return self._decode(value, index, shrink)

@@ -306,6 +306,11 @@ def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Sour
     if tables:
         # the datasets library names its files SPLIT-00000-of-00002.parquet
         of_split = [file for file in tables if split and file.name.startswith(f"{split}-")]
+        splits = {name for name in _SPLITS for file in tables if file.name.startswith((f"{name}-", f"{name}."))}
+        if len(splits) > 1 and not of_split:
+            raise DataError(
+                f"{path} holds the splits {', '.join(sorted(splits))}; name one, such as {path}/train-*.parquet"
+            )
         wanted = f"{split}-*.parquet" if of_split else "*.parquet"
         return ParquetSource(str(path / wanted), max_bad_fraction, of_split or tables)
     shown = (item for item in path.iterdir() if not item.name.startswith("."))

@@ -55,6 +55,12 @@ class CodeGenerationMixin:
             raise UserError(f"this model only understands images (visual_input={self.config.visual_input})")
         num_positions = self.config.num_image_positions if num_positions is None else num_positions
         embedder_cache = embedder_cache or self.config.embedder_cache
+        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        if input_ids.dim() != 2 or input_ids.shape[1] < 1 or mask_RT.shape != input_ids.shape:
+            raise DataError(
+                f"input_ids of shape {list(input_ids.shape)} and attention_mask of {list(mask_RT.shape)}: expected "
+                "[rows, T] of both, with T at least 1"
+            )
         rows = input_ids.shape[0]
         self._check_generation(rows, num_positions, embedder_cache, guidance_scale)
         guided = guidance_scale > 1
@@ -64,7 +70,6 @@ class CodeGenerationMixin:
         if len(seeds) != images:
             raise UserError(f"{len(seeds)} seeds for {images} images: give one seed per image")
         sampler = CodeSampler(seeds, do_sample, temperature, top_k, top_p, depth_temperature, input_ids.device)
-        mask_RT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         if not bool((mask_RT[:, -1] != 0).all()):
             raise DataError(
                 f"the attention mask ends in 0 in rows {(mask_RT[:, -1] == 0).nonzero().flatten().tolist()[:8]}: "

@@ -296,10 +296,9 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         with readable_weights(pretrained_model_name_or_path):
             loaded = super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with output_loading_info=True
-        settings_file = folder / "generation_config.json"
-        settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-        if "image_sampler" in settings:
-            model.generation_config.image_sampler = _checked_sampler(settings["image_sampler"], settings_file)
+        sampler = read_sampler(folder)
+        if sampler is not None:
+            model.generation_config.image_sampler = sampler
         return loaded
 
     @classmethod
@@ -317,6 +316,13 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         from unitok.mllm.official import load_official
 
         return load_official(folder, tokenizer, dtype)
+
+
+def read_sampler(folder: Path) -> dict[str, Any] | None:
+    """The `image_sampler` of an export; None where it has none. CheckpointError for one that cannot be drawn with."""
+    file = folder / "generation_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else {}
+    return _checked_sampler(settings["image_sampler"], file) if "image_sampler" in settings else None
 
 
 def _checked_sampler(settings: Any, file: Path) -> dict[str, Any]:

@@ -310,6 +310,8 @@ class UniTokPipeline:
 
     def answer(self, images: Sequence[Image.Image], questions: Sequence[str], batch_size: int = 64) -> list[str]:
         """Short answers to one question about each image."""
+        if len(images) != len(questions):
+            raise UserError(f"{len(questions)} questions about {len(images)} images: give one for each")
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": question}]}]
             for image, question in zip(images, questions, strict=True)

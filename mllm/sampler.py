@@ -70,7 +70,7 @@ def draw(logits_BV: Tensor, uniform_BV: Tensor) -> Tensor:
 
 def check_guidance(scale: float) -> None:
     """UserError for one that cannot be drawn with."""
-    if not 0 <= scale <= MAX_GUIDANCE:
+    if isinstance(scale, Sequence) or not 0 <= scale <= MAX_GUIDANCE:
         raise UserError(f"guidance_scale={scale}: expected 0 to {MAX_GUIDANCE:g} (up to 1 is off)")
 
 

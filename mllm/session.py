@@ -73,6 +73,7 @@ class ChatSession:
     def stream(self, question: str, images: Sequence[Image.Image | str | Path] = (), **options: Any) -> Iterator[str]:
         """As `ask`, but the answer comes in pieces. When it is left before its end, what has come stays its text."""
         # Pictures, not paths: a file may change or go while the conversation is about what it was.
+        images = [images] if isinstance(images, str | Path | Image.Image) else images
         opened = [load_image(image) if isinstance(image, str | Path) else image for image in images]
         parts = [{"type": "image", "image": image} for image in opened]
         turn = {"role": "user", "content": [*parts, {"type": "text", "text": question}]}

@@ -11,7 +11,7 @@ from unitok.mllm.backbone import load_model
 from unitok.mllm.backbone_steps import check_steps
 from unitok.mllm.cross_entropy import choose_method
 from unitok.mllm.lora import add_adapters
-from unitok.mllm.model import UniTokMLLM
+from unitok.mllm.model import UniTokMLLM, read_sampler
 from unitok.mllm.pipeline import check_same_codes
 from unitok.mllm.processor import UniTokProcessor
 from unitok.mllm.recipes import apply_recipe, unreached
@@ -31,6 +31,7 @@ def load_start(folder: str | Path, visual: UniTok, engine: EngineConfig) -> tupl
     model = load_model(folder, engine)
     check_same_codes(model, visual)
     model.config.embedder_cache = "consistent"
+    model.generation_config.image_sampler = read_sampler(Path(folder)) or {}
     return model, UniTokProcessor.from_pretrained(folder)
 
 

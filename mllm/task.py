@@ -1,5 +1,6 @@
 """Stage two as a training task: mixed batches of text-to-image, captioning, chat and text over code shards."""
 
+import logging
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +37,8 @@ from unitok.mllm.settings import KINDS, Kind, MllmTrainConfig, SamplerDefaults
 from unitok.mllm.start import load_start, prepare_model
 from unitok.tokenizer import UniTok
 from unitok.tokenizer.extract import fingerprint
+
+_LOGGER = logging.getLogger(__name__)
 
 _TOKENIZER_DOCUMENTS = 10_000  # of `data.texts`, for a text tokenizer trained on the data
 
@@ -79,6 +82,7 @@ class MllmTask(Task):
         "tokenizer", "data.codes", "data.max_bad_fraction", "attention", "cross_entropy", "gradient_checkpointing",
         *(f"sampler.{name}" for name in SamplerDefaults.model_fields),
     )  # fmt: skip
+    switches = ("data.mixture.text_to_image",)  # without it the depth transformer does not train
     decisive = ("recipe", "lora", "lora.rank", "lora.alpha", "lora.targets")
     headline = ("loss", "image", "text")
 
@@ -143,7 +147,11 @@ class MllmTask(Task):
         if any(getattr(config.data.mixture, kind) > 0 for kind in KINDS if kind not in ("text_to_image", "text")):
             self._pictures["image_preprocess"] = self.source.header[PREPROCESS]
         # Apart from generate()'s own fields: those are for text, which is answered greedily.
-        model.generation_config.image_sampler = config.sampler.model_dump()
+        sampler, start = config.sampler.model_dump(), getattr(model.generation_config, "image_sampler", None)
+        if start and (changed := {name: value for name, value in start.items() if sampler.get(name) != value}):
+            others = ", ".join(f"sampler.{name}={value}" for name, value in changed.items())
+            _LOGGER.warning("%s draws with %s, what is trained here will not, unless told so", config.init_from, others)
+        model.generation_config.image_sampler = sampler
         prepare_model(model, config, training_device(config.device))
         self._look_at_shards(model.config)
         warn_of_missing_words(self.source, config.data.mixture)

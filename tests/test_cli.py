@@ -147,10 +147,10 @@ def test_eval_on_a_source(run, kind, capsys):
 
 def test_eval_geneval_writes_the_official_folder(run):
     out = run / "geneval.json"
-    images = ["--images", str(run / "geneval"), "--samples", "1", "--limit", "6", "--out", str(out)]
+    images = ["--images", str(run / "drawn"), "--samples", "1", "--limit", "6", "--out", str(out)]
     assert main(["eval", "geneval", *model_of(run), *images]) == 0
     assert 0 <= json.loads(out.read_text())["overall"] <= 1
-    assert (run / "geneval" / "00000" / "samples" / "00000.png").is_file()
+    assert (run / "drawn" / "00000" / "samples" / "00000.png").is_file()
 
 
 def test_dry_run_measures_nothing(run, capsys):

@@ -14,8 +14,9 @@ from PIL import Image
 from test_data_bad import many, write_tar
 
 from unitok.cli import main
-from unitok.core.errors import DataError
+from unitok.core.errors import DataError, UserError
 from unitok.data.check import check_source
+from unitok.data.decoding import load_image
 from unitok.data.source import open_source
 
 PNG, JPEG = encoded(picture(), "PNG"), encoded(picture(), "JPEG")
@@ -123,7 +124,9 @@ def test_parquet_of_the_datasets_library(tmp_path):
     assert "row 1 of group 1" in source.bad[5] and len(source._kept) == 4
     again = pickle.loads(pickle.dumps(source))  # noqa: S301
     assert not again._kept and again[3].captions == ["number 3"]
-    assert check_source(str(tmp_path)).num_samples == 12  # 13 rows, one broken
+    assert check_source(str(tmp_path / "t*.parquet")).num_samples == 12  # 13 rows, one broken
+    with pytest.raises(DataError, match="holds the splits test, train; name one"):
+        open_source(tmp_path)
 
 
 def test_parquet_of_other_columns_and_damage(tmp_path):
@@ -206,6 +209,23 @@ def test_shards_by_url_are_fetched_once(server, cache):
             open_source(f"{url}/{name}")
     local = open_source(f"{folder.as_uri()}/part-*.tar")
     assert len(local) == 12 and local[11].key == "0023"
+
+
+def test_a_table_by_url_names_no_file_of_this_machine(server, cache, tmp_path, capsys):
+    import pyarrow as pa
+    import pyarrow.parquet
+
+    folder, url = server
+    (folder / "a.png").write_bytes(PNG)
+    for name, column in {"texts": ["a.png"], "rows": [{"bytes": None, "path": "a.png"}]}.items():
+        pa.parquet.write_table(pa.table({"image": column, "caption": ["x"]}), folder / f"{name}.parquet")
+        assert open_source(folder / f"{name}.parquet")[0].captions == ["x"]
+        report = check_source(f"{url}/{name}.parquet")
+        assert report.bad_kinds == {"missing image": 1} and "which a URL does not bring" in report.bad[0][1]
+    assert main(["data", "index", f"{url}/part-0.tar"]) == 2
+    assert "indexed when they are fetched" in capsys.readouterr().err
+    with pytest.raises(UserError, match="http://x/a.png: images are read from files; fetch it first"):
+        load_image("http://x/a.png")
 
 
 def test_urls_that_cannot_be_read(server, cache, monkeypatch):

@@ -277,6 +277,7 @@ def test_both_ways_of_the_embedded_world_agree(export, tmp_path):
     """`unitok eval geneval` in one go, and `geneval-score` on the folder that it kept: the same figures."""
     words = ["--model", str(export / "model"), "--limit", "6", "--samples", "2", "--images", str(tmp_path / "images")]
     assert main(["eval", "geneval", *words, "--out", str(tmp_path / "one.json")]) == 0
+    assert main(["eval", "geneval", *words, "--seed", "3"]) == 2, "two runs in one folder"
     assert main(["eval", "geneval-score", str(tmp_path / "images"), "--detector", "shapes"]) == 0
     one, two = read_results(tmp_path / "one.json"), read_results(tmp_path / "images" / "results.json")
     assert one["metrics"] == two["metrics"] and one["protocol"]["scoring"] == two["protocol"]["scoring"]

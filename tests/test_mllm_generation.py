@@ -239,6 +239,21 @@ def test_prompts_padded_on_the_right_are_refused():
         make_mllm().generate_codes(ids.flip(1), mask.flip(1))
 
 
+def test_prompts_of_no_shape_are_refused():
+    ids, mask = pad_left(PROMPTS, PAD)
+    model = make_mllm()
+    for given in ((ids[0], None), (ids[:, :0], None), (ids, mask[:, 1:]), (ids, mask[:1]), (ids[:1], mask)):
+        with pytest.raises(DataError, match=r"input_ids of .* attention_mask of .*: expected \[rows, T\] of both"):
+            model.generate_codes(*given)
+    with pytest.raises(UserError, match="guidance_scale="):
+        model.generate_codes(ids, mask, [3.0])
+    codes = model.generate_codes(ids, mask)
+    beyond = codes + model.config.codebook_size
+    for wrong, message in ((beyond, "codes from"), (codes.float(), "expected whole numbers")):
+        with pytest.raises(DataError, match=message):
+            model.embed_codes(wrong)
+
+
 def test_number_of_positions():
     model = make_mllm()
     codes = model.generate_codes(*pad_left(PROMPTS, PAD), do_sample=False, num_positions=3)

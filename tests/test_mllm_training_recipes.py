@@ -184,7 +184,7 @@ def test_merged_adapters_give_the_same_outputs(folder: Path, tmp_path: Path) -> 
         (
             ["recipe=sft"],
             ["recipe=sft", "data.mixture={text_to_image: 1, caption: 1, chat: 1}"],
-            "does not fit network 'mllm'",
+            r"was written with data.mixture.text_to_image=0.0, now it is 1.0; .*init_from=EXPORT",
         ),
     ],
 )
@@ -221,7 +221,9 @@ def test_adapters_start_at_nothing_and_from_the_seed() -> None:
 # ---- starting from the step before
 
 
-def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: Path) -> None:
+def test_a_run_starts_from_the_export_of_the_one_before(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """Weights, sizes, text tokenizer and visual tokenizer: nothing else needs to be said."""
     first = task_of(folder, tmp_path / "one", "recipe=warmup", CHAT_ONLY)
     model, _ = plain_steps(first)
@@ -236,6 +238,13 @@ def test_a_run_starts_from_the_export_of_the_one_before(folder: Path, tmp_path: 
     assert all(torch.equal(value, expected[name]) for name, value in started.state_dict().items())
     ids = [task.text_tokenizer.encode("is there a green triangle?") for task in (first, second)]
     assert ids[0] == ids[1] and second.builder.config.image_token_id == first.builder.config.image_token_id
+    sampler = first.config.sampler.model_dump()
+    assert started.generation_config.image_sampler == sampler
+    file = tmp_path / "export" / "generation_config.json"  # what was tuned there
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"image_sampler": sampler | {"top_k": 7, "top_p": 0.5}}))
+    again = task_of(tmp_path, tmp_path / "two", "sampler.top_p=0.75", file="next.yaml").build()["mllm"].module.model
+    assert again.generation_config.image_sampler == sampler | {"top_p": 0.75}
+    assert "draws with sampler.top_k=7, sampler.top_p=0.5, what is trained here will not" in caplog.text
     _, log = plain_steps(task_of(tmp_path, tmp_path / "three", file="next.yaml"))
     assert log[1]["loss"] < log[0]["loss"] * 1.5
 

@@ -70,6 +70,10 @@ def test_encode_and_decode_have_the_promised_shapes():
     assert decoded.shape == pixels.shape and decoded.abs().max() <= 1
     assert tokenizer.code_vectors(codes).shape == (3, 4, 12)
     assert torch.equal(tokenizer.reconstruct(pixels), decoded)
+    assert tokenizer.encode(pixels[:0]).shape == (0, 3, 4) and tokenizer(pixels[:0]).codes.shape == (0, 3, 4)
+    assert tokenizer.decode(codes[:0]).shape == (0, 3, 32, 32)
+    with pytest.raises(DataError, match="codes of torch.float32: expected whole numbers"):
+        tokenizer.decode(codes.float())
 
 
 @pytest.mark.parametrize("size", [(32, 64), (48, 16)])
@@ -390,6 +394,7 @@ def test_a_tokenizer_loaded_in_half_precision_works(tmp_path):
     assert half.quantizer.codebooks.dtype == torch.float32 and half.decoder.norm.weight.dtype == torch.bfloat16
     pixels = torch.rand(2, 3, 32, 32) * 2 - 1
     codes = half.encode(pixels.bfloat16())
+    assert torch.equal(half.encode(pixels.bfloat16().float()), codes), "pixels of any precision"
     assert codes.is_contiguous() and (codes == tokenizer.encode(pixels)).float().mean() > 0.6
     shown = half.decode(tokenizer.encode(pixels)).float()
     assert (shown - tokenizer.reconstruct(pixels)).abs().mean() < 0.02

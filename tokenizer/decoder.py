@@ -37,7 +37,7 @@ class Upsample(nn.Module):
                 for kernel, left in zip(_phases(kernel_rows, dim=3), (0, 1), strict=True)
             ]
             rows.append(torch.stack(columns, dim=-1))  # [B, C, H, W, 2]
-        return torch.stack(rows, dim=3).view(batch, -1, 2 * height, 2 * width)
+        return torch.stack(rows, dim=3).view(batch, self.conv.out_channels, 2 * height, 2 * width)
 
 
 def _phases(weight: Tensor, dim: int) -> tuple[Tensor, Tensor]:
@@ -103,7 +103,7 @@ class ViTaminDecoder(nn.Module):
         """Pixels and the input of the last convolution. `image_shape` (H, W) defaults to a square."""
         x_BLC = self.norm(run_blocks(self.blocks, x_BLC, self.gradient_checkpointing))[:, self.num_query_tokens :]
         height, width = _grid(x_BLC.shape[1], image_shape)
-        x_BCHW = x_BLC.transpose(1, 2).reshape(x_BLC.shape[0], -1, height, width)
+        x_BCHW = x_BLC.transpose(1, 2).reshape(x_BLC.shape[0], x_BLC.shape[2], height, width)
         x_BCHW = self.up_conv1(x_BCHW)
         for stage in (self.up_conv2, self.up_conv3):
             x_BCHW = run_blocks(stage, x_BCHW, True) if self.gradient_checkpointing else stage(x_BCHW)

@@ -211,7 +211,7 @@ class UniTok(PreTrainedModel):
 
     def _encoded(self, pixels: Tensor, drop_draws: Tensor | None = None) -> Tensor:
         set_drop_path(self.encoder.blocks, drop_draws)
-        return self.encoder(pixels)
+        return self.encoder(pixels.to(self.encoder.pos_embed.dtype))  # as it was loaded: the projections are in fp32
 
     def _decode(
         self, features_BLC: Tensor, image_shape: tuple[int, int] | None, drop_draws: Tensor | None = None

@@ -132,7 +132,7 @@ class Quantizer(nn.Module):
     ) -> QuantizerOutput:
         return QuantizerOutput(
             quantized=(target + (chosen - target).detach()).reshape(features_BLC.shape),
-            codes=codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous(),
+            codes=codes_KN.view(len(codes_KN), *features_BLC.shape[:2]).transpose(0, 1).contiguous(),
             vq_loss=vq_loss,
             usage=self._count(codes_KN),
         )
@@ -180,7 +180,7 @@ class MultiCodebookQuantizer(Quantizer):
         with torch.autocast(features_BLC.device.type, enabled=False):
             self._check_channels(features_BLC)
             codes_KN = search_features(features_BLC.float(), self.entries())
-        return codes_KN.view(-1, *features_BLC.shape[:2]).transpose(0, 1).contiguous()
+        return codes_KN.view(len(codes_KN), *features_BLC.shape[:2]).transpose(0, 1).contiguous()
 
     def lookup(self, codes_BKL: Tensor) -> Tensor:
         check_codes(codes_BKL, self.num_codebooks, self.codebook_size)
@@ -310,7 +310,10 @@ def residual_lookup(codes_BKL: Tensor, codebooks_KVD: Tensor) -> Tensor:
 
 
 def check_codes(codes_BKL: Tensor, num_codebooks: int, codebook_size: int) -> None:
-    """DataError unless codes are `[B, K, L]` and in [0, V): an entry of another codebook would be taken silently."""
+    """DataError unless codes are whole numbers `[B, K, L]` in [0, V): an entry of another codebook would be taken
+    silently."""
+    if codes_BKL.is_floating_point() or codes_BKL.is_complex() or codes_BKL.dtype == torch.bool:
+        raise DataError(f"codes of {codes_BKL.dtype}: expected whole numbers, such as int64")
     if codes_BKL.dim() != 3 or codes_BKL.shape[1] != num_codebooks:
         raise DataError(f"codes of shape {list(codes_BKL.shape)}: expected [B, K={num_codebooks}, L]")
     if codes_BKL.numel() == 0:

@@ -132,7 +132,12 @@ def index(arguments: argparse.Namespace) -> int:
     """Read the headers of all shards ahead, in parallel, into the index files beside them."""
     from unitok.data.shard_index import index_shards
     from unitok.data.shards import ShardReader, expand_shards
+    from unitok.data.urls import is_url
 
+    if is_url(arguments.shards):
+        raise UserError(
+            f"{arguments.shards}: shards of URLs are indexed when they are fetched; there is nothing to do ahead"
+        )
     index_shards(expand_shards(arguments.shards), arguments.workers)
     reader = ShardReader(arguments.shards, on_bad="skip")
     print(f"{len(reader)} samples in {len(reader.paths)} shards")

@@ -77,6 +77,10 @@ def geneval(arguments: argparse.Namespace) -> int:
     shapes_detector().check(metadata)
     if _only_planned(arguments, f"GenEval: {len(metadata)} prompts, {arguments.samples} images each"):
         return 0
+    if arguments.images and Path(arguments.images).exists() and any(Path(arguments.images).iterdir()):
+        raise UserError(
+            f"--images {arguments.images}: is not empty, and pictures of two runs would mix; give a new folder"
+        )
     pipeline = _pipeline(arguments)
 
     def generate(prompts: list[str], seeds: list[int]) -> list[Any]:

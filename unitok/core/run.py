@@ -161,7 +161,7 @@ def resume(run: Run) -> None:
     if run.last_checkpoint is not None:
         path = run.last_checkpoint
         present, defaults = identity(run), default_values(type(run.config))
-        settings = (run.task.incidental, run.task.decisive, defaults)
+        settings = (run.task.incidental, run.task.decisive, defaults, run.task.switches)
         checkpoint.on_main(lambda: check_same_run(path, checkpoint.read_state(path), present, *settings))
         checkpoint.on_main(lambda: check_same_order(path, checkpoint.read_state(path), present))
         state = checkpoint.load_checkpoint(path, run.engines, run.emas)

@@ -23,6 +23,7 @@ def check_same_run(
     incidental: Sequence[str] = (),
     decisive: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
+    switches: Sequence[str] = (),
 ) -> None:
     """Refuse to resume under settings that would change what the steps mean. Other changes are a warning, unless no
     step is left to make them true.
@@ -33,6 +34,7 @@ def check_same_run(
         decisive: those that say what is trained, and so what the checkpoint holds.
         defaults: of all settings; one that the checkpoint does not know, as it was made before there was such a
             setting, had its default.
+        switches: as decisive, but only whether it is 0.
     """
     keys = ("seed", "engine.zero_stage", "engine.precision", "engine.accumulation_steps")
     old, new = _flatten(saved["config"]), _flatten(present["config"])
@@ -43,8 +45,9 @@ def check_same_run(
                 f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; "
                 f"set it back, or start anew in another output_dir"
             )
-    for key in decisive:
-        if old.get(key) != new.get(key):
+    for key in (*decisive, *switches):
+        kind = bool if key in switches else lambda value: value
+        if kind(old.get(key)) != kind(new.get(key)):
             raise CheckpointError(
                 f"checkpoint {path} was written with {key}={old.get(key)}, now it is {new.get(key)}; set it back, or "
                 "train on from its export in another output_dir (init_from=EXPORT)"

@@ -37,12 +37,14 @@ class Task(ABC):
 
     name: names the run in messages. headline: the metrics that the progress line shows. incidental: settings that a
     resumed run may change freely (dotted names), because they do not matter or the task checks them itself. decisive:
-    those that it may not change at all, because they say what is trained.
+    those that it may not change at all, because they say what is trained. switches: those that it may change, but not
+    to or from 0, for the same reason.
     """
 
     name: str = "task"
     incidental: tuple[str, ...] = ()
     decisive: tuple[str, ...] = ()
+    switches: tuple[str, ...] = ()
     epochs_differ: bool = False  # one index means another sample in another epoch, as in a mixture
     headline: tuple[str, ...] = ("loss",)
 
