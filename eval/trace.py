@@ -264,7 +264,7 @@ class TracedMllm:
             if work.images:
                 shape = (work.images, config.code_width if continuous else config.num_codebooks, positions)
                 given = torch.zeros(shape) if continuous else torch.zeros(shape, dtype=torch.long)
-                parts.append(model.embed_codes(given).flatten(0, 1)[None].to(parts[0].dtype))
+                parts.append(model.embedder(given).flatten(0, 1)[None].to(parts[0].dtype))
             hidden_TD = model.backbone(inputs_embeds=torch.cat(parts, dim=1), use_cache=False).last_hidden_state[0]
             loss, _, _ = model.lm_head(hidden_TD[: work.text], torch.zeros(work.text).long(), method)
             if work.drawn:

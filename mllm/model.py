@@ -155,7 +155,9 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         self._visual = (tokenizer,)  # in a tuple: torch would take a bare module for a part of the model
 
     def embed_codes(self, codes: Tensor) -> Tensor:
-        """Input vectors `[I, L, D]` of codes `[I, K, L]`."""
+        """Input vectors `[I, L, D]` of codes `[I, K, L]`; DataError for what are none of this model's."""
+        if self.config.visual_input != "continuous":
+            check_codes(codes, self.config.num_codebooks, self.config.codebook_size)
         return self.embedder(codes)
 
     def embed(self, input_ids: Tensor, codes: Tensor | None, images_at_once: int | None = None) -> Tensor:
@@ -173,7 +175,7 @@ class UniTokMLLM(LossMixin, CodeGenerationMixin, PreTrainedModel, GenerationMixi
         if codes is None:
             return inputs_BTD
         groups = codes.split(images_at_once or len(codes))
-        vectors = torch.cat([self.embed_codes(group) for group in groups]).flatten(0, 1).to(inputs_BTD.dtype)
+        vectors = torch.cat([self.embedder(group) for group in groups]).flatten(0, 1).to(inputs_BTD.dtype)
         return inputs_BTD.masked_scatter(is_image_BT.unsqueeze(-1), vectors)
 
     def _placeholders(self, input_ids: Tensor) -> Tensor:
