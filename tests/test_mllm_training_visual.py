@@ -111,8 +111,8 @@ def test_a_model_reads_what_it_was_made_for(folder: Path, tmp_path: Path, visual
     task.export({"mllm": module}, tmp_path / "export")
     pipeline = UniTokPipeline.from_pretrained(tmp_path / "export")
     image = open_source(SOURCE)[0].image
-    seen, embed = [], pipeline.model.embed_codes
-    pipeline.model.embed_codes = lambda codes: seen.append(codes) or embed(codes)
+    seen = []
+    pipeline.model.embedder.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
     assert isinstance(pipeline.answer([image], ["what color is it?"])[0], str)
     assert seen[0].is_floating_point() == (visual_input == "continuous")
     if visual_input != "codes":
