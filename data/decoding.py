@@ -14,6 +14,7 @@ from PIL import Image
 
 from unitok.core.errors import UserError
 from unitok.data.bad import SampleError, is_of_the_file, patiently
+from unitok.data.urls import is_url
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp")
 RARE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "jfif", "jpe", "jp2", "ppm", "pgm")  # read as well
@@ -74,7 +75,7 @@ def read_file(path: Path | str) -> bytes:
 
 def load_image(path: Path | str, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Reads an image file as RGB; UserError naming the file when it is missing or not an image."""
-    if "://" in str(path) and not Path(path).exists():
+    if is_url(str(path)):
         raise UserError(f"{path}: images are read from files; fetch it first")
     return decode_image(patiently(lambda: read_file(path), lambda: "an image"), str(path), max_pixels)
 

@@ -235,9 +235,18 @@ def has_split(spec: "str | Path", split: str) -> bool:
     if shares is not None:
         return any(has_split(share.source, split) for share in shares)
     path = Path(spec)
-    if str(spec).partition(":")[0] == "shapes" or os.path.isdir(path / split):
+    if _is_shapes(str(spec)) or os.path.isdir(path / split):
         return True
-    return os.path.isdir(path) and any(file.name.startswith(f"{split}-") for file in files_ending(path, ".parquet"))
+    return os.path.isdir(path) and bool(_of_split(files_ending(path, ".parquet"), split))
+
+
+def _is_shapes(text: str) -> bool:
+    return text == "shapes" or text.startswith("shapes:")
+
+
+def _of_split(tables: list[Path], split: str) -> list[Path]:
+    """The datasets library names its files SPLIT-00000-of-00002.parquet."""
+    return [file for file in tables if file.name.startswith(f"{split}-")]
 
 
 def is_read_from(spec: "str | Path", folder: Path) -> bool:
@@ -246,7 +255,7 @@ def is_read_from(spec: "str | Path", folder: Path) -> bool:
     if shares is not None:
         return any(is_read_from(share.source, folder) for share in shares)
     text = str(spec)
-    if not folder.is_dir() or is_url(text) or text.partition(":")[0] == "shapes":
+    if not folder.is_dir() or is_url(text) or _is_shapes(text):
         return False
     if os.path.isdir(text):
         return folder.samefile(text)
@@ -277,7 +286,7 @@ def _open(
 
 
 def _open_one(text: str, split: str | None, max_bad_fraction: float) -> Source:
-    if text.startswith("shapes:") or text == "shapes":
+    if _is_shapes(text):
         return _open_shapes(text, split)
     suffix = suffix_of(text)
     if is_url(text) and suffix not in (".tar", ".parquet"):
@@ -304,8 +313,7 @@ def _open_folder(path: Path, split: str | None, max_bad_fraction: float) -> Sour
         return ShardSource(str(path), max_bad_fraction)
     tables = files_ending(path, ".parquet")
     if tables:
-        # the datasets library names its files SPLIT-00000-of-00002.parquet
-        of_split = [file for file in tables if split and file.name.startswith(f"{split}-")]
+        of_split = _of_split(tables, split) if split else []
         splits = {name for name in _SPLITS for file in tables if file.name.startswith((f"{name}-", f"{name}."))}
         if len(splits) > 1 and not of_split:
             raise DataError(

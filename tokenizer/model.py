@@ -183,24 +183,24 @@ class UniTok(PreTrainedModel):
     @torch.no_grad()
     def encode(self, pixels: Tensor) -> Tensor:
         """Codes int64 `[B, K, L]` of pixels `[B, 3, H, W]` in [-1, 1]."""
-        encoded_BLC = self._encoded(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.quantizer.encode(self.quant_proj(encoded_BLC.float()))
+        return self.quantizer.encode(self._features(pixels))
 
     @torch.no_grad()
     def latents(self, pixels: Tensor) -> Tensor:
         """What `encode` finds the nearest codes of: normalised vectors `[B, L, C]` in fp32, as `code_vectors` are."""
-        encoded_BLC = self._encoded(pixels)
-        with torch.autocast(pixels.device.type, enabled=False):
-            return self.quantizer.normalized(self.quant_proj(encoded_BLC.float()))
+        return self.quantizer.normalized(self._features(pixels))
 
     @torch.no_grad()
     def codes_and_latents(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """What `encode` and `latents` give, for one pass through the encoder."""
+        features_BLC = self._features(pixels)
+        return self.quantizer.encode(features_BLC), self.quantizer.normalized(features_BLC)
+
+    def _features(self, pixels: Tensor) -> Tensor:
+        """What is quantized, `[B, L, C]` in fp32 whatever the surrounding autocast."""
         encoded_BLC = self._encoded(pixels)
         with torch.autocast(pixels.device.type, enabled=False):
-            features_BLC = self.quant_proj(encoded_BLC.float())
-            return self.quantizer.encode(features_BLC), self.quantizer.normalized(features_BLC)
+            return self.quant_proj(encoded_BLC.float())
 
     @torch.no_grad()
     def decode(self, codes: Tensor, image_shape: tuple[int, int] | None = None) -> Tensor:
