@@ -9,6 +9,7 @@ command again after it. docs/faults.md says what must come of it.
 """
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -238,8 +239,9 @@ def complete_shards(folder: Path) -> dict[str, tuple[int, int]]:
     """The complete code shards of a folder by name: (inode, time of change). One that is made again is another file."""
     found = {}
     for path in folder.glob("codes-*.tar"):
-        status = path.stat()
-        found[path.name] = (status.st_ino, status.st_mtime_ns)
+        with contextlib.suppress(FileNotFoundError):  # an extraction that begins anew removed it since it was listed
+            status = path.stat()
+            found[path.name] = (status.st_ino, status.st_mtime_ns)
     return found
 
 

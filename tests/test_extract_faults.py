@@ -105,7 +105,7 @@ if way == "refuses" and folder.exists():
 if way == "anew" and folder.exists():
     shutil.rmtree(folder)
 folder.mkdir(exist_ok=True)
-for number in range(24):
+for number in range(60):  # far more than are complete at the last kill
     path = folder / f"codes-{number:05d}.tar"
     if not path.exists():
         time.sleep(0.02)
@@ -139,6 +139,15 @@ def test_the_soak_sees_whether_an_extraction_goes_on(tmp_path, way, fault):
         assert not unit.faults and unit.kills == 2 and unit.kept > 2
     else:
         assert re.search(fault, "; ".join(unit.faults)), unit.faults
+
+
+def test_a_shard_that_goes_while_the_soak_looks_is_not_complete(tmp_path):
+    """It is in the list of the folder and not there, as a link to nothing is."""
+    from unitok.scripts.soak import complete_shards
+
+    (tmp_path / "codes-00000.tar").touch()
+    (tmp_path / "codes-00001.tar").symlink_to("gone")
+    assert list(complete_shards(tmp_path)) == ["codes-00000.tar"]
 
 
 def test_a_full_disk_leaves_nothing_but_what_is_complete(tokenizer, shards, expected, tmp_path):
