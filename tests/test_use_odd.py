@@ -2,6 +2,7 @@
 
 import io
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from unitok.cli import main
 from unitok.commands.chat import Conversation, converse
 from unitok.commands.use import file_stem
 from unitok.core.errors import NonFiniteError, UserError
+from unitok.core.signals import interrupt_ends
 from unitok.mllm.sampler import CodeSampler, filter_logits
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -246,6 +248,39 @@ def test_ctrl_c_while_the_program_begins():
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "unitok: interrupted\n")
+
+
+def test_ctrl_c_while_the_model_loads(model, here):
+    """Libraries that swallow the interrupt, or fail for it in their own way, do not get it."""
+    code = (
+        "import signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "from unitok.core.quiet import quiet_libraries\n"
+        "quiet_libraries()\n"
+        "from unitok.mllm.pipeline import UniTokPipeline\n"
+        "from unitok.__main__ import main\n"
+        "def load(*_, **__):\n"
+        "    try: signal.raise_signal(signal.SIGINT)\n"
+        "    except BaseException: pass\n"
+        "UniTokPipeline.from_pretrained = load\n"
+        "sys.exit(main())\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code, "chat", "--model", str(model), "hello"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "unitok: interrupted\n")
+
+
+@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
+def test_ctrl_c_is_as_before_once_the_model_is_there(before):
+    """Who ignores it, as nohup does, ignores it all the time."""
+    outside = signal.signal(signal.SIGINT, before)
+    try:
+        with interrupt_ends():
+            assert (signal.getsignal(signal.SIGINT) is before) == (before is signal.SIG_IGN)
+        assert signal.getsignal(signal.SIGINT) is before
+    finally:
+        signal.signal(signal.SIGINT, outside)
 
 
 def test_unicode_is_checked_where_texts_come_in(pipe):

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 
 KEY_VARIABLE = "UNITOK_API_KEY"
 _LOGGER = logging.getLogger(__name__)
@@ -49,14 +50,15 @@ def add_serve_arguments(serve: argparse.ArgumentParser) -> None:
 
 def serve(arguments: argparse.Namespace) -> int:
     """Answer requests until a signal ends it."""
-    import torch
+    with interrupt_ends():
+        import torch
 
-    from unitok.commands.use import load_pipeline
-    from unitok.mllm.pipeline import check_export
-    from unitok.serve.app import create_app
-    from unitok.serve.process import RemoteModels
-    from unitok.serve.server import Server
-    from unitok.serve.settings import LOOPBACK, ServeSettings
+        from unitok.commands.use import load_pipeline
+        from unitok.mllm.pipeline import check_export
+        from unitok.serve.app import create_app
+        from unitok.serve.process import RemoteModels
+        from unitok.serve.server import Server
+        from unitok.serve.settings import LOOPBACK, ServeSettings
 
     if arguments.workers < 1:
         raise UserError(f"--workers {arguments.workers}: expected at least 1")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 from unitok.data.transforms import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
@@ -35,12 +36,13 @@ def small_tokenizer() -> str:
 
 def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
     """The model that a command uses, in the precision that its options ask for."""
-    import torch
+    with interrupt_ends():
+        import torch
 
-    from unitok.mllm.pipeline import UniTokPipeline
+        from unitok.mllm.pipeline import UniTokPipeline
 
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype, weights=arguments.weights)
+        dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+        return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype, weights=arguments.weights)
 
 
 def progress() -> Callable[[int, int], None] | None:

@@ -1,5 +1,6 @@
 """Stop on SIGTERM or SIGINT: at the end of a step on all ranks together, or at once where no step is to be finished."""
 
+import os
 import signal
 import threading
 import time
@@ -45,6 +46,29 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()
+
+
+@contextmanager
+def interrupt_ends() -> Iterator[None]:
+    """Context in which Ctrl-C ends the process at once with 130: for imports and loading, where nothing is half done.
+
+    Raised in there, KeyboardInterrupt is swallowed or turned into other errors by the libraries that are loaded.
+    """
+
+    def end(_number: int, _frame: FrameType | None) -> None:
+        os.write(2, b"unitok: interrupted\n")
+        os._exit(130)
+
+    # Python allows handlers only in the main thread; who ignores the signal, as nohup does, has a reason.
+    in_main = threading.current_thread() is threading.main_thread()
+    taken = in_main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if taken:
+        signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        if taken:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class _Stop(BaseException):
