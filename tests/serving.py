@@ -1,6 +1,7 @@
 """A running service for tests: a tiny model of random weights behind uvicorn on a free port of loopback."""
 
 import base64
+import gc
 import io
 import threading
 import time
@@ -44,17 +45,21 @@ def running(pipeline: Any, **settings: Any) -> Iterator[tuple[str, Server]]:
     """The address of a server, which runs in a thread, and the server."""
     server = Server(create_app(pipeline, ServeSettings(**settings)), "127.0.0.1", 0, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
-    thread.start()
-    deadline = time.monotonic() + 20
-    while not server.started:
-        assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
-        time.sleep(0.01)
-    port = server.servers[0].sockets[0].getsockname()[1]
+    frozen_before = gc.get_freeze_count() > 0
+    gc.freeze()  # collections that look through all of torch would stop server and client for a second
     try:
+        thread.start()
+        deadline = time.monotonic() + 20
+        while not server.started:
+            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
         yield f"http://127.0.0.1:{port}", server
     finally:
         server.should_exit = True
         thread.join(timeout=20)
+        if not frozen_before:
+            gc.unfreeze()
         assert not thread.is_alive(), "the server did not stop"
 
 

@@ -108,7 +108,7 @@ class SlowAnswers(torch.distributed.TCPStore):
     """A store that is asked over a slow line."""
 
     def check(self, keys: list[str]) -> bool:
-        time.sleep(0.5)
+        time.sleep(0.2)
         return super().check(keys)
 
 

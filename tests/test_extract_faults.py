@@ -105,7 +105,7 @@ if way == "refuses" and folder.exists():
 if way == "anew" and folder.exists():
     shutil.rmtree(folder)
 folder.mkdir(exist_ok=True)
-for number in range(60):  # far more than are complete at the last kill
+for number in range(120):  # far more than are complete at the last kill
     path = folder / f"codes-{number:05d}.tar"
     if not path.exists():
         time.sleep(0.02)

@@ -395,7 +395,8 @@ def test_a_resized_vocabulary_is_read_written_and_learnt(tied, tmp_path):
         before = model(input_ids=ids).logits
     model.resize_token_embeddings(61)
     assert model.config.text_config.vocab_size == model.lm_head.out_features == 61
-    assert torch.equal(model(input_ids=ids).logits[..., :50], before)
+    # a head of another width may be multiplied by another kernel, which rounds otherwise
+    torch.testing.assert_close(model(input_ids=ids).logits[..., :50], before, rtol=1e-5, atol=1e-5)
     ids = torch.tensor([[BOS, 20, 60, EOS]])
     sums = model.losses(ids, ids, None, torch.zeros(0, dtype=torch.bool), torch.ones_like(ids))
     logits = model(input_ids=ids).logits

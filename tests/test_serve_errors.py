@@ -39,7 +39,7 @@ def server(pipe):
         "api_key": KEY,
         "allowed_hosts": ("127.0.0.1",),
         "max_body_bytes": 200_000,
-        "body_seconds": 1.0,
+        "body_seconds": 3.0,
         "max_pixels": 1_000_000,
         "max_images": 2,
         "max_prompt_chars": 2000,

@@ -210,6 +210,6 @@ if __name__ == "__main__":
 def test_a_program_that_forgets_to_close_it_ends_all_the_same(folder, tmp_path):
     (tmp_path / "program.py").write_text(PROGRAM)
     command = [sys.executable, str(tmp_path / "program.py"), str(folder)]
-    found = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     word, process = found.stdout.split()
     assert word == "ready" and not os.path.exists(f"/proc/{process}") and "Traceback" not in found.stderr

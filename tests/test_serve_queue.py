@@ -141,7 +141,7 @@ def test_what_is_no_request_of_the_model_is_not_counted(slow):
             one.close()
 
 
-@pytest.mark.parametrize(("each", "sent"), [(0.2, 6), (60.0, 0)])
+@pytest.mark.parametrize(("each", "sent"), [(0.6, 6), (60.0, 0)])
 def test_who_reads_slowly_gets_all_and_who_does_not_read_is_given_up(each, sent):
     seen = []
 
@@ -157,7 +157,7 @@ def test_who_reads_slowly_gets_all_and_who_does_not_read_is_given_up(each, sent)
     async def receive():
         return {"type": "http.request", "body": b"", "more_body": False}
 
-    guard = Guard(app, ServeSettings(request_seconds=0.8), SimpleNamespace(draining=False), Metrics(), frozenset())
+    guard = Guard(app, ServeSettings(request_seconds=3.0), SimpleNamespace(draining=False), Metrics(), frozenset())
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
     start = time.monotonic()
     asyncio.run(guard(scope, receive, send))
@@ -165,7 +165,7 @@ def test_who_reads_slowly_gets_all_and_who_does_not_read_is_given_up(each, sent)
 
 
 def test_the_connection_of_a_client_that_does_not_read_ends(pipe):
-    with running(pipe, name="tiny", request_seconds=0.5) as (address, server):
+    with running(pipe, name="tiny", request_seconds=2.0) as (address, server):
         host, port = address.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as one:
             one.setblocking(False)
@@ -199,7 +199,7 @@ def test_a_stream_that_nobody_reads_ends_and_so_does_its_work(pipe):
 
 
 def test_what_takes_too_long_gets_504(slow):
-    address, server, model = slow(request_seconds=0.3)
+    address, server, model = slow(request_seconds=2.0)
     path, body = chat()
     response = httpx.post(address + path, json=body)
     assert response.status_code == 504 and error_of(response)["code"] == "timeout"
@@ -216,7 +216,7 @@ def test_a_client_that_leaves_the_queue_is_never_run(slow):
     eventually(lambda: model.batches == [1])
     path, body = chat()
     with pytest.raises(httpx.ReadTimeout):
-        httpx.post(address + path, json=body, timeout=0.3)
+        httpx.post(address + path, json=body, timeout=1.5)
     eventually(lambda: not scheduler.waiting)
     model.gate.set()
     threads[0].join()
@@ -320,8 +320,9 @@ class EchoModel:
 
 
 @pytest.fixture
-def echo(pipe):
-    with running(pipe, name="tiny", request_seconds=1.0, max_queue=200) as (address, server):
+def echo(pipe, request):
+    seconds = getattr(request, "param", 60.0)
+    with running(pipe, name="tiny", request_seconds=seconds, max_queue=200) as (address, server):
         server.service.scheduler.model = model = EchoModel()
         yield address, server, model
         model.gate.set()
@@ -346,6 +347,7 @@ def test_many_at_once_each_get_their_own(echo):
     assert asyncio.run(ask_all()) == [f"question {number}" for number in range(120)]
 
 
+@pytest.mark.parametrize("echo", [1.0], indirect=True)
 def test_an_error_within_a_stream_is_its_last_event(echo):
     import openai
 

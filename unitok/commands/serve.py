@@ -1,6 +1,7 @@
 """`unitok serve`: one model over HTTP."""
 
 import argparse
+import gc
 import logging
 import os
 from functools import partial
@@ -87,8 +88,11 @@ def serve(arguments: argparse.Namespace) -> int:
     model = RemoteModels(load, settings.max_batch, threads, arguments.workers)
     try:
         server = Server(create_app(model, settings), arguments.host, arguments.port)
+        gc.collect()
+        gc.freeze()  # what is loaded stays: a collection that looks through it would hold up every answer
         server.run()
     finally:
+        gc.unfreeze()  # or libraries speak of leaks at the end
         model.close()
     return int(server.lost_model)
 

@@ -169,9 +169,9 @@ class Watchdog:
             silent = [number for number, since in self._silent_since.items() if now - since > limit]
             if silent:
                 self._tell(silent, limit)
-        if not self._raised and not self._stopped.wait(END_SECONDS):
-            self._end()
-        elif not self._stopped.wait(2 * END_SECONDS):  # the error is on its way, but tearing down hangs
+        if self._stopped.wait(END_SECONDS):
+            return
+        if not self._raised or not self._stopped.wait(END_SECONDS):  # raised: on its way, and tearing down takes time
             self._end()
 
     def _tell(self, silent: list[int], limit: float) -> None:
