@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -73,7 +73,8 @@ def two_hosts(prefix: str = "ut") -> Iterator[list[str]]:
         for name in made:  # the cable goes with its namespaces, once no process is left in them
             found = subprocess.run(["ip", "netns", "pids", name], capture_output=True, text=True).stdout
             for process in found.split():
-                os.kill(int(process), signal.SIGKILL)
+                with suppress(ProcessLookupError):  # it has ended by itself
+                    os.kill(int(process), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", name], check=False)
 
 

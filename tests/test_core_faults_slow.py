@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def test_launchers_end_and_the_message_names_the_rank(
     try:
         while last_step(tmp_path / "run" / "log.jsonl") < 5:
             assert process.poll() is None, (tmp_path / "output.txt").read_text()
+            time.sleep(0.05)
         ranks = rank_processes(process.pid)
         ranks[victim].kill()
         process.wait(60)

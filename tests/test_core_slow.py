@@ -115,8 +115,9 @@ def test_killed_at_any_moment(tmp_path: Path) -> None:
     draw, attempts, done = random.Random(1), 0, False
     while not done:
         attempts += 1
-        assert attempts < 60
-        run_ranks(1, _killed_after, tmp_path / "killed", draw.uniform(0.2, 1.5), settings, may_die=True)
+        assert attempts < 300
+        seconds = 0.1 if attempts == 1 else draw.uniform(0.2, 1.5)  # one for certain, however fast the machine
+        run_ranks(1, _killed_after, tmp_path / "killed", seconds, settings, may_die=True)
         latest = latest_complete(tmp_path / "killed" / "checkpoints")
         done = latest is not None and latest.name == "step_60"
     assert attempts > 1

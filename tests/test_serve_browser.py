@@ -25,8 +25,9 @@ def server(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def browser():
-    from playwright.sync_api import sync_playwright
+    from playwright.sync_api import expect, sync_playwright
 
+    expect.set_options(timeout=20_000)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         yield browser
@@ -155,6 +156,24 @@ def test_an_error_is_shown_and_the_question_kept(server, open_page, tmp_path):
     expect(page.locator(".turn")).to_have_count(0)
     assert all("400" in one for one in complaints)
     complaints.clear()
+
+
+def test_who_asks_before_the_model_is_known_waits(server, open_page):
+    from playwright.sync_api import expect
+
+    page, _ = open_page(server[0])
+    held = []
+    page.route("**/v1/models", lambda route: held.append(route))
+    page.reload()
+    page.fill("#question", "red")
+    page.press("#question", "Enter")
+    expect(page.locator(".turn.assistant")).to_have_class("turn assistant waiting")
+    while not held:
+        page.wait_for_timeout(10)
+    held[0].continue_()
+    expect(page.locator("#send")).to_be_enabled(timeout=20_000)
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator("#problem")).to_be_hidden()
 
 
 def test_text_of_strangers_is_no_markup(server, open_page):

@@ -20,6 +20,14 @@ def server(tmp_path_factory):
         yield address
 
 
+@pytest.fixture(autouse=True)
+def same_examples(monkeypatch):
+    """hypothesis also draws constants of whatever modules of ours are loaded: every change would be asked otherwise."""
+    from hypothesis.internal.conjecture import providers
+
+    monkeypatch.setattr(providers, "_get_local_constants", providers.Constants)
+
+
 def test_the_description_names_the_model(server):
     description = httpx.get(f"{server}/openapi.json").json()
     schemas = description["components"]["schemas"]

@@ -79,8 +79,8 @@ def test_a_conversation(terminal, tmp_path):
         time.sleep(0.02)
     terminal.press("C-c")
     lines = terminal.wait_for("you:")
-    # joined: the two characters may stand on both sides of the window's edge
-    assert "".join(lines[:-1]).endswith("^C"), "the answer was stopped while it was written"
+    # joined: the two characters may stand on both sides of the window's edge. A piece may have been on its way.
+    assert "^C" in "".join(lines[:-1])[-40:], "the answer was stopped while it was written"
 
     terminal.type("/generate a photo of a red circle")
     lines = terminal.wait_for("you [a_photo_of_a_red_circle.png]:")

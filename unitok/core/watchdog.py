@@ -186,10 +186,9 @@ class Watchdog:
         self._known.set()
 
     def _end(self) -> NoReturn:
-        """The main thread hangs in a collective, where nothing can reach it."""
+        """The main thread hangs, in a collective or while it tears down, where nothing can reach it."""
         text, code = self.lost or ("", EXIT_RESUME)
-        if not self._raised:
-            print(f"unitok: error: {text}", file=sys.stderr, flush=True)
+        print(f"unitok: error: {text}", file=sys.stderr, flush=True)
         os._exit(code)
 
 

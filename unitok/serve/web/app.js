@@ -5,7 +5,8 @@ import { read, startTokens } from "./tokens.js";
 
 export const $ = (id) => document.getElementById(id);
 const KEY = "unitok-key"; // kept for this tab only
-export const facts = { id: null };
+let facts = null; // of the model
+let learning; // the first request, which a quick hand may overtake
 
 // A request; throws an Error with the server's own words. An abort passes through.
 export async function ask(path, body, signal) {
@@ -114,15 +115,19 @@ function startDrops() {
 }
 
 async function learn() {
-  await shown(async () => {
-    const [model] = (await (await ask("/v1/models")).json()).data;
-    Object.assign(facts, model);
-    $("model").textContent = model.id;
-    const sampler = model.unitok.image_sampler;
-    $("guidance").placeholder = sampler.guidance_scale;
-    $("temperature").placeholder = sampler.temperature;
-    $("key-form").hidden = true;
-  });
+  [facts] = (await (await ask("/v1/models")).json()).data;
+  $("model").textContent = facts.id;
+  const sampler = facts.unitok.image_sampler;
+  $("guidance").placeholder = sampler.guidance_scale;
+  $("temperature").placeholder = sampler.temperature;
+  $("key-form").hidden = true;
+}
+
+// The model's name; throws an Error with the server's own words where it is not to be had.
+export async function modelName() {
+  await learning;
+  if (!facts) await learn();
+  return facts.id;
 }
 
 $("key-form").addEventListener("submit", (event) => {
@@ -139,4 +144,4 @@ startDrops();
 startChat();
 startPictures();
 startTokens();
-learn();
+learning = shown(learn);

@@ -1,5 +1,5 @@
 // A conversation: pictures go with a question, the answer comes piece by piece.
-import { $, ask, dataUrl, examples, facts, make, shown } from "./app.js";
+import { $, ask, dataUrl, examples, make, modelName, shown } from "./app.js";
 
 const QUESTIONS = [
   "what color is the circle?",
@@ -79,7 +79,7 @@ async function send() {
   let whole = "";
   let complete = false;
   await shown(async () => {
-    const body = { model: facts.id, messages: [...conversation, turn], stream: true };
+    const body = { model: await modelName(), messages: [...conversation, turn], stream: true };
     const response = await ask("/v1/chat/completions", body, running.signal);
     for await (const delta of pieces(response)) {
       whole += delta;

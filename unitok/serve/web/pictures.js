@@ -1,5 +1,5 @@
 // Pictures from text, as a grid; each tells the seed that makes it again.
-import { $, ask, examples, facts, make, shown } from "./app.js";
+import { $, ask, examples, make, modelName, shown } from "./app.js";
 
 const PROMPTS = [
   "a photo of a red circle",
@@ -32,14 +32,17 @@ export function startPictures() {
 
 async function draw() {
   if (running) return;
-  const body = { model: facts.id, prompt: $("prompt").value, n: Number($("count").value), seed: Number($("seed").value) };
+  const body = { prompt: $("prompt").value, n: Number($("count").value), seed: Number($("seed").value) };
   for (const name of ["guidance", "temperature"]) if ($(name).value !== "") body[name] = Number($(name).value);
   running = new AbortController();
   busy(true);
   const start = performance.now();
   const seconds = () => ((performance.now() - start) / 1000).toFixed(1);
   const clock = setInterval(() => { $("draw-state").textContent = `Drawing, ${seconds()} s`; }, 200);
-  const made = await shown(async () => (await ask("/v1/images/generations", body, running.signal)).json());
+  const made = await shown(async () => {
+    const whole = { model: await modelName(), ...body };
+    return (await ask("/v1/images/generations", whole, running.signal)).json();
+  });
   clearInterval(clock);
   running = null;
   busy(false);
