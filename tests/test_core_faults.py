@@ -14,7 +14,7 @@ from core_toys import ToyTask, run_toy, spoil
 from ranks import run_ranks
 
 from unitok import cli
-from unitok.core import checkpoint, launch, watchdog
+from unitok.core import checkpoint, launch, loop, watchdog
 from unitok.core.distributed import init_distributed, shutdown_distributed
 from unitok.core.errors import CheckpointError, ConfigError, NonFiniteError, RankLostError, StoppedError
 from unitok.core.runlog import RunLog, read_log
@@ -80,6 +80,27 @@ def test_what_one_rank_alone_sees_reaches_the_others(tmp_path: Path, quick: None
     found = survivors(tmp_path, Happening(error, 1), 2, [0, 1])
     assert found[0] == ("RankLostError", "rank 1 ended: file x is corrupt; fetch it again", 2)
     assert found[1] == ("CheckpointError", "file x is corrupt; fetch it again", 2)
+
+
+@pytest.mark.parametrize("seconds", [2.5, 30])
+def test_a_rank_that_takes_long_to_tear_down(
+    tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], seconds: float
+) -> None:
+    """Its own error is what it ends with: raised, or where it hangs printed by the thread that ends it. The other one
+    waits in a collective all the while, whose connections stay open, and is ended."""
+    tear_down = loop._tear_down
+
+    def slowly(run: loop.Run) -> None:
+        time.sleep(seconds if os.environ["RANK"] == "1" else 0)
+        tear_down(run)
+
+    monkeypatch.setattr(loop, "_tear_down", slowly)
+    error = CheckpointError("file x is corrupt; fetch it again")
+    found = survivors(tmp_path, Happening(error, 1), 2, [0, 1])
+    hangs = seconds > 3
+    assert found == [("exit", 2), ("exit", 2) if hangs else ("CheckpointError", str(error), 2)]
+    said = [line for line in capfd.readouterr().err.splitlines() if "unitok: error" in line]
+    assert sorted(said) == [*[f"unitok: error: {error}"] * hangs, f"unitok: error: rank 1 ended: {error}"]
 
 
 def test_log_that_cannot_be_written_ends_all(tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:

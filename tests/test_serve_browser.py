@@ -176,6 +176,29 @@ def test_who_asks_before_the_model_is_known_waits(server, open_page):
     expect(page.locator("#problem")).to_be_hidden()
 
 
+def test_who_waits_for_the_model_may_stop_and_ask_again(server, open_page):
+    """The first request stands still, then fails; the next one is answered, and no old error is left."""
+    from playwright.sync_api import expect
+
+    page, complaints = open_page(server[0])
+    held = []
+    page.route("**/v1/models", lambda route: route.fallback() if held else held.append(route))
+    page.reload()
+    page.fill("#question", "red")
+    page.press("#question", "Enter")
+    page.click("#chat-stop")
+    expect(page.locator("#send")).to_be_enabled()
+    assert page.input_value("#question") == "red"
+    page.press("#question", "Enter")
+    expect(page.locator(".turn.assistant")).to_have_class("turn assistant waiting")
+    held[0].abort()
+    expect(page.locator("#send")).to_be_enabled()
+    expect(page.locator(".turn")).to_have_count(2)
+    expect(page.locator("#problem")).to_be_hidden()
+    assert complaints and all("ERR_FAILED" in one for one in complaints)
+    complaints.clear()
+
+
 def test_text_of_strangers_is_no_markup(server, open_page):
     from playwright.sync_api import expect
 

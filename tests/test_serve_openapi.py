@@ -20,7 +20,7 @@ def server(tmp_path_factory):
         yield address
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def same_examples(monkeypatch):
     """hypothesis also draws constants of whatever modules of ours are loaded: every change would be asked otherwise."""
     from hypothesis.internal.conjecture import providers
@@ -48,7 +48,7 @@ def test_limits_are_described_exactly(server):
 
 
 @pytest.mark.parametrize("effort", ["fast", pytest.param("thorough", marks=pytest.mark.slow)])
-def test_all_settings_of_the_description_answer_a_question(server, effort):
+def test_all_settings_of_the_description_answer_a_question(server, same_examples, effort):
     """As below, but of a conversation that can be answered: whatever temperature, top_p and the like are, it is."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, example, given, seed, settings
@@ -83,7 +83,7 @@ def test_all_settings_of_the_description_answer_a_question(server, effort):
 
 
 @pytest.mark.parametrize("effort", ["fast", pytest.param("thorough", marks=pytest.mark.slow)])
-def test_no_request_of_the_description_fails(server, effort):
+def test_no_request_of_the_description_fails(server, same_examples, effort):
     """No 5xx, no status, type or body that the description does not promise; what it forbids is refused."""
     import schemathesis
     from hypothesis import HealthCheck, Phase, given, seed, settings

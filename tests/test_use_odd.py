@@ -250,24 +250,61 @@ def test_ctrl_c_while_the_program_begins():
     assert (done.returncode, done.stderr) == (130, "unitok: interrupted\n")
 
 
-def test_ctrl_c_while_the_model_loads(model, here):
-    """Libraries that swallow the interrupt, or fail for it in their own way, do not get it."""
+def test_a_command_line_is_read_before_anything_large_is_imported():
+    """So that its mistakes are told at once, and Ctrl-C meets torch's import within `interrupt_ends`."""
     code = (
-        "import signal, sys\n"
+        "import sys; from unitok.cli import parse; parse(['chat', 'x']); import unitok.commands.reconstruct\n"
+        "print({'torch', 'transformers', 'deepspeed'} & sys.modules.keys())"
+    )
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "set()\n"
+
+
+def test_a_closed_terminal_holds_no_ctrl_c_up():
+    code = (
+        "import os, signal, sys\n"
+        "from unitok.core.signals import interrupt_ends\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from unitok.core.quiet import quiet_libraries\n"
-        "quiet_libraries()\n"
-        "from unitok.mllm.pipeline import UniTokPipeline\n"
-        "from unitok.__main__ import main\n"
-        "def load(*_, **__):\n"
+        "os.close(2)\n"
+        "with interrupt_ends():\n"
         "    try: signal.raise_signal(signal.SIGINT)\n"
         "    except BaseException: pass\n"
-        "UniTokPipeline.from_pretrained = load\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment, check=False).returncode == 130
+
+
+@pytest.mark.parametrize(
+    "command,module",
+    [
+        ("chat hello", "unitok.mllm.pipeline"),
+        ("generate red", "transformers.modeling_utils"),
+        ("reconstruct x.png", "unitok.tokenizer"),
+        ("serve --port 0", "unitok.serve.app"),
+        ("chat hello --image red.png", "torch"),
+    ],
+)
+def test_ctrl_c_while_a_command_imports_and_loads(command, module, here):
+    """Libraries that swallow the interrupt, or fail for it in their own way, do not get it."""
+    code = (
+        "import importlib.abc, signal, sys\n"
+        "class Stop(importlib.abc.MetaPathFinder):\n"
+        "    def find_spec(self, name, *_):\n"
+        f"        if name == {module!r}:\n"
+        "            try: signal.raise_signal(signal.SIGINT)\n"
+        "            except BaseException: pass\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "sys.meta_path.insert(0, Stop())\n"
+        "from unitok.__main__ import main\n"
         "sys.exit(main())\n"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", code, "chat", "--model", str(model), "hello"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *command.split()], env=environment, capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (130, "unitok: interrupted\n")
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 from unitok.commands.pasted import split_pictures, unquoted
 from unitok.commands.use import file_stem, load_pipeline, progress, small_model
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 from unitok.core.texts import check_unicode
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ def chat(arguments: argparse.Namespace) -> int:
     check_unicode(arguments.question or "", "question")
     if arguments.question is not None and not arguments.question.strip():
         raise UserError("empty question: say what you want to know")
-    images = [_load(Path(name)) for name in arguments.image]
+    with interrupt_ends():
+        images = [_load(Path(name)) for name in arguments.image]
     session = load_pipeline(arguments).new_session()
     if arguments.question is not None:
         print_answer(session.stream(arguments.question, images, max_new_tokens=arguments.max_new_tokens))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 
 _WORLD = "the embedded world needs no data: shapes:val?num=500"
 _DATA_FROM = {
@@ -152,19 +153,21 @@ def _only_planned(arguments: argparse.Namespace, plan: str) -> bool:
 
 
 def _tokenizer(arguments: argparse.Namespace) -> Any:
-    import torch
+    with interrupt_ends():
+        import torch
 
-    from unitok.core.pretrained import load_model_folder
-    from unitok.tokenizer import UniTok
+        from unitok.core.pretrained import load_model_folder
+        from unitok.tokenizer import UniTok
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return load_model_folder(UniTok, arguments.tokenizer).eval().to(device)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_model_folder(UniTok, arguments.tokenizer).eval().to(device)
 
 
 def _pipeline(arguments: argparse.Namespace) -> Any:
-    from unitok.mllm.pipeline import UniTokPipeline
+    with interrupt_ends():
+        from unitok.mllm.pipeline import UniTokPipeline
 
-    return UniTokPipeline.from_pretrained(arguments.model)
+        return UniTokPipeline.from_pretrained(arguments.model)
 
 
 def _finish(

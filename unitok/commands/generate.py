@@ -11,6 +11,7 @@ from PIL import Image
 
 from unitok.commands.use import file_stem, image_file, load_pipeline, output_files, progress, sheet, small_model
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 from unitok.core.texts import check_unicode
 
 MOST_AT_ONCE = 10_000  # images that are in memory together before they are written
@@ -108,9 +109,10 @@ def _draw(
     arguments: argparse.Namespace, texts: Sequence[str], seeds: Sequence[int], targets: Sequence[Path]
 ) -> list[dict[str, Any]]:
     """All images, then all files, in place of what was there; how each was made."""
+    pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
+
     from unitok.mllm.many import image_records, write_image
 
-    pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
     records = image_records(pipeline, texts, seeds, **sampler)
     graph = False if arguments.no_graph else None
     images = pipeline.generate_images(texts, seed=seeds, on_position=progress(), graph=graph, **sampler)
@@ -130,11 +132,12 @@ def _draw_many(
     arguments: argparse.Namespace, texts: Sequence[str], seeds: Sequence[int], targets: Sequence[Path]
 ) -> list[dict[str, Any]]:
     """Each file is written when it is there, and what is there is not made again; how each was made."""
-    from unitok.mllm.many import generate_many, image_records
-
     if {target.suffix for target in targets} != {".png"} or len({target.parent for target in targets}) > 1:
         raise UserError(f"--out {arguments.out}: with --from-file images are .png files in one folder; give a folder")
     pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
+
+    from unitok.mllm.many import generate_many, image_records
+
     made: list[Path] = []
 
     def tell(_: int, path: Path) -> None:
@@ -180,7 +183,8 @@ def _grid_file(name: str | None, targets: Sequence[Path]) -> Path | None:
         raise UserError(f"--grid {name}: expected a file ending in .png, which can say how its images were made")
     if grid.resolve() in {target.resolve() for target in targets}:
         raise UserError(f"--grid {name}: is also the file of an image; give another name")
-    from unitok.mllm.many import own_share
+    with interrupt_ends():
+        from unitok.mllm.many import own_share
 
     if own_share()[1] > 1:
         raise UserError("--grid: this process makes a part of the images only; make the grid without torchrun or srun")

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from unitok.core.errors import UserError
-from unitok.data.transforms import IMAGE_EXTENSIONS
+from unitok.data.decoding import IMAGE_EXTENSIONS
 
 _MORE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2", "ico", "tga")  # that can be read, too
 _ENDINGS = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, *_MORE_EXTENSIONS))

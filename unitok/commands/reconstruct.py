@@ -7,6 +7,7 @@ from statistics import fmean
 
 from unitok.commands.use import image_file, keep_inputs, output_files, sheet, small_tokenizer, text_file
 from unitok.core.errors import UserError
+from unitok.core.signals import interrupt_ends
 
 
 def add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,12 +27,13 @@ def add_reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
 
 def reconstruct(arguments: argparse.Namespace) -> int:
     """Write pairs, or reconstructions alone, and print PSNRs."""
-    import torch
+    with interrupt_ends():
+        import torch
 
-    from unitok.core.pretrained import load_model_folder
-    from unitok.data.transforms import eval_transform, load_image, to_pil
-    from unitok.eval.reconstruction import psnr_db
-    from unitok.tokenizer import UniTok
+        from unitok.core.pretrained import load_model_folder
+        from unitok.data.transforms import eval_transform, load_image, to_pil
+        from unitok.eval.reconstruction import psnr_db
+        from unitok.tokenizer import UniTok
 
     if arguments.sheet and (arguments.out or arguments.alone):
         raise UserError("--sheet is all pairs in one picture: give it without --out and --alone")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unitok.core.errors import DataError, UserError
+from unitok.core.signals import interrupt_ends
 
 if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
@@ -123,12 +124,13 @@ def fid_network(arguments: argparse.Namespace) -> Any:
 
 def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
     """The model in the precision asked for."""
-    import torch
+    with interrupt_ends():
+        import torch
 
-    from unitok.mllm.pipeline import UniTokPipeline
+        from unitok.mllm.pipeline import UniTokPipeline
 
-    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype)
+        dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+        return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype)
 
 
 def begin_generation(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from unitok.core.errors import UserError
 from unitok.core.signals import interrupt_ends
-from unitok.data.transforms import IMAGE_EXTENSIONS
+from unitok.data.decoding import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline

@@ -56,8 +56,10 @@ def interrupt_ends() -> Iterator[None]:
     """
 
     def end(_number: int, _frame: FrameType | None) -> None:
-        os.write(2, b"unitok: interrupted\n")
-        os._exit(130)
+        try:
+            os.write(2, b"unitok: interrupted\n")
+        finally:  # also where nobody reads it
+            os._exit(130)
 
     # Python allows handlers only in the main thread; who ignores the signal, as nohup does, has a reason.
     in_main = threading.current_thread() is threading.main_thread()

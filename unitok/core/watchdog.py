@@ -112,12 +112,13 @@ class Watchdog:
             return
         code, text = _code_of(error), " ".join(str(error).split())
         named = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+        self.lost = named, code  # before our own thread reads it in the form that it has for the others
         try:
             self._say(f"rank {self.rank} ended: {named}", code, self.world)
         except RuntimeError:
             return  # the store went with rank 0: the others know
         finally:
-            self._learn(named, code)
+            self._known.set()
 
     def _say(self, text: str, code: int, readers: int) -> None:
         self._readers = readers
@@ -171,7 +172,8 @@ class Watchdog:
                 self._tell(silent, limit)
         if self._stopped.wait(END_SECONDS):
             return
-        if not self._raised or not self._stopped.wait(END_SECONDS):  # raised: on its way, and tearing down takes time
+        # where it has raised, the error is on its way, and tearing down takes time
+        if not self._raised or not self._stopped.wait(END_SECONDS / 2):
             self._end()
 
     def _tell(self, silent: list[int], limit: float) -> None:
@@ -188,8 +190,10 @@ class Watchdog:
     def _end(self) -> NoReturn:
         """The main thread hangs, in a collective or while it tears down, where nothing can reach it."""
         text, code = self.lost or ("", EXIT_RESUME)
-        print(f"unitok: error: {text}", file=sys.stderr, flush=True)
-        os._exit(code)
+        try:
+            print(f"unitok: error: {text}", file=sys.stderr, flush=True)
+        finally:  # also where nobody reads it
+            os._exit(code)
 
 
 def _code_of(error: BaseException) -> int:

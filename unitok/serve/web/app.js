@@ -114,8 +114,8 @@ function startDrops() {
   });
 }
 
-async function learn() {
-  [facts] = (await (await ask("/v1/models")).json()).data;
+async function learn(signal) {
+  [facts] = (await (await ask("/v1/models", undefined, signal)).json()).data;
   $("model").textContent = facts.id;
   const sampler = facts.unitok.image_sampler;
   $("guidance").placeholder = sampler.guidance_scale;
@@ -123,10 +123,14 @@ async function learn() {
   $("key-form").hidden = true;
 }
 
-// The model's name; throws an Error with the server's own words where it is not to be had.
-export async function modelName() {
-  await learning;
-  if (!facts) await learn();
+// The model's name; throws an Error with the server's own words where it is not to be had, or when the signal aborts.
+export async function modelName(signal) {
+  const stopped = new Promise((_, stop) => signal.addEventListener("abort", () => stop(signal.reason)));
+  await Promise.race([learning, stopped]);
+  if (!facts) {
+    await learn(signal);
+    $("problem").hidden = true; // that of the first request
+  }
   return facts.id;
 }
 
@@ -144,4 +148,4 @@ startDrops();
 startChat();
 startPictures();
 startTokens();
-learning = shown(learn);
+learning = shown(() => learn());

@@ -79,7 +79,7 @@ async function send() {
   let whole = "";
   let complete = false;
   await shown(async () => {
-    const body = { model: await modelName(), messages: [...conversation, turn], stream: true };
+    const body = { model: await modelName(running.signal), messages: [...conversation, turn], stream: true };
     const response = await ask("/v1/chat/completions", body, running.signal);
     for await (const delta of pieces(response)) {
       whole += delta;

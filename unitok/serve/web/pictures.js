@@ -40,7 +40,7 @@ async function draw() {
   const seconds = () => ((performance.now() - start) / 1000).toFixed(1);
   const clock = setInterval(() => { $("draw-state").textContent = `Drawing, ${seconds()} s`; }, 200);
   const made = await shown(async () => {
-    const whole = { model: await modelName(), ...body };
+    const whole = { model: await modelName(running.signal), ...body };
     return (await ask("/v1/images/generations", whole, running.signal)).json();
   });
   clearInterval(clock);
