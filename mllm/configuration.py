@@ -18,7 +18,7 @@ _AT_LEAST_1 = (
 
 
 class UniTokMLLMConfig(PretrainedConfig):
-    """Sizes and sequence layout of the unified model.
+    """Sizes and sequence layout of the unified model; the defaults of the sizes are those of the released one.
 
     `quantizer` and the code sizes (`num_codebooks`, `codebook_size`, `code_dim`, `num_image_positions`) are those of
     the tokenizer whose codes the model was trained on. `visual_*` describe the causal projection of code vectors,

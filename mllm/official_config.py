@@ -14,8 +14,6 @@ from unitok.tokenizer import UniTok
 
 MODEL_TYPE, ARCHITECTURE = "mini_gemini", "MiniGeminiLlamaForCausalLM"
 SIZES_FILE = "sizes.json"  # beside config.json: sizes other than the released ones
-# vocab: codes of all K codebooks together; width: channels of a code vector; embed: output of the attention projection
-RELEASED_SIZES = {"vocab": 32768, "width": 64, "K": 8, "embed": 1024, "depth_layers": 3, "positions": 256}
 RELEASED_IMAGE_SIZE = 256  # pixels
 RELEASED_SAMPLER = {
     "guidance_scale": 5.0, "temperature": 0.9, "top_k": 2048, "top_p": 0.96, "depth_temperature": None
@@ -110,10 +108,25 @@ def odd_settings(text: LlamaConfig) -> list[str]:
     return [f"{name}={found[name]!r} (expected {wanted[name]!r})" for name in wanted if found[name] != wanted[name]]
 
 
+def _released_sizes() -> dict[str, int]:
+    """The defaults of our configuration, which are the released model's, in the names of SIZES_FILE: vocab, the codes
+    of all K codebooks together; width, the channels of a code vector; embed, those of the attention projection."""
+    released = UniTokMLLMConfig()
+    return {
+        "vocab": released.num_codebooks * released.codebook_size,
+        "width": released.code_width,
+        "K": released.num_codebooks,
+        "embed": released.visual_width,
+        "depth_layers": released.depth_num_layers,
+        "positions": released.num_image_positions,
+    }
+
+
 def _sizes(folder: Path, visual: UniTok | None) -> dict[str, int]:
     file = folder / SIZES_FILE
     given = read_json(file) if file.is_file() else {}
-    sizes = RELEASED_SIZES | {name: given[name] for name in RELEASED_SIZES if name in given}
+    released = _released_sizes()
+    sizes = released | {name: given[name] for name in released if name in given}
     if visual is not None and "positions" not in given:
         sizes["positions"] = visual.config.num_positions
     for name, value in sizes.items():

@@ -1,7 +1,6 @@
 """A running service for tests: a tiny model of random weights behind uvicorn on a free port of loopback."""
 
 import base64
-import gc
 import io
 import threading
 import time
@@ -12,6 +11,7 @@ from typing import Any
 import httpx
 from PIL import Image
 
+from unitok.core.heap import frozen_heap
 from unitok.serve.app import create_app
 from unitok.serve.server import Server
 from unitok.serve.settings import ServeSettings
@@ -45,22 +45,19 @@ def running(pipeline: Any, **settings: Any) -> Iterator[tuple[str, Server]]:
     """The address of a server, which runs in a thread, and the server."""
     server = Server(create_app(pipeline, ServeSettings(**settings)), "127.0.0.1", 0, log_level="warning")
     thread = threading.Thread(target=server.run, daemon=True)
-    frozen_before = gc.get_freeze_count() > 0
-    gc.freeze()  # collections that look through all of torch would stop server and client for a second
-    try:
+    with frozen_heap(collect=False):  # collections stop server and client alike
         thread.start()
         deadline = time.monotonic() + 20
-        while not server.started:
-            assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
-            time.sleep(0.01)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}", server
-    finally:
-        server.should_exit = True
-        thread.join(timeout=20)
-        if not frozen_before:
-            gc.unfreeze()
-        assert not thread.is_alive(), "the server did not stop"
+        try:
+            while not server.started:
+                assert thread.is_alive() and time.monotonic() < deadline, "the server did not start"
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            yield f"http://127.0.0.1:{port}", server
+        finally:
+            server.should_exit = True
+            thread.join(timeout=20)
+            assert not thread.is_alive(), "the server did not stop"
 
 
 def eventually(check: Any, seconds: float = 10.0) -> None:

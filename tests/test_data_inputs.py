@@ -74,7 +74,8 @@ def test_llava_json_is_a_source(tmp_path, caplog):
     assert len(source) == 5 and source.num_text_only == 1 and source.place(5).endswith("record 1")
     assert [source.key(n) for n in range(5)] == ["a", "nothing", "7", "c", "d"]
     assert source[0].conversations[0][1].content == "a square" and source[0].meta == {"id": "a"}
-    assert [source[n].key for n in (1, 2, 3, 4)] == ["a"] * 4 and len(pickle.loads(pickle.dumps(source))) == 5  # noqa: S301
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301 - our own bytes, as spawn sends them
+    assert [source[n].key for n in (1, 2, 3, 4)] == ["a"] * 4 and len(again) == 5
     assert "record 2 has no image path" in source.bad[1]
     beside = [{"image": "coco/train/1.jpg", "conversations": TALK}]
     (tmp_path / "beside.json").write_text(json.dumps(beside))
@@ -122,7 +123,7 @@ def test_parquet_of_the_datasets_library(tmp_path):
         and source[7].key == "train-00001-of-00002-000001"
     )
     assert "row 1 of group 1" in source.bad[5] and len(source._kept) == 4
-    again = pickle.loads(pickle.dumps(source))  # noqa: S301
+    again = pickle.loads(pickle.dumps(source))  # noqa: S301 - our own bytes, as spawn sends them
     assert not again._kept and again[3].captions == ["number 3"]
     assert check_source(str(tmp_path / "t*.parquet")).num_samples == 12  # 13 rows, one broken
     with pytest.raises(DataError, match="holds the splits test, train; name one"):

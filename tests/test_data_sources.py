@@ -62,7 +62,7 @@ def test_shards_round_trip_and_random_access(tmp_path):
         assert reader.keys == [source.key(index) for index in range(25)]
         assert reader[17]["txt"].decode() == source[17].captions[0]
         assert list(reader.read(17, ["txt"])) == ["txt"]
-    assert pickle.loads(pickle.dumps(reader))[24] == reader[24]  # noqa: S301  # our own bytes, as spawn sends them
+    assert pickle.loads(pickle.dumps(reader))[24] == reader[24]  # noqa: S301 - our own bytes, as spawn sends them
     with forking():
         loaded = iter(DataLoader(reader, batch_size=None, num_workers=2))
     assert [dict(item) for item in loaded] == [reader[index] for index in range(25)]

@@ -6,9 +6,9 @@ import json
 import numpy as np
 import pytest
 from PIL import Image
-from test_cli import TINY_MODEL
 from test_eval_fidelity import TinyNetwork
 from tiny import make_tokenizer
+from tiny_runs import TINY_MODEL
 
 from unitok.cli import main
 from unitok.core.errors import DataError, UserError

@@ -38,8 +38,7 @@ from unitok.tokenizer import UniTok
 # Held to 5e-3, for rounding is amplified on the way: the consistency is a small difference of logits and their mean
 # nearly cancels (measured up to 5e-4), a random VGG is a rough function (LPIPS: 1.8e-4), and revived entries lie on the
 # very vectors that they code (vq: 3.4e-4 of 0.003). The adversarial weight, a ratio with the norm of a gradient that
-# nearly cancels, is held to 5e-2 (1.2e-2), the entropy to 1e-3 (9.3e-5 on a processor with SSE alone). The other
-# losses, and the weights after the last step, are held to 1e-4.
+# nearly cancels, is held to 5e-2 (1.2e-2). The other losses, and the weights after the last step, are held to 1e-4.
 EVERYTHING_LOOSE = ("adversarial", "consistency", "lpips", "vq")
 
 pytestmark = pytest.mark.slow
@@ -113,7 +112,7 @@ def test_two_ranks_equal_one_process_with_every_loss(
     print(found)
     for name in ("accuracy_real", "accuracy_fake"):  # shares of logits by their sign, which may be rounding
         del found[name]
-    assert found.pop("adversarial_weight") < 5e-2 and found.pop("entropy") < 1e-3
+    assert found.pop("adversarial_weight") < 5e-2
     loose = {name: found.pop(name) for name in list(found) if name.startswith("grad_norm") or name in EVERYTHING_LOOSE}
     assert max(found.values()) < 1e-4, found
     assert max(loose.values()) < 5e-3, loose

@@ -58,7 +58,7 @@ def chat(arguments: argparse.Namespace) -> int:
         raise UserError("empty question: say what you want to know")
     with interrupt_ends():
         images = [_load(Path(name)) for name in arguments.image]
-    session = load_pipeline(arguments).new_session()
+    session = load_pipeline(arguments.model, arguments.precision, arguments.weights).new_session()
     if arguments.question is not None:
         print_answer(session.stream(arguments.question, images, max_new_tokens=arguments.max_new_tokens))
         return 0

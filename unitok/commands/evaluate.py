@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from unitok.commands.use import load_pipeline
 from unitok.core.errors import UserError
 from unitok.core.signals import interrupt_ends
 
@@ -46,7 +47,7 @@ def vqa(arguments: argparse.Namespace) -> int:
     source = _open(arguments)
     if _only_planned(arguments, f"{arguments.limit or 'all'} questions about {arguments.source}"):
         return 0
-    pipeline = _pipeline(arguments)
+    pipeline = load_pipeline(arguments.model)
     rephrase = paraphrase if arguments.paraphrase else None
     size = arguments.batch_size
     figures = evaluate_vqa(pipeline.answer, source, arguments.limit, arguments.seed, batch_size=size, rephrase=rephrase)
@@ -82,7 +83,7 @@ def geneval(arguments: argparse.Namespace) -> int:
         raise UserError(
             f"--images {arguments.images}: is not empty, and pictures of two runs would mix; give a new folder"
         )
-    pipeline = _pipeline(arguments)
+    pipeline = load_pipeline(arguments.model)
 
     def generate(prompts: list[str], seeds: list[int]) -> list[Any]:
         return pipeline.generate_images(prompts, guidance_scale=arguments.guidance, seed=seeds)
@@ -161,13 +162,6 @@ def _tokenizer(arguments: argparse.Namespace) -> Any:
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_model_folder(UniTok, arguments.tokenizer).eval().to(device)
-
-
-def _pipeline(arguments: argparse.Namespace) -> Any:
-    with interrupt_ends():
-        from unitok.mllm.pipeline import UniTokPipeline
-
-        return UniTokPipeline.from_pretrained(arguments.model)
 
 
 def _finish(

@@ -109,8 +109,9 @@ def _draw(
     arguments: argparse.Namespace, texts: Sequence[str], seeds: Sequence[int], targets: Sequence[Path]
 ) -> list[dict[str, Any]]:
     """All images, then all files, in place of what was there; how each was made."""
-    pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
-
+    sampler = _sampler_of(arguments)
+    pipeline = load_pipeline(arguments.model, arguments.precision, arguments.weights)
+    # after it: it has imported what these import, in a way that bears Ctrl-C
     from unitok.mllm.many import image_records, write_image
 
     records = image_records(pipeline, texts, seeds, **sampler)
@@ -134,8 +135,9 @@ def _draw_many(
     """Each file is written when it is there, and what is there is not made again; how each was made."""
     if {target.suffix for target in targets} != {".png"} or len({target.parent for target in targets}) > 1:
         raise UserError(f"--out {arguments.out}: with --from-file images are .png files in one folder; give a folder")
-    pipeline, sampler = load_pipeline(arguments), _sampler_of(arguments)
-
+    sampler = _sampler_of(arguments)
+    pipeline = load_pipeline(arguments.model, arguments.precision, arguments.weights)
+    # after it: it has imported what these import, in a way that bears Ctrl-C
     from unitok.mllm.many import generate_many, image_records
 
     made: list[Path] = []

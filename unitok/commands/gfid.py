@@ -7,12 +7,12 @@ from typing import Any
 from unitok.commands.t2i import (
     add_generation_arguments,
     fid_network,
-    load_pipeline,
     model_needed,
     plan,
     sampler_of,
     use_share,
 )
+from unitok.commands.use import load_pipeline
 
 REFERENCE_FROM = (
     "VIRTUAL_imagenet256_labeled.npz of github.com/openai/guided-diffusion (evaluations), or a folder of images"
@@ -48,7 +48,7 @@ def gfid(arguments: argparse.Namespace) -> int:
     network = fid_network(arguments)
     if network is not None:
         reference_kind(Path(arguments.reference))  # hours before it is read
-    pipeline, out = load_pipeline(arguments), Path(arguments.out)
+    pipeline, out = load_pipeline(arguments.model, arguments.precision), Path(arguments.out)
     out.mkdir(parents=True, exist_ok=True)
     protocol = generation_protocol(pipeline, sampler_of(arguments), classes=count_classes(pipeline))
     write_generation(out, protocol, arguments.seed, arguments.model)

@@ -8,10 +8,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from unitok.core.errors import UserError
-from unitok.data.decoding import IMAGE_EXTENSIONS
+from unitok.data.decoding import IMAGE_EXTENSIONS, RARE_EXTENSIONS
 
-_MORE_EXTENSIONS = ("gif", "bmp", "tif", "tiff", "avif", "ppm", "jp2", "ico", "tga")  # that can be read, too
-_ENDINGS = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, *_MORE_EXTENSIONS))
+_ENDINGS = tuple(f".{extension}" for extension in (*IMAGE_EXTENSIONS, *RARE_EXTENSIONS, "ico", "tga"))
 # 'it'\''s.png' is how a quote within quotes is written.
 _QUOTED = re.compile(r"""(?:'[^']*'|"(?:\\.|[^"\\])*")(?:\\'(?:'[^']*')?)*""")
 _WORD = re.compile(r"(?:\\.|\S)+")

@@ -1,13 +1,13 @@
 """`unitok serve`: one model over HTTP."""
 
 import argparse
-import gc
 import logging
 import os
 from functools import partial
 from pathlib import Path
 
 from unitok.core.errors import UserError
+from unitok.core.heap import frozen_heap
 from unitok.core.signals import interrupt_ends
 
 KEY_VARIABLE = "UNITOK_API_KEY"
@@ -84,15 +84,13 @@ def serve(arguments: argparse.Namespace) -> int:
     # of the cores, of which the requests need one, its share for each copy of the model
     threads = settings.threads or max(1, (torch.get_num_threads() - 1) // arguments.workers)
     torch.set_num_threads(1)  # here nothing is computed but the sizes of pictures
-    load = partial(load_pipeline, arguments)
+    load = partial(load_pipeline, arguments.model, arguments.precision, arguments.weights)
     model = RemoteModels(load, settings.max_batch, threads, arguments.workers)
     try:
         server = Server(create_app(model, settings), arguments.host, arguments.port)
-        gc.collect()
-        gc.freeze()  # what is loaded stays: a collection that looks through it would hold up every answer
-        server.run()
+        with frozen_heap():  # a collection would hold up every answer
+            server.run()
     finally:
-        gc.unfreeze()  # or libraries speak of leaks at the end
         model.close()
     return int(server.lost_model)
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unitok.commands.use import load_pipeline
 from unitok.core.errors import DataError, UserError
-from unitok.core.signals import interrupt_ends
 
 if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
@@ -122,24 +122,13 @@ def fid_network(arguments: argparse.Namespace) -> Any:
     return load_inception(arguments.inception, inference_device())
 
 
-def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
-    """The model in the precision asked for."""
-    with interrupt_ends():
-        import torch
-
-        from unitok.mllm.pipeline import UniTokPipeline
-
-        dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-        return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype)
-
-
 def begin_generation(
     arguments: argparse.Namespace, out: Path, num_prompts: int, samples: int
 ) -> tuple["UniTokPipeline", dict[str, Any]]:
     """The pipeline, and the protocol, which is written into the folder `out` (or must equal the one there)."""
     from unitok.eval.geneval_run import file_name_and_hash, generation_protocol, write_generation
 
-    pipeline = load_pipeline(arguments)
+    pipeline = load_pipeline(arguments.model, arguments.precision)
     out.mkdir(parents=True, exist_ok=True)
     protocol = generation_protocol(
         pipeline,

@@ -1,6 +1,5 @@
 """What `unitok reconstruct`, `generate`, `chat` and `serve` share: the model that is there, files that are written."""
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from unitok.data.decoding import IMAGE_EXTENSIONS
 
 if TYPE_CHECKING:
     from unitok.mllm.pipeline import UniTokPipeline
+    from unitok.mllm.quantize import WeightKind
 
 SMALL_MODEL = "assets/shapes-mini"
 _LONGEST_STEM = 180  # bytes
@@ -34,15 +34,15 @@ def small_tokenizer() -> str:
     return f"{small_model()}/visual_tokenizer"
 
 
-def load_pipeline(arguments: argparse.Namespace) -> "UniTokPipeline":
-    """The model that a command uses, in the precision that its options ask for."""
+def load_pipeline(model: str, precision: str = "fp32", weights: "WeightKind | None" = None) -> "UniTokPipeline":
+    """The model that a command uses, as its options --model, --precision and --weights ask for it."""
     with interrupt_ends():
         import torch
 
         from unitok.mllm.pipeline import UniTokPipeline
 
-        dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-        return UniTokPipeline.from_pretrained(arguments.model, dtype=dtype, weights=arguments.weights)
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        return UniTokPipeline.from_pretrained(model, dtype=dtype, weights=weights)
 
 
 def progress() -> Callable[[int, int], None] | None:

@@ -1,7 +1,6 @@
 """Processes that load data ahead: how they begin, end, and what is said of one that dies."""
 
 import ctypes
-import gc
 import multiprocessing
 import multiprocessing.queues
 import os
@@ -18,6 +17,7 @@ import torch.utils.data
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from unitok.core.errors import UserError, WorkerLostError, is_loader_death
+from unitok.core.heap import frozen_heap
 
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of prctl(2)
 _NO_ROOM = 28  # exit code of a worker without shared memory
@@ -42,14 +42,8 @@ def forking() -> Iterator[None]:
     """Context around forks: what this process has left behind is freed before, and never in a fork, from its first
     instruction on. An ended process group, say, would join threads there that a fork does not have (a hang, or a
     segmentation fault)."""
-    parent, frozen_before = os.getpid(), gc.get_freeze_count() > 0
-    gc.collect()
-    gc.freeze()
-    try:
+    with frozen_heap():
         yield
-    finally:
-        if os.getpid() == parent and not frozen_before:
-            gc.unfreeze()
 
 
 @contextmanager

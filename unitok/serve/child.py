@@ -1,18 +1,19 @@
 """What runs in the process of a model. Nothing heavy is imported before its signals and its libraries' notices are
 settled."""
 
-import gc
 import os
 import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any
 
 from unitok.core.errors import UserError
+from unitok.core.heap import frozen_heap
 from unitok.core.quiet import quiet_libraries
 from unitok.serve.jobs import Event, Job
 
@@ -56,10 +57,8 @@ def serve(pipe: Connection, load: Load, max_batch: int, threads: int, number: in
     except UserError as error:
         send(pipe, (str(error), None, None))
         return
-    gc.collect()
-    gc.freeze()  # what is loaded stays: later collections need not look through it
-    loaded.set()
-    try:
+    with frozen_heap(), suppress(OSError):  # of a pipe whose other end has gone with the server
+        loaded.set()
         send(pipe, (None, model.facts(), model.views))
         while batch := batches.get():
             failure = None
@@ -68,9 +67,6 @@ def serve(pipe: Connection, load: Load, max_batch: int, threads: int, number: in
             except Exception:  # noqa: BLE001 - the server tells its log and whoever asked
                 failure = traceback.format_exc()
             send(pipe, (batch[0], None, failure))
-    except OSError:
-        pass  # the server has gone
-    gc.unfreeze()  # or libraries speak of leaks at the end
 
 
 def _take_gpu(number: int) -> None:
