@@ -327,7 +327,8 @@ def test_a_folder_of_other_prompts_is_refused(export, tmp_path):
          ["playgroundai/MJHQ-30K", "--reference", "--inception"]),
     ],
 )  # fmt: skip
-def test_a_dry_run_lists_what_is_missing(words, listed, capsys):
+def test_a_dry_run_lists_what_is_missing(words, listed, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)  # where no demo has left the default models
     assert main(["eval", *words, "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert [text for text in listed if text not in out] == []
